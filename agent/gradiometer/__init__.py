@@ -1,0 +1,1 @@
+"""gradiometer: an instrument that measures gradients."""

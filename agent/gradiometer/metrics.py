@@ -1,0 +1,200 @@
+"""The catalogue: every metric that gradiometer exports, declared once. Needs no torch.
+
+The monitor, the in-process exporter, the dashboards, the alert rules and the documentation all name metrics from here;
+a name that is not here fails a test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["CATALOGUE", "GRAD_NORM_BUCKETS", "STEP_SECONDS_BUCKETS", "WINDOW_SECONDS", "Metric"]
+
+WINDOW_SECONDS = 60.0
+"""Width of the rolling maxima: at least twice a scrape interval of up to 30 s, so that no spike falls between two."""
+
+GRAD_NORM_BUCKETS: tuple[float, ...] = tuple(2.0**exponent for exponent in range(-10, 11))
+STEP_SECONDS_BUCKETS: tuple[float, ...] = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """One metric family: ``name`` as exposed (counters with ``_total``), its type, HELP text and label names."""
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """Name of the family in OpenMetrics: counters lose ``_total``."""
+        return self.name.removesuffix("_total") if self.kind == "counter" else self.name
+
+
+_RUN, _RANK, _LAYER, _POLICY = ("run_id",), ("run_id", "rank"), ("run_id", "layer"), ("run_id", "policy")
+
+_METRICS = (
+    Metric(
+        name="gradiometer_grad_norm",
+        kind="histogram",
+        labels=_RUN,
+        buckets=GRAD_NORM_BUCKETS,
+        help="Global L2 norm of the gradients before clipping, one observation a step; non-finite norms fall in +Inf.",
+    ),
+    Metric(
+        name="gradiometer_grad_norm_last",
+        kind="gauge",
+        labels=_RANK,
+        help="Global L2 norm of the gradients before clipping, newest step.",
+    ),
+    Metric(
+        name="gradiometer_grad_norm_window_max",
+        kind="gauge",
+        labels=_RUN,
+        help=f"Largest global L2 norm before clipping in the last {WINDOW_SECONDS:g} s of steps.",
+    ),
+    Metric(
+        name="gradiometer_grad_norm_baseline",
+        kind="gauge",
+        labels=_RUN,
+        help="Median global L2 norm before clipping of the last 512 finite steps.",
+    ),
+    Metric(
+        name="gradiometer_layer_grad_norm_last",
+        kind="gauge",
+        labels=_LAYER,
+        help="L2 norm of the layer's gradients before clipping, newest step.",
+    ),
+    Metric(
+        name="gradiometer_layer_grad_norm_window_max",
+        kind="gauge",
+        labels=_LAYER,
+        help=f"Largest L2 norm of the layer's gradients before clipping in the last {WINDOW_SECONDS:g} s of steps.",
+    ),
+    Metric(
+        name="gradiometer_layer_nonfinite_total",
+        kind="counter",
+        labels=_LAYER,
+        help="Steps in which a gradient of the layer held NaN or Inf.",
+    ),
+    Metric(name="gradiometer_steps_total", kind="counter", labels=_RUN, help="Optimizer steps recorded."),
+    Metric(
+        name="gradiometer_nonfinite_steps_total",
+        kind="counter",
+        labels=_RUN,
+        help="Steps in which some gradient held NaN or Inf.",
+    ),
+    Metric(
+        name="gradiometer_skipped_steps_total",
+        kind="counter",
+        labels=_RUN,
+        help="Steps in which the optimizer did not move the parameters.",
+    ),
+    Metric(
+        name="gradiometer_clip_events_total",
+        kind="counter",
+        labels=_POLICY,
+        help="Steps in which the policy changed the gradients.",
+    ),
+    Metric(
+        name="gradiometer_clip_threshold",
+        kind="gauge",
+        labels=_POLICY,
+        help="Threshold of the policy in the newest step, in units of the norm or value that it bounds.",
+    ),
+    Metric(
+        name="gradiometer_clip_coefficient",
+        kind="gauge",
+        labels=_POLICY,
+        help="Smallest factor by which the policy scaled a gradient in the newest step; 1 when it changed nothing.",
+    ),
+    Metric(
+        name="gradiometer_step_seconds",
+        kind="histogram",
+        labels=_RUN,
+        buckets=STEP_SECONDS_BUCKETS,
+        help="Wall time from one optimizer step to the next.",
+    ),
+    Metric(name="gradiometer_loss", kind="gauge", labels=_RUN, help="Loss as logged by the job, newest value."),
+    Metric(
+        name="gradiometer_learning_rate",
+        kind="gauge",
+        labels=_RUN,
+        help="Learning rate of the optimizer's first param group, newest step.",
+    ),
+    Metric(name="gradiometer_loss_scale", kind="gauge", labels=_RUN, help="Loss scale of the GradScaler, newest step."),
+    Metric(
+        name="gradiometer_last_step_timestamp_seconds",
+        kind="gauge",
+        labels=_RANK,
+        help="Unix time of the newest optimizer step.",
+    ),
+    Metric(
+        name="gradiometer_run_state",
+        kind="gauge",
+        labels=("run_id", "state"),
+        help="1 for the state the run is in: running, finished or lost.",
+    ),
+    Metric(
+        name="gradiometer_run_info",
+        kind="gauge",
+        labels=("run_id", "job_name", "device", "torch_version", "agent_version", "world_size", "policy"),
+        help="Always 1: what the run is.",
+    ),
+    Metric(
+        name="gradiometer_build_info",
+        kind="gauge",
+        labels=("version", "python_version"),
+        help="Always 1: what serves these metrics.",
+    ),
+    Metric(
+        name="gradiometer_rows_dropped_total",
+        kind="counter",
+        labels=_RUN,
+        help="Steps that the agent or the reader lost: transfer slots all busy, or the ring overtook the reader.",
+    ),
+    Metric(
+        name="gradiometer_events_dropped_total",
+        kind="counter",
+        labels=_RUN,
+        help="Incidents not written because events.jsonl had reached its bound.",
+    ),
+    Metric(
+        name="gradiometer_series_dropped_total",
+        kind="counter",
+        labels=_RUN,
+        help="Per-layer series left out of scrapes because the run exceeded its series budget.",
+    ),
+    Metric(
+        name="gradiometer_agent_errors_total",
+        kind="counter",
+        labels=_RUN,
+        help="Telemetry failures that the agent caught so that training went on.",
+    ),
+    Metric(
+        name="gradiometer_agent_seconds_total",
+        kind="counter",
+        labels=_RUN,
+        help="Host time that the agent itself spent in its hooks.",
+    ),
+    Metric(
+        name="gradiometer_collector_success",
+        kind="gauge",
+        labels=("collector",),
+        help="1 if the collector's last collection succeeded.",
+    ),
+    Metric(
+        name="gradiometer_collector_seconds",
+        kind="gauge",
+        labels=("collector",),
+        help="Duration of the collector's last collection.",
+    ),
+)
+
+CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _METRICS}

@@ -1,0 +1,185 @@
+"""A recorded run as NumPy arrays: what notebooks, the command line and tests read. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradiometer.records import STATS, Flag, Manifest, RingReader, Rows, read_events, read_manifest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Run", "compose", "open_run"]
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rank of a recorded run, as NumPy arrays over the T steps the ring still holds.
+
+    Every array is a copy of complete rows, in step order; open the run again to see newer steps.
+    """
+
+    path: Path
+    manifest: Manifest
+    rows: Rows
+    status: np.void
+    events: list[dict[str, Any]]
+    truncated: bool
+    """The ring file had lost its tail: rows are missing that the writer had written."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def parameters(self) -> list[str]:
+        """Parameter names, in the order of the columns of :attr:`parameter_norms`."""
+        return [parameter.name for parameter in self.manifest.parameters]
+
+    @property
+    def layers(self) -> list[str]:
+        """Layer names, in the order of the columns of :meth:`layer_norms`."""
+        return list(self.manifest.layers)
+
+    @property
+    def steps(self) -> npt.NDArray[np.int64]:
+        """Number of the optimizer step, int64[T]; counted from 0 since the first attach, or as set by a checkpoint."""
+        return self._column("step").astype(np.int64)
+
+    @property
+    def time(self) -> Floats:
+        """Wall clock of each step in seconds since the epoch, float64[T]."""
+        return self._column("time_ns").astype(np.float64) / 1e9
+
+    @property
+    def grad_norm_preclip(self) -> Floats:
+        """Global L2 norm before any policy, loss scale divided out, float64[T]."""
+        return self._floats("grad_norm_preclip")
+
+    @property
+    def grad_norm_postclip(self) -> Floats:
+        """Global L2 norm of what the optimizer was given, float64[T]."""
+        return self._floats("grad_norm_postclip")
+
+    @property
+    def coefficient(self) -> Floats:
+        """Ratio of the global norms after and before the policies, float64[T]; 1 when nothing was clipped."""
+        return self._floats("coefficient")
+
+    @property
+    def loss(self) -> Floats:
+        """Loss as logged, float64[T]; NaN where none was."""
+        return self._floats("loss")
+
+    @property
+    def learning_rate(self) -> Floats:
+        """Learning rate of the first param group, float64[T]."""
+        return self._floats("learning_rate")
+
+    @property
+    def skipped(self) -> npt.NDArray[np.bool_]:
+        """Steps in which the optimizer did not move the parameters, bool[T]."""
+        return self._flag(Flag.SKIPPED)
+
+    @property
+    def nonfinite(self) -> npt.NDArray[np.bool_]:
+        """Steps in which some gradient held NaN or Inf, bool[T]."""
+        return self._flag(Flag.NONFINITE)
+
+    @property
+    def clipped(self) -> npt.NDArray[np.bool_]:
+        """For each policy of the pipeline, the steps in which it changed the gradients, bool[T, policies]."""
+        bits = np.arange(len(self.manifest.policies), dtype=np.uint32)
+        return (self._column("clipped")[:, None] >> bits & 1).astype(np.bool_)
+
+    @property
+    def parameter_norms(self) -> npt.NDArray[np.float32]:
+        """L2 norm of each parameter's gradient before clipping, float32[T, P]; negative zero where it had none."""
+        return self.stat("grad_norm_preclip")
+
+    @property
+    def scalars(self) -> dict[str, Floats]:
+        """What ``Agent.log`` recorded beside the loss: name to float64[T], NaN where nothing was logged."""
+        names = [e["names"] for e in self.events if e.get("kind") == "scalars"]
+        return {
+            name: self._column("scalars")[:, slot].astype(np.float64)
+            for slot, name in enumerate(names[-1] if names else ())
+        }
+
+    def stat(self, name: str) -> npt.NDArray[np.float32]:
+        """One per-parameter column of :data:`STATS` by name, float32[T, P]."""
+        if name not in STATS:
+            raise KeyError(f"stat {name!r}: the recorded ones are {', '.join(STATS)}")
+        return self.rows["parameters"][:, STATS.index(name), :].astype(np.float32)
+
+    def layer_norms(self, stat: str = "grad_norm_preclip") -> Floats:
+        """L2 norm of each layer, float64[T, L]: the root of the sum of its parameters' squared norms."""
+        return compose(self.stat(stat), self.manifest.layer_index, len(self.layers))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row a step: the scalars, and a column ``layer/<name>`` with each layer's pre-clip norm.
+
+        Raises ImportError, saying what to install, where pandas is missing.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("Run.to_pandas needs pandas: pip install 'gradiometer[pandas]'") from error
+        columns: dict[str, npt.NDArray[Any]] = {
+            name: getattr(self, name)
+            for name in (
+                "time", "grad_norm_preclip", "grad_norm_postclip", "coefficient",
+                "loss", "learning_rate", "skipped", "nonfinite",
+            )
+        }  # fmt: skip
+        columns |= self.scalars
+        columns |= dict(zip((f"layer/{name}" for name in self.layers), self.layer_norms().T, strict=True))
+        return pd.DataFrame(columns, index=pd.Index(self.steps, name="step"))
+
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        column: npt.NDArray[Any] = self.rows[name]
+        return column
+
+    def _floats(self, name: str) -> Floats:
+        return self._column(name).astype(np.float64)
+
+    def _flag(self, flag: Flag) -> npt.NDArray[np.bool_]:
+        chosen: npt.NDArray[np.bool_] = (self._column("flags") & np.uint32(flag)) != 0
+        return chosen
+
+
+def compose(norms: npt.NDArray[np.floating[Any]], index: npt.NDArray[np.intp], groups: int) -> Floats:
+    """Compose parameters' L2 norms [T, P] into those of the groups they belong to, float64[T, groups]."""
+    squares = np.zeros((len(norms), groups))
+    np.add.at(squares.T, index, np.square(norms.astype(np.float64)).T)
+    return np.sqrt(squares)
+
+
+def open_run(path: str | os.PathLike[str], rank: int = 0) -> Run:
+    """Open a recorded run, finished or still running.
+
+    ``path`` is a run directory (``<root>/<run_id>``), or one of its ``rank-…`` directories, which then wins over
+    ``rank``. Raises FileNotFoundError if there is no such run and :class:`RunFormatError` if it cannot be read.
+    """
+    directory = Path(path)
+    if not (directory / "manifest.json").is_file():
+        directory = directory / f"rank-{rank:05d}"
+    if not (directory / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"no run at {path}: {directory / 'manifest.json'} is not there ('gradiometer runs' lists runs)"
+        )
+    manifest = read_manifest(directory / "manifest.json")
+    ring = RingReader(directory / "steps.ring", manifest.ring)
+    try:
+        events, _ = read_events(directory / "events.jsonl")
+        rows = ring.read()
+        return Run(directory, manifest, rows, ring.status(), events, ring.truncated)
+    finally:
+        ring.close()
