@@ -1,1 +1,53 @@
-"""gradiometer: an instrument that measures gradients."""
+"""gradiometer: an instrument that measures gradients.
+
+Every name is loaded on first use, so that reading runs and serving metrics need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradiometer.policy.spec import PolicyError, PolicySpec, load_policy
+    from gradiometer.recorder import RunInUseError
+    from gradiometer.records import RunFormatError
+    from gradiometer.run import Run, open_run
+    from gradiometer.session import Agent, attach
+    from gradiometer.stepper import NonFiniteGradientError
+
+__all__ = [
+    "Agent",
+    "NonFiniteGradientError",
+    "PolicyError",
+    "PolicySpec",
+    "Run",
+    "RunFormatError",
+    "RunInUseError",
+    "attach",
+    "load_policy",
+    "open_run",
+]
+
+_HOMES = {
+    "Agent": "session",
+    "NonFiniteGradientError": "stepper",
+    "PolicyError": "policy.spec",
+    "PolicySpec": "policy.spec",
+    "Run": "run",
+    "RunFormatError": "records",
+    "RunInUseError": "recorder",
+    "attach": "session",
+    "load_policy": "policy.spec",
+    "open_run": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradiometer' has no attribute {name!r}")
+    return getattr(import_module(f"gradiometer.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

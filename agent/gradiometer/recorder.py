@@ -172,9 +172,10 @@ class Recorder:
         self.status.count(row)
         self.write_status()
 
-    def amend(self, loss: float) -> None:
+    def amend(self, loss: float | None) -> None:
         """Write the newest row again, with the ``loss`` and :attr:`scalars` that came after its step."""
-        _LOSS.pack_into(self._row, _LOSS_OFFSET, loss)
+        if loss is not None:
+            _LOSS.pack_into(self._row, _LOSS_OFFSET, loss)
         self._write_row(self.status.head)
 
     def _write_row(self, sequence: int) -> None:

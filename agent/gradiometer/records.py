@@ -246,7 +246,10 @@ def process_alive(manifest: Manifest) -> bool | None:
     if manifest.host != socket.gethostname():
         return None
     try:
-        return abs(psutil.Process(manifest.pid).create_time() - manifest.process_start) < 1.0
+        process = psutil.Process(manifest.pid)
+        same = abs(process.create_time() - manifest.process_start) < 1.0
+        # Where nobody reaps, as in a container without an init, a killed process stays as a zombie.
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

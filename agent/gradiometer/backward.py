@@ -1,0 +1,114 @@
+"""Watch gradients arrive during the backward pass: their order, and each micro-batch's norm before any reduction.
+
+A hook on every parameter costs a Python call a parameter a backward pass, so in mode ``auto`` the hooks are registered
+only for the first steps, for every hundredth, and for the few after an incident. One hook stays: it tells that a
+backward pass has happened, so that a loss is logged with the step it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradiometer._guard import Guard
+from gradiometer.norms import tensor_norm
+
+__all__ = ["MICROBATCHES", "BackwardMode", "BackwardWatch"]
+
+BackwardMode = Literal["auto", "every", "off"]
+MICROBATCHES = 8
+"""Micro-batches of a step whose norms are kept; the arrivals of later ones are not recorded."""
+FIRST_STEPS, EVERY, BURST = 3, 100, 3
+
+
+class BackwardWatch:
+    """The backward hooks of one agent. Hooks may run in autograd's own threads; lists take appends from any of them."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], mode: BackwardMode, guard: Guard) -> None:
+        if mode not in get_args(BackwardMode):
+            raise ValueError(f"backward is {mode!r}, expected one of {', '.join(map(repr, get_args(BackwardMode)))}")
+        self._parameters, self._mode, self._guard = parameters, mode, guard
+        self._handles: list[RemovableHandle] = []
+        self._sentinel: RemovableHandle | None = None
+        self._bare = [parameter._backward_hooks is None for parameter in parameters]
+        self._arrivals: list[tuple[int, Tensor]] = []
+        self._burst = FIRST_STEPS + 1
+        self.seen = False
+        """Whether a backward pass has reached the agent since the last :meth:`prepare`."""
+        self.order: tuple[int, ...] = ()
+        """Parameters in the order in which their gradients last arrived."""
+        self._watch_for_backward()
+
+    @property
+    def armed(self) -> bool:
+        return bool(self._handles)
+
+    def prepare(self, step: int, *, incident: bool) -> None:
+        """Get ready for the backward passes of ``step``: arm or disarm, as the mode says."""
+        self._arrivals, self.seen = [], False
+        self._burst = BURST if incident else max(0, self._burst - 1)
+        wanted = self._mode == "every" or (self._mode == "auto" and (self._burst > 0 or step % EVERY == 0))
+        if wanted and not self._handles:
+            self._arm()
+        elif not wanted and self._handles:
+            self._disarm()
+
+    def take(self) -> list[tuple[int, Tensor]]:
+        """Return (parameter, norm 0-dim) of this step's gradients in arrival order, and remember that order."""
+        arrivals, self._arrivals = self._arrivals, []
+        if arrivals:
+            self.order = tuple(dict.fromkeys(index for index, _ in arrivals))
+        return arrivals
+
+    def remove(self) -> None:
+        """Remove every hook and leave the parameters as they were found."""
+        self._disarm()
+        if self._sentinel is not None:
+            self._sentinel.remove()
+            self._sentinel = None
+        for parameter, bare in zip(self._parameters, self._bare, strict=True):
+            if bare and not parameter._backward_hooks:
+                parameter._backward_hooks = None
+
+    def _arm(self) -> None:
+        for index, parameter in enumerate(self._parameters):
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_hook(self._hook(index)))  # type: ignore[no-untyped-call]  # torch
+
+    def _disarm(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _watch_for_backward(self) -> None:
+        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
+        if self._mode != "off" and trainable:
+            self._sentinel = trainable[-1].register_hook(self._mark)  # type: ignore[no-untyped-call]  # torch
+
+    def _mark(self, gradient: Tensor) -> None:
+        del gradient
+        self.seen = True
+
+    def _hook(self, index: int) -> _ArrivalHook:
+        return _ArrivalHook(self, index)
+
+    def record(self, index: int, gradient: Tensor) -> None:
+        """Note the arrival of one gradient; never raises into the backward pass."""
+        with self._guard:
+            if len(self._arrivals) < MICROBATCHES * len(self._parameters):
+                self._arrivals.append((index, tensor_norm(gradient.detach())))
+
+
+class _ArrivalHook:
+    """A callable with a slot, not a closure: a thousand of them are registered at once."""
+
+    __slots__ = ("_index", "_watch")
+
+    def __init__(self, watch: BackwardWatch, index: int) -> None:
+        self._watch, self._index = watch, index
+
+    def __call__(self, gradient: Tensor) -> None:
+        self._watch.record(self._index, gradient)

@@ -1,0 +1,228 @@
+"""Turn a step's numbers, once they are on the host, into a row of the ring and into incidents.
+
+Everything here runs on the host with NumPy; nothing here knows a tensor. Guarantees: an episode of non-finite steps
+is two events, its first step and its end, however long it lasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from gradiometer.recorder import Recorder, RowHeader
+from gradiometer.records import POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
+
+__all__ = ["Journal", "StepRecord", "first_nonfinite"]
+
+Norms = npt.NDArray[np.float32]
+NAN = math.nan
+
+
+@dataclass(kw_only=True, slots=True)
+class StepRecord:
+    """What the host knows of a step when its row sets out; the rest travels from the device and is named here."""
+
+    step: int
+    time_ns: int
+    optimizer: int
+    flags: int = 0
+    step_seconds: float = NAN
+    agent_seconds: float = 0.0
+    host: dict[str, float] = field(default_factory=dict)
+    """Values known to the host, by the same names as those that travel."""
+    travelling: tuple[str, ...] = ()
+    """Names of the scalars at the head of the row, in order."""
+    late: tuple[str, ...] = ()
+    """Names of the scalars that ``Agent.log`` appended to the end of the row."""
+    has_postclip: bool = False
+    """Whether the norms after the policies follow those before; else one coefficient gives them."""
+    arrivals: tuple[int, ...] = ()
+    """Parameters in the order in which their micro-batch gradients came; their norms follow."""
+    logged: set[str] = field(default_factory=set)
+
+
+class Journal:
+    """Writes one rank's steps: rows to the recorder, episodes to its events."""
+
+    def __init__(self, recorder: Recorder, manifest: Manifest) -> None:
+        self._recorder, self._names, self._policies = recorder, [p.name for p in manifest.parameters], manifest.policies
+        self._scalar_slots: dict[str, int] = {}
+        self._refused: set[str] = set()
+        self._episode: int | None = None
+        self._order_known = False
+
+    def write(self, record: StepRecord, values: Norms, order: tuple[int, ...]) -> bool:
+        """Write one step; ``values`` is the row as it travelled. Returns whether the step was non-finite.
+
+        ``order`` is the latest known backward order, for steps whose own arrivals were not watched.
+        """
+        scalars = record.host | _named(record.travelling, values)
+        if record.late:
+            scalars |= _named(record.late, values[-len(record.late) :])
+        pre, post, micro = self._split(record, values, scalars)
+        header = self._header(record, scalars, pre, micro, order)
+        stats = self._recorder.stats
+        stats[0], stats[1], stats[2] = pre, post, self._microbatch_norms(record, micro)
+        self._recorder.scalars[:] = NAN
+        self._fill_scalars(scalars)
+        self._recorder.commit(header)
+        nonfinite = bool(header.flags & Flag.NONFINITE)
+        self._follow_episode(header, nonfinite=nonfinite)
+        self._announce_order(record)
+        return nonfinite
+
+    def amend(self, scalars: Mapping[str, float]) -> None:
+        """Add scalars that were logged after the newest row was written."""
+        self._fill_scalars(scalars)
+        self._recorder.amend(scalars.get("loss"))
+
+    def _split(self, record: StepRecord, values: Norms, scalars: Mapping[str, float]) -> tuple[Norms, Norms, Norms]:
+        """Cut the row into norms before and after the policies [P] and micro-batch norms [arrivals]."""
+        start, width = len(record.travelling), len(self._names)
+        pre = values[start : start + width]
+        start += width
+        if scalars.get("skip", 0.0) > 0:
+            post = np.copysign(np.float32(0), pre)
+        elif record.has_postclip:
+            post = values[start : start + width]
+        else:
+            post = pre * np.float32(scalars.get("coefficient", 1.0))
+        start += width * record.has_postclip
+        micro = values[start : start + len(record.arrivals)] / np.float32(scalars.get("loss_scale", 1.0))
+        return pre, post, micro
+
+    def _header(
+        self,
+        record: StepRecord,
+        scalars: Mapping[str, float],
+        pre: Norms,
+        micro: Norms,
+        order: tuple[int, ...],
+    ) -> RowHeader:
+        skipped = scalars.get("skip", 0.0) > 0
+        before = scalars["total"]
+        after = 0.0 if skipped else scalars.get("total_after", before * scalars.get("coefficient", 1.0))
+        bad = not np.isfinite(pre).all()
+        clipped = self._fill_policies(scalars)
+        flags = record.flags | (Flag.NONFINITE if bad else 0) | (Flag.SKIPPED if skipped else 0)
+        flags |= (Flag.CLIPPED if clipped else 0) | (Flag.HOOKED if record.arrivals else 0)
+        flags |= Flag.ZEROED if bad and math.isfinite(after) and not skipped else 0
+        return RowHeader(
+            step=record.step,
+            time_ns=record.time_ns,
+            flags=int(flags),
+            clipped=clipped,
+            optimizer=record.optimizer,
+            microbatches=_microbatches(record.arrivals),
+            first_nonfinite=first_nonfinite(pre, record.arrivals, micro, order) if bad else -1,
+            grad_norm_preclip=before,
+            grad_norm_postclip=after,
+            coefficient=_coefficient(scalars, before, after, skipped=skipped),
+            learning_rate=scalars.get("learning_rate", NAN),
+            loss=scalars.get("loss", NAN),
+            loss_scale=scalars.get("loss_scale", NAN),
+            step_seconds=record.step_seconds,
+            agent_seconds=record.agent_seconds,
+        )
+
+    def _fill_policies(self, scalars: Mapping[str, float]) -> int:
+        """Fill the policy columns and return the mask of those that changed the gradients."""
+        columns, clipped = self._recorder.policies, 0
+        for slot in range(min(len(self._policies), POLICY_SLOTS)):
+            strength = scalars.get(f"strength{slot}", 1.0)
+            columns[0, slot] = scalars.get(f"threshold{slot}", NAN)
+            columns[1, slot] = strength
+            clipped |= (strength < 1.0) << slot
+        return clipped
+
+    def _fill_scalars(self, scalars: Mapping[str, float]) -> None:
+        for key, value in scalars.items():
+            if key.startswith("log."):
+                self._fill_scalar(key.removeprefix("log."), value)
+
+    def _fill_scalar(self, name: str, value: float) -> None:
+        if name not in self._scalar_slots and not self._add_scalar(name):
+            return
+        self._recorder.scalars[self._scalar_slots[name]] = value
+
+    def _add_scalar(self, name: str) -> bool:
+        if len(self._scalar_slots) < SCALAR_SLOTS:
+            self._scalar_slots[name] = len(self._scalar_slots)
+            names = list(self._scalar_slots)
+            self._recorder.event("scalars", f"recording the scalars {', '.join(names)}", names=names)
+            return True
+        if not self._refused:
+            self._refused.add(name)
+            message = f"scalar {name!r} is not recorded: a run holds at most {SCALAR_SLOTS} scalars beside the loss"
+            self._recorder.event("scalar_refused", message, name=name)
+        return False
+
+    def _microbatch_norms(self, record: StepRecord, micro: Norms) -> Norms:
+        """Return the root mean square over each parameter's micro-batches, [P]; negative zero where there was none."""
+        norms = np.full(len(self._names), -0.0, np.float32)
+        if record.arrivals:
+            index = np.asarray(record.arrivals)
+            squares = np.bincount(index, np.square(micro.astype(np.float64)), len(norms))
+            counts = np.bincount(index, minlength=len(norms))
+            seen = counts > 0
+            norms[seen] = np.sqrt(squares[seen] / counts[seen])
+        return norms
+
+    def _follow_episode(self, header: RowHeader, *, nonfinite: bool) -> None:
+        if nonfinite and self._episode is None:
+            self._episode = header.step
+            name = self._names[header.first_nonfinite] if header.first_nonfinite >= 0 else "unknown"
+            done = "the step was skipped" if header.flags & Flag.SKIPPED else "the optimizer used it"
+            done = "it was replaced by zeros" if header.flags & Flag.ZEROED else done
+            message = f"the gradient of {name} went non-finite at step {header.step}; {done}"
+            self._recorder.event(
+                "nonfinite", message, step=header.step, parameter=name, skipped=bool(header.flags & Flag.SKIPPED)
+            )
+        elif not nonfinite and self._episode is not None:
+            steps, self._episode = header.step - self._episode, None
+            message = f"gradients are finite again at step {header.step}, after {steps} steps"
+            self._recorder.event("finite_again", message, step=header.step, steps=steps)
+
+    def _announce_order(self, record: StepRecord) -> None:
+        if record.arrivals and not self._order_known:
+            self._order_known = True
+            names = [self._names[index] for index in dict.fromkeys(record.arrivals)]
+            message = f"gradients arrive from {names[0]} first to {names[-1]} last"
+            self._recorder.event("backward_order", message, step=record.step, parameters=names)
+
+
+def first_nonfinite(pre: Norms, arrivals: tuple[int, ...], micro: Norms, order: tuple[int, ...]) -> int:
+    """Return the parameter whose gradient was the first, in backward order, to be NaN or Inf; -1 if none is.
+
+    The step's own arrivals decide where they were watched; else the latest known order; else the parameters' order,
+    backwards, for a backward pass usually runs so.
+    """
+    for index, norm in zip(arrivals, micro, strict=True):
+        if not math.isfinite(norm):
+            return index
+    bad = ~np.isfinite(pre)
+    for index in (*order, *range(len(pre) - 1, -1, -1)):
+        if bad[index]:
+            return index
+    return -1
+
+
+def _named(names: tuple[str, ...], values: Norms) -> dict[str, float]:
+    return dict(zip(names, values[: len(names)].tolist(), strict=True))
+
+
+def _microbatches(arrivals: tuple[int, ...]) -> int:
+    return max(Counter(arrivals).values(), default=0)
+
+
+def _coefficient(scalars: Mapping[str, float], before: float, after: float, *, skipped: bool) -> float:
+    if skipped:
+        return 0.0
+    if "coefficient" in scalars:
+        return scalars["coefficient"]
+    return after / before if math.isfinite(before) and before > 0 else 1.0

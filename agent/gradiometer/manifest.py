@@ -1,0 +1,127 @@
+"""Describe the process, the model and the policy in a manifest."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+from torch.optim import Optimizer
+
+from gradiometer.layers import Parameters
+from gradiometer.policy.spec import PolicySpec
+from gradiometer.records import FORMAT_VERSION, Manifest, ParameterInfo, RingGeometry
+
+__all__ = ["check_labels", "choose_run_id", "describe", "rank_and_world", "ring_geometry"]
+
+MAX_ROWS, MIN_ROWS = 100_000, 256
+MAX_LABELS, MAX_LABEL_LENGTH = 16, 128
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes: (0, 1) unless torch.distributed is initialised."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def choose_run_id(run_id: str | None) -> str:
+    """Return the id given, or a new one from the clock; every rank of a distributed job gets that of rank 0."""
+    if run_id is not None:
+        return run_id
+    chosen = [f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"]
+    if rank_and_world()[1] > 1:
+        torch.distributed.broadcast_object_list(chosen, src=0)
+    return chosen[0]
+
+
+def ring_geometry(parameters: int, ring_bytes: int) -> RingGeometry:
+    """Choose how many rows fit into ``ring_bytes``: at most 100 000. Raises ValueError if it is fewer than 256."""
+    row = RingGeometry(capacity=2, parameters=parameters).dtype.itemsize
+    if ring_bytes < MIN_ROWS * row:
+        raise ValueError(
+            f"ring_bytes is {ring_bytes}; {parameters} parameters need {row} bytes a step, "
+            f"and a ring of at least {MIN_ROWS} steps: pass ring_bytes={MIN_ROWS * row} or more"
+        )
+    return RingGeometry(capacity=min(MAX_ROWS, ring_bytes // row), parameters=parameters)
+
+
+def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the labels as strings; raises ValueError for a name or a number of them that metrics cannot carry."""
+    labels = dict(labels or {})
+    if len(labels) > MAX_LABELS:
+        raise ValueError(f"labels has {len(labels)} entries, expected at most {MAX_LABELS}")
+    for name, value in labels.items():
+        if not (name.isascii() and name.isidentifier()) or name.startswith("__"):
+            raise ValueError(
+                f"label name {name!r}: expected letters, digits and '_', not starting with a digit or '__'"
+            )
+        if not isinstance(value, str) or len(value) > MAX_LABEL_LENGTH:
+            raise ValueError(f"label {name} is {value!r}, expected a string of at most {MAX_LABEL_LENGTH} characters")
+    return labels
+
+
+def describe(
+    *,
+    run_id: str,
+    parameters: Parameters,
+    optimizers: Sequence[Optimizer],
+    device: torch.device,
+    ring_bytes: int,
+    policy: PolicySpec | None,
+    labels: Mapping[str, str] | None,
+) -> Manifest:
+    """Build the manifest of this process's part in the run."""
+    rank, world_size = rank_and_world()
+    infos = tuple(
+        ParameterInfo(
+            name=name,
+            layer=layer,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            numel=tensor.numel(),
+            trainable=tensor.requires_grad,
+        )
+        for name, layer, tensor in zip(parameters.names, parameters.layers, parameters.tensors, strict=True)
+    )
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        run_id=run_id,
+        job=Path(sys.argv[0] or "python").name,
+        rank=rank,
+        world_size=world_size,
+        pid=os.getpid(),
+        process_start=psutil.Process().create_time(),
+        host=socket.gethostname(),
+        created_ns=time.time_ns(),
+        gradiometer_version=_version(),
+        torch_version=torch.__version__,
+        python_version=platform.python_version(),
+        device=_device_name(device),
+        optimizers=tuple(type(optimizer).__name__ for optimizer in optimizers),
+        parameters=infos,
+        ring=ring_geometry(len(parameters), ring_bytes),
+        policy=policy.to_dict() if policy else None,
+        policies=policy.names if policy else (),
+        labels=check_labels(labels),
+    )
+
+
+def _version() -> str:
+    try:
+        return version("gradiometer")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

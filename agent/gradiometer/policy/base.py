@@ -1,0 +1,77 @@
+"""The interface of a policy: a pair of pure functions over tensors.
+
+``decide`` maps ``(state, observation, step)`` to a decision and the next state. It reads nothing back to the host,
+changes nothing in place and knows no model, optimizer or hook: so the same code runs on the step path, on any device,
+and over recorded norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Decision", "Layout", "Observation", "Policy", "State"]
+
+State = dict[str, Tensor]
+"""A policy's memory, flat so that it goes into a checkpoint as it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What there is to decide about: P parameters and the layer of each."""
+
+    names: Sequence[str]
+    layers: Sequence[str]
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """One step's gradients, as the earlier policies of the pipeline leave them."""
+
+    norms: Tensor
+    """L2 norm of each parameter's gradient, float32 or float64 [P]; negative zero where it has none."""
+    total: Tensor
+    """Global L2 norm, 0-dim, of the same dtype."""
+    finite: Tensor
+    """Whether :attr:`total` is finite, bool, 0-dim."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What a policy wants done; every part is optional. Tensors are on the observation's device."""
+
+    coefficient: Tensor | None = None
+    """Factor in [0, 1], never NaN: 0-dim for every gradient alike, or [P]."""
+    skip: Tensor | None = None
+    """bool, 0-dim: the optimizer shall not move the parameters."""
+    zero: Tensor | None = None
+    """bool [P]: gradients to replace by zeros."""
+    clamp: float | None = None
+    """Clamp every element of the gradients chosen by :attr:`clamp_mask` to ±this."""
+    clamp_mask: Sequence[bool] = ()
+    strength: Tensor
+    """The smallest factor applied, 0-dim: 1 when nothing changed, 0 for a skip."""
+    threshold: float | Tensor
+    """Threshold in force, in units of what it bounds."""
+
+
+class Policy(Protocol):
+    """One stage of a pipeline, bound to a layout."""
+
+    @property
+    def name(self) -> str:
+        """Name in metrics, records and checkpoints."""
+        ...
+
+    def init(self) -> State:
+        """Return the state before the first step."""
+        ...
+
+    def decide(self, state: State, observation: Observation, step: int) -> tuple[Decision, State]:
+        """Decide about one step. ``step`` is a host integer, so warm-up branches cost nothing."""
+        ...

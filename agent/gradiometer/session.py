@@ -1,0 +1,231 @@
+"""Attach to a training loop: the agent, its life, and what it does around each optimizer step.
+
+    observe (norms of all gradients) -> decide (the policy, pure tensors) -> act -> record
+
+Acting is what the user asked for, and a failure there is raised. Recording is telemetry: its failures are caught,
+counted and warned of once, and training goes on as if the agent were not there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradiometer.backward import BackwardMode, BackwardWatch
+from gradiometer.hooks import StepHooks
+from gradiometer.layers import Parameters, collect_parameters
+from gradiometer.manifest import choose_run_id, describe
+from gradiometer.policy.base import Layout
+from gradiometer.policy.pipeline import build_pipeline
+from gradiometer.policy.spec import PolicySource, load_policy
+from gradiometer.recorder import Recorder
+from gradiometer.records import default_root
+from gradiometer.stepper import NonFiniteGradientError, Stepper
+from gradiometer.telemetry import Telemetry
+
+__all__ = ["Agent", "NonFiniteGradientError", "attach"]
+
+RING_BYTES = 128 * 2**20
+_live: WeakSet[Agent] = WeakSet()
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    policy: PolicySource | None = None,
+    run_id: str | None = None,
+    dir: str | os.PathLike[str] | None = None,  # noqa: A002  # the field's word for it
+    backward: BackwardMode = "auto",
+    labels: Mapping[str, str] | None = None,
+    together: bool = True,
+    ring_bytes: int = RING_BYTES,
+) -> Agent:
+    """Attach to a model and the optimizer that trains it; the training loop stays as it is.
+
+    Attach after the model is on its device. ``policy`` is a YAML file, a dict of the same shape, a list of stages or a
+    :class:`~gradiometer.policy.spec.PolicySpec`; None observes and touches nothing. ``dir`` is where runs are kept
+    (else ``GRADIOMETER_DIR``, else the user's state directory). ``backward`` says when backward hooks are armed:
+    ``auto`` (the first steps, every hundredth, after an incident), ``every`` or ``off``. ``labels`` go with the run
+    into its metrics. Several optimizers are taken to step one after another on the gradients of the same backward
+    passes, so that norms and clipping span them all; pass ``together=False`` where each has a backward pass of its own
+    (a GAN), and every optimizer's step is a row of its own. ``ring_bytes`` bounds the ring file.
+
+    In a distributed job every rank attaches, in the same order, for the run id comes from rank 0.
+
+    Raises ValueError (PolicyError for the policy) for bad arguments, RuntimeError if an optimizer has an agent already
+    or a live process writes the same run, OSError if the run directory cannot be made or its disk is full.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
+        raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer or a non-empty list of them")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    spec = None if policy is None else load_policy(policy)
+    parameters = collect_parameters(model, optimizers)
+    device = _home(parameters)
+    layout = Layout(names=parameters.names, layers=parameters.layers, device=device)
+    pipeline = None if spec is None else build_pipeline(spec, layout)
+    manifest = describe(
+        run_id=choose_run_id(run_id),
+        parameters=parameters,
+        optimizers=optimizers,
+        device=device,
+        ring_bytes=ring_bytes,
+        policy=spec,
+        labels=labels,
+    )
+    with contextlib.ExitStack() as undo:
+        stepper = Stepper(parameters, optimizers, pipeline, spec, device, together=together)
+        recorder = Recorder(default_root(dir), manifest)
+        undo.callback(recorder.close)
+        telemetry = Telemetry(recorder, manifest, device)
+        watch = BackwardWatch(parameters.tensors, backward, telemetry.guard)
+        undo.callback(watch.remove)
+        agent = Agent(stepper, telemetry, watch, optimizers)
+        undo.pop_all()
+    return agent
+
+
+def _home(parameters: Parameters) -> torch.device:
+    """Return the device where decisions are made: that of the first trainable parameter."""
+    trainable = [tensor for tensor in parameters.tensors if tensor.requires_grad]
+    return (trainable or parameters.tensors)[0].device
+
+
+class Agent:
+    """What :func:`attach` returns: the handle of one attachment, and a context manager that detaches.
+
+    All methods are for the training thread.
+    """
+
+    def __init__(
+        self, stepper: Stepper, telemetry: Telemetry, watch: BackwardWatch, optimizers: list[Optimizer]
+    ) -> None:
+        self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
+        self._detached, self._pid = False, os.getpid()
+        self._entered = 0.0
+        self._hooks = StepHooks(optimizers, self)
+        watch.prepare(0, incident=False)
+        _live.add(self)
+
+    @property
+    def run_id(self) -> str:
+        return self._telemetry.manifest.run_id
+
+    @property
+    def path(self) -> os.PathLike[str]:
+        """This rank's directory of the run; :func:`gradiometer.open_run` takes it."""
+        return self._telemetry.recorder.path
+
+    @property
+    def step(self) -> int:
+        """Number of the next optimizer step, counted from 0 or from the checkpoint."""
+        return self._stepper.step
+
+    @property
+    def errors(self) -> int:
+        """Telemetry failures caught so far."""
+        return self._telemetry.guard.errors
+
+    def log(self, *, loss: float | Tensor | None = None, **scalars: float | Tensor) -> None:
+        """Record the loss, and up to 16 other scalars, with the step they belong to.
+
+        Numbers or one-element tensors; a tensor on the gradients' device is copied there and read only when its row
+        reaches the host. A value goes with the step in progress or, if that has not begun its backward pass and the
+        last one has no such value, with the step just taken: so it may be called before or after ``optimizer.step()``.
+        Raises TypeError for anything else. After :meth:`detach` it does nothing.
+        """
+        named = {f"log.{name}": value for name, value in scalars.items()}
+        if loss is not None:
+            named["loss"] = loss
+        if named and not self._detached:
+            self._telemetry.log(named, late_allowed=not self._watch.seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step number and the policies' state, for a checkpoint; tensors are copies on the host."""
+        return self._stepper.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises ValueError if it is of another policy; then nothing has been changed.
+        """
+        self._stepper.load_state_dict(state)
+
+    def flush(self) -> None:
+        """Wait for the rows under way and write them."""
+        self._telemetry.flush(self._watch.order)
+
+    def detach(self) -> None:
+        """Write what is under way, remove every hook and restore model and optimizer exactly. Idempotent."""
+        if self._detached:
+            return
+        self._detached = True
+        _live.discard(self)
+        self._hooks.remove()
+        self._watch.remove()
+        self._stepper.restore_all()
+        if os.getpid() == self._pid:  # a forked child must not finish its parent's run
+            self._telemetry.close(self._watch.order)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    # What the hooks call.
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """Observe, decide and act: the gradients are final and the optimizer is about to use them."""
+        began = time.perf_counter()
+        with self._telemetry.guard if self._stepper.pipeline is None else contextlib.nullcontext():
+            taken = self._stepper.before_update(optimizer)
+            if taken is not None:
+                self._telemetry.begin(taken, self._watch.take())
+            while self._stepper.notices:
+                self._telemetry.notice(*self._stepper.notices.pop())
+        self._entered = time.perf_counter() - began
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Put back what acting changed, and let rows that have arrived be written."""
+        began = time.perf_counter()
+        self._stepper.restore(optimizer)
+        self._stepper.finished()
+        if self._telemetry.pending:
+            incident = self._telemetry.finish(self._watch.order, began - self._entered)
+            with self._telemetry.guard:
+                self._watch.prepare(self._stepper.step, incident=incident)
+        self._stepper.check(self._telemetry.newest_scalars)
+
+    def step_failed(self, optimizer: Optimizer) -> None:
+        """Put back what acting changed: the step raised."""
+        self._stepper.restore(optimizer)
+        self._stepper.finished()
+
+    def scaler_skipped(self, optimizer: Optimizer) -> None:
+        """Record a step that a GradScaler skipped before the optimizer saw it."""
+        with self._telemetry.guard:
+            taken = self._stepper.observe_skipped(optimizer)
+            if taken is not None:
+                self._telemetry.begin(taken, self._watch.take())
+        self.after_step(optimizer)
+
+
+@atexit.register
+def _detach_all() -> None:
+    for agent in list(_live):
+        agent.detach()

@@ -1,0 +1,173 @@
+"""Follow one rank's run directory while it grows, and frame what it says as samples of the catalogue. Needs no torch.
+
+Guarantees: a poll reads a bounded number of bytes; a row is counted once, whole, or not at all and then as missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gradiometer.records import POLICY_SLOTS, RingReader, RunFormatError, State, read_manifest
+from gradiometer.summary import Histogram, LayerSummary, RunSummary
+
+__all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
+
+POLL_BYTES = 16 * 2**20
+"""Bytes of rows that one poll reads at most; a row that is larger is read alone."""
+STATES = ("running", "finished", "lost")
+
+Sample = tuple[str, tuple[str, ...], float]
+"""Name in the catalogue, label values in the catalogue's order, value."""
+
+
+class RankTail:
+    """One rank directory, read as far as it has been written.
+
+    The run's name and the rank are those of the directories, which are unique where those in manifests need not be.
+    Raises :class:`gradiometer.records.RunFormatError` or OSError if the directory cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_id, self.rank = path.parent.name, int(path.name.removeprefix("rank-"))
+        self.identity = identity(path)
+        self.manifest = read_manifest(path / "manifest.json")
+        if len(self.manifest.parameters) != self.manifest.ring.parameters:
+            raise RunFormatError(
+                f"{path / 'manifest.json'} lists {len(self.manifest.parameters)} parameters, its ring has columns for "
+                f"{self.manifest.ring.parameters}: the file was edited, or written by a broken agent"
+            )
+        self.summary = RunSummary(self.manifest)
+        self._ring = RingReader(path / "steps.ring", self.manifest.ring)
+        self.summary.status = self._ring.status()
+        self._limit = max(1, POLL_BYTES // self.manifest.ring.dtype.itemsize)
+
+    def poll(self) -> bool:
+        """Read the rows that came since the last poll; tell whether there are more than one poll may read."""
+        summary, ring = self.summary, self._ring
+        head = int(ring.status()["head"])
+        first = max(summary.last_seen, head - self.manifest.ring.capacity)
+        rows = ring.read(summary.last_seen, self._limit)
+        # The row at `head` may be amended while it is read, and one after it would then leave a gap.
+        summary.update(rows[rows["begin"] <= head], ring.status())
+        # Rows before `head` are final: those that were not whole now never will be.
+        summary.give_up(min(head - 1, first + self._limit))
+        return summary.last_seen + 1 < head
+
+    def newest(self) -> np.void | None:
+        """Copy the newest row as it is now: the job may have logged its loss since it was followed."""
+        row = self._ring.newest()
+        return self.summary.newest if row is None else row
+
+    @property
+    def finished(self) -> bool:
+        return int(self.summary.status["state"]) == State.FINISHED
+
+    @property
+    def heartbeat(self) -> float:
+        """Wall clock of the newest sign of life that the writer left, in seconds since the epoch."""
+        return max(int(self.summary.status["heartbeat_ns"]), self.manifest.created_ns) / 1e9
+
+    @property
+    def truncated(self) -> bool:
+        """The ring file has lost its tail."""
+        return self._ring.truncated
+
+    def close(self) -> None:
+        """Close the ring. Idempotent."""
+        self._ring.close()
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Tell a rank directory from one that took its place: inode and change of its manifest. Raises OSError."""
+    stat = (path / "manifest.json").stat()
+    return stat.st_ino, stat.st_mtime_ns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """What one run exports at one instant."""
+
+    run_id: str
+    samples: list[Sample]
+    histograms: dict[str, Histogram]
+    layers: LayerSummary
+    """Of the lowest rank: replicated layers are exported once."""
+
+
+def frame(ranks: Sequence[RankTail], state: str) -> Frame:
+    """Frame the ranks of one run, lowest first and at least one; ``state`` is one of :data:`STATES`.
+
+    A gauge whose value is not known is left out. Series without a rank are the lowest rank's, except what is lost or
+    spent on the run's behalf, which is summed over the ranks.
+    """
+    lead = ranks[0]
+    newest = [tail.newest() for tail in ranks]
+    samples = [
+        *_run_samples(ranks, state),
+        *_known(lead.run_id, _gauges(lead.summary, newest[0])),
+        *_policy_samples(lead),
+        *(sample for tail, row in zip(ranks, newest, strict=True) for sample in _rank_samples(tail, row)),
+    ]
+    summary = lead.summary
+    histograms = {"gradiometer_grad_norm": summary.grad_norm, "gradiometer_step_seconds": summary.step_seconds}
+    return Frame(run_id=lead.run_id, samples=samples, histograms=histograms, layers=summary.layers)
+
+
+def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
+    lead, run = ranks[0], (ranks[0].run_id,)
+    for name in ("steps", "nonfinite_steps", "skipped_steps"):
+        yield f"gradiometer_{name}_total", run, int(lead.summary.status[name])
+    for name in ("agent_errors", "events_dropped"):
+        yield f"gradiometer_{name}_total", run, sum(int(tail.summary.status[name]) for tail in ranks)
+    yield "gradiometer_agent_seconds_total", run, sum(float(tail.summary.status["agent_seconds"]) for tail in ranks)
+    missed = sum(int(tail.summary.status["rows_dropped"]) + tail.summary.rows_missed for tail in ranks)
+    yield "gradiometer_rows_dropped_total", run, missed
+    for name in STATES:
+        yield "gradiometer_run_state", (*run, name), int(name == state)
+    manifest = lead.manifest
+    versions = (manifest.torch_version, manifest.gradiometer_version, str(manifest.world_size))
+    yield "gradiometer_run_info", (*run, manifest.job, manifest.device, *versions, ",".join(manifest.policies)), 1
+
+
+def _gauges(summary: RunSummary, newest: np.void | None) -> Iterator[tuple[str, float]]:
+    yield "grad_norm_window_max", summary.grad_norm_window_max
+    yield "grad_norm_baseline", summary.grad_norm_baseline
+    if newest is not None:
+        loss = float(newest["loss"])
+        yield "loss", summary.loss if np.isnan(loss) else loss
+        yield "learning_rate", float(newest["learning_rate"])
+        yield "loss_scale", float(newest["loss_scale"])
+
+
+def _known(run_id: str, gauges: Iterator[tuple[str, float]]) -> Iterator[Sample]:
+    for name, value in gauges:
+        if not np.isnan(value):
+            yield f"gradiometer_{name}", (run_id,), value
+
+
+def _policy_samples(tail: RankTail) -> Iterator[Sample]:
+    row, events = tail.summary.newest, tail.summary.status["clip_events"]
+    for slot, policy in enumerate(_distinct(tail.manifest.policies[:POLICY_SLOTS])):
+        labels = (tail.run_id, policy)
+        yield "gradiometer_clip_events_total", labels, int(events[slot])
+        for name in ("threshold", "coefficient"):
+            value = np.nan if row is None else float(row[f"policy_{name}"][slot])
+            if not np.isnan(value):
+                yield f"gradiometer_clip_{name}", labels, value
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number the names that come again, because two series may not have the same labels."""
+    return [f"{name}#{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
+
+
+def _rank_samples(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:
+    if newest is not None:
+        labels = (tail.run_id, str(tail.rank))
+        yield "gradiometer_grad_norm_last", labels, float(newest["grad_norm_preclip"])
+        yield "gradiometer_last_step_timestamp_seconds", labels, int(newest["time_ns"]) / 1e9

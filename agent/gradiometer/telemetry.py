@@ -1,0 +1,197 @@
+"""Record what the step path saw: a small row from the device, written when it has arrived. Never raises into training."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gradiometer import transfer
+from gradiometer._guard import Guard
+from gradiometer.backward import MICROBATCHES
+from gradiometer.journal import Journal, StepRecord
+from gradiometer.recorder import Recorder
+from gradiometer.records import POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
+from gradiometer.stepper import Taken
+
+__all__ = ["Telemetry"]
+
+FIXED_SCALARS = 8
+CHECK_SECONDS = 1.0
+"""How often the run directory is checked for having vanished."""
+
+
+class Telemetry:
+    """The recording half of one agent. ``guard`` is where its failures, and those of its hooks, stop."""
+
+    def __init__(self, recorder: Recorder, manifest: Manifest, device: torch.device) -> None:
+        self.recorder, self.manifest = recorder, manifest
+        self.guard = Guard("recording", self._count_error)
+        self.newest_scalars: Mapping[str, float] = {}
+        """Scalars of the newest row that reached the host."""
+        self._device = device
+        width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2) + (2 + MICROBATCHES) * len(manifest.parameters)
+        self._transfer: transfer.Transfer[StepRecord] = transfer.Transfer(width, device)
+        self._journal = Journal(recorder, manifest)
+        self._current: StepRecord | None = None
+        self._last: StepRecord | None = None
+        self._next: dict[str, float | Tensor] = {}
+        self._last_time, self._next_check = math.nan, 0.0
+        with self.guard:
+            policies = ", ".join(manifest.policies) or "none: gradients are observed only"
+            recorder.event("attached", f"attached to {len(manifest.parameters)} parameters; policy: {policies}")
+
+    @property
+    def pending(self) -> bool:
+        """Whether a step has begun and not been finished."""
+        return self._current is not None
+
+    def notice(self, kind: str, message: str) -> None:
+        """Write an incident."""
+        with self.guard:
+            self.recorder.event(kind, message)
+
+    def begin(self, taken: Taken, arrivals: list[tuple[int, Tensor]]) -> None:
+        """Send the row of a step on its way to the host."""
+        with self.guard:
+            if self._current is not None:
+                self._current.flags |= Flag.FAILED  # the step before raised in the optimizer
+            self._current = record = self._record(taken)
+            pieces = self._pieces(taken, record, arrivals)
+            if not self._transfer.send(torch.cat([piece.to(torch.float32) for piece in pieces]), record):
+                self.recorder.status.rows_dropped += 1
+
+    def finish(self, order: tuple[int, ...], agent_seconds: float) -> bool:
+        """Write the rows that have arrived; return whether one of them was non-finite.
+
+        ``agent_seconds`` is what the step in progress has cost the host; ``order`` the latest backward order.
+        """
+        assert self._current is not None
+        self._last, self._current = self._current, None
+        self._last.agent_seconds = agent_seconds
+        if self._next_check <= self._last.time_ns:
+            self._next_check = self._last.time_ns + CHECK_SECONDS * 1e9
+            with self.guard:
+                self.recorder.check_directory()
+        return self._write(order, wait=False)
+
+    def log(self, named: Mapping[str, float | Tensor], *, late_allowed: bool) -> None:
+        """Keep scalars for the next row, or add them to the last one if they are late for it."""
+        held = {name: self._hold(name, value) for name, value in named.items()}
+        last = self._last
+        if last is not None and late_allowed and self._current is None and last.logged.isdisjoint(held):
+            with self.guard:
+                if self._add_late(last, held):
+                    last.logged.update(held)
+                    return
+        self._next.update(held)
+
+    def flush(self, order: tuple[int, ...]) -> None:
+        """Wait for every row under way and write it."""
+        self._write(order, wait=True)
+
+    def close(self, order: tuple[int, ...]) -> None:
+        """Flush and finish the run directory."""
+        self.flush(order)
+        with self.guard:
+            self.recorder.close()
+
+    def _count_error(self) -> None:
+        self.recorder.status.agent_errors += 1
+        with contextlib.suppress(OSError):
+            self.recorder.write_status()
+
+    def _record(self, taken: Taken) -> StepRecord:
+        now = time.time_ns()
+        seconds, self._last_time = (now - self._last_time) / 1e9, now
+        return StepRecord(
+            step=taken.step,
+            time_ns=now,
+            optimizer=taken.optimizer,
+            flags=int(Flag.SCALER) if taken.by_scaler else 0,
+            step_seconds=seconds,
+        )
+
+    def _pieces(self, taken: Taken, record: StepRecord, arrivals: list[tuple[int, Tensor]]) -> list[Tensor]:
+        """Return the parts of the row, and name them in the record."""
+        scalars = _scalars(taken) | self._next
+        self._next = {}
+        record.logged = {name for name in scalars if name == "loss" or name.startswith("log.")}
+        tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
+        record.host = {name: value for name, value in scalars.items() if not isinstance(value, Tensor)}
+        record.travelling = tuple(tensors)
+        pieces = [torch.stack([self._home(tensor) for tensor in tensors.values()]), taken.outcome.before.norms]
+        if "coefficient" not in scalars and taken.outcome.before is not taken.after:
+            record.has_postclip = True
+            pieces.append(taken.after.norms)
+        if arrivals:
+            record.arrivals = tuple(index for index, _ in arrivals)
+            pieces.append(torch.stack([self._home(norm) for _, norm in arrivals]))
+        return pieces
+
+    def _home(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, torch.float32, non_blocking=True)
+
+    def _hold(self, name: str, value: float | Tensor) -> float | Tensor:
+        """Return a number, or a copy on its device of a tensor that the host cannot read for nothing."""
+        shown = name.removeprefix("log.")
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise TypeError(f"{shown} has shape {tuple(value.shape)}, expected one element: reduce it first")
+            value = value.detach().reshape(())
+            if transfer.reads_are_free(value.device):
+                return float(value)
+            return value.to(torch.float32, copy=True)
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{shown} is a {type(value).__name__}, expected a number or a one-element tensor")
+        return float(value)
+
+    def _add_late(self, last: StepRecord, held: Mapping[str, float | Tensor]) -> bool:
+        """Add scalars to a row that is under way, or was just written; return False if neither is possible."""
+        tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        if self._transfer.newest is last:
+            last.host |= {name: value for name, value in held.items() if not isinstance(value, Tensor)}
+            if tensors:
+                self._transfer.extend(torch.stack([self._home(tensor) for tensor in tensors.values()]))
+                last.late += tuple(tensors)
+            return True
+        numbers_only = {name: value for name, value in held.items() if not isinstance(value, Tensor)}
+        if tensors:
+            return False
+        self._journal.amend(numbers_only)
+        return True
+
+    def _write(self, order: tuple[int, ...], *, wait: bool) -> bool:
+        incident = False
+        for record, values in self._transfer.arrived(wait=wait):
+            head = dict(zip(record.travelling, values.tolist(), strict=False))
+            self.newest_scalars = {**head, "step": float(record.step)}
+            with self.guard:
+                incident |= self._journal.write(record, values, order)
+        return incident
+
+
+def _scalars(taken: Taken) -> dict[str, float | Tensor]:
+    """Name the scalars of a step; those that are tensors will travel."""
+    outcome, after = taken.outcome, taken.after
+    scalars: dict[str, float | Tensor] = {"total": outcome.before.total, "learning_rate": taken.learning_rate}
+    uniform = outcome.coefficient is not None and outcome.coefficient.dim() == 0
+    if uniform and outcome.zero is None and taken.clamped is None:
+        assert outcome.coefficient is not None
+        scalars["coefficient"] = outcome.coefficient
+    if after is not outcome.before:
+        scalars["total_after"] = after.total
+    optional = {"skip": taken.skip, "consecutive": taken.consecutive, "loss_scale": taken.loss_scale}
+    scalars |= {name: value for name, value in optional.items() if value is not None}
+    if taken.by_scaler:
+        scalars["skip"] = 1.0
+    for slot, (strength, threshold) in enumerate(zip(outcome.strengths, outcome.thresholds, strict=True)):
+        scalars |= {f"strength{slot}": strength, f"threshold{slot}": threshold}
+    if taken.clamped is not None and outcome.clamp is not None:
+        scalars[f"strength{outcome.clamp.slot}"] = taken.clamped.strength
+    return scalars
