@@ -203,15 +203,18 @@ def _clamp(
         if _gradient(parameter).layout is torch.sparse_coo:  # duplicates add up before they are bounded
             parameter.grad = _gradient(parameter).coalesce()
     values = [_strided(_gradient(parameter)) for parameter in chosen]
-    exceeded = _exceeds(values, clamp.max_abs, outcome.after.total.device)
+    assert outcome.after is not None  # a pipeline with a clamp works it out
+    before = outcome.after.total
+    exceeded = _exceeds(values, clamp.max_abs, before.device)
     if values:
         torch._foreach_clamp_min_(values, -clamp.max_abs)
         torch._foreach_clamp_max_(values, clamp.max_abs)
     norms = meter([None if parameter is None else parameter.grad for parameter in parameters])
     total = total_norm(norms)
-    ratio = (total / outcome.after.total).nan_to_num(nan=0.0).clamp(max=1 - 1e-7)
-    after = Observation(norms=norms, total=total, finite=torch.isfinite(total))
-    return Clamped(after=after, strength=torch.where(exceeded, ratio, torch.ones_like(ratio)))
+    ratio = (total / before).nan_to_num(nan=0.0).clamp(max=1 - 1e-7)
+    return Clamped(
+        after=Observation(norms=norms, total=total), strength=torch.where(exceeded, ratio, torch.ones_like(ratio))
+    )
 
 
 def _exceeds(values: list[Tensor], bound: float, device: torch.device) -> Tensor:

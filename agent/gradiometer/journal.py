@@ -21,6 +21,9 @@ __all__ = ["Journal", "StepRecord", "first_nonfinite"]
 
 Norms = npt.NDArray[np.float32]
 NAN = math.nan
+# Plain integers: the operators of an IntFlag cost a microsecond each.
+NONFINITE, SKIPPED, CLIPPED = int(Flag.NONFINITE), int(Flag.SKIPPED), int(Flag.CLIPPED)
+ZEROED, HOOKED = int(Flag.ZEROED), int(Flag.HOOKED)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,22 +59,24 @@ class Journal:
         self._episode: int | None = None
         self._order_known = False
 
-    def write(self, record: StepRecord, values: Norms, order: tuple[int, ...]) -> bool:
-        """Write one step; ``values`` is the row as it travelled. Returns whether the step was non-finite.
+    def write(self, record: StepRecord, scalars: Mapping[str, float], values: Norms, order: tuple[int, ...]) -> bool:
+        """Write one step; ``values`` is the row as it travelled, ``scalars`` those of it and of the host by name.
 
+        Returns whether the step was non-finite.
         ``order`` is the latest known backward order, for steps whose own arrivals were not watched.
         """
-        scalars = record.host | _named(record.travelling, values)
         if record.late:
-            scalars |= _named(record.late, values[-len(record.late) :])
+            late = values[-len(record.late) :].tolist()
+            scalars = {**scalars, **dict(zip(record.late, late, strict=True))}
         pre, post, micro = self._split(record, values, scalars)
         header = self._header(record, scalars, pre, micro, order)
         stats = self._recorder.stats
-        stats[0], stats[1], stats[2] = pre, post, self._microbatch_norms(record, micro)
+        stats[0], stats[1] = pre, post
+        stats[2] = self._microbatch_norms(record, micro) if record.arrivals else -0.0
         self._recorder.scalars[:] = NAN
         self._fill_scalars(scalars)
         self._recorder.commit(header)
-        nonfinite = bool(header.flags & Flag.NONFINITE)
+        nonfinite = bool(header.flags & NONFINITE)
         self._follow_episode(header, nonfinite=nonfinite)
         self._announce_order(record)
         return nonfinite
@@ -107,15 +112,15 @@ class Journal:
         skipped = scalars.get("skip", 0.0) > 0
         before = scalars["total"]
         after = 0.0 if skipped else scalars.get("total_after", before * scalars.get("coefficient", 1.0))
-        bad = not np.isfinite(pre).all()
-        clipped = self._fill_policies(scalars)
-        flags = record.flags | (Flag.NONFINITE if bad else 0) | (Flag.SKIPPED if skipped else 0)
-        flags |= (Flag.CLIPPED if clipped else 0) | (Flag.HOOKED if record.arrivals else 0)
-        flags |= Flag.ZEROED if bad and math.isfinite(after) and not skipped else 0
+        bad = not math.isfinite(before) and not bool(np.isfinite(pre).all())
+        clipped = self._fill_policies(scalars, 0.0 if bad else 1.0)
+        zeroed = bad and math.isfinite(after) and not skipped
+        flags = record.flags | NONFINITE * bad | SKIPPED * skipped | CLIPPED * bool(clipped)
+        flags |= HOOKED * bool(record.arrivals) | ZEROED * zeroed
         return RowHeader(
             step=record.step,
             time_ns=record.time_ns,
-            flags=int(flags),
+            flags=flags,
             clipped=clipped,
             optimizer=record.optimizer,
             microbatches=_microbatches(record.arrivals),
@@ -130,11 +135,11 @@ class Journal:
             agent_seconds=record.agent_seconds,
         )
 
-    def _fill_policies(self, scalars: Mapping[str, float]) -> int:
+    def _fill_policies(self, scalars: Mapping[str, float], default: float) -> int:
         """Fill the policy columns and return the mask of those that changed the gradients."""
         columns, clipped = self._recorder.policies, 0
         for slot in range(min(len(self._policies), POLICY_SLOTS)):
-            strength = scalars.get(f"strength{slot}", 1.0)
+            strength = scalars.get(f"strength{slot}", default)
             columns[0, slot] = scalars.get(f"threshold{slot}", NAN)
             columns[1, slot] = strength
             clipped |= (strength < 1.0) << slot
@@ -165,27 +170,26 @@ class Journal:
     def _microbatch_norms(self, record: StepRecord, micro: Norms) -> Norms:
         """Return the root mean square over each parameter's micro-batches, [P]; negative zero where there was none."""
         norms = np.full(len(self._names), -0.0, np.float32)
-        if record.arrivals:
-            index = np.asarray(record.arrivals)
-            squares = np.bincount(index, np.square(micro.astype(np.float64)), len(norms))
-            counts = np.bincount(index, minlength=len(norms))
-            seen = counts > 0
-            norms[seen] = np.sqrt(squares[seen] / counts[seen])
+        index = np.asarray(record.arrivals)
+        squares = np.bincount(index, np.square(micro.astype(np.float64)), len(norms))
+        counts = np.bincount(index, minlength=len(norms))
+        seen = counts > 0
+        norms[seen] = np.sqrt(squares[seen] / counts[seen])
         return norms
 
     def _follow_episode(self, header: RowHeader, *, nonfinite: bool) -> None:
         if nonfinite and self._episode is None:
             self._episode = header.step
             name = self._names[header.first_nonfinite] if header.first_nonfinite >= 0 else "unknown"
-            done = "the step was skipped" if header.flags & Flag.SKIPPED else "the optimizer used it"
-            done = "it was replaced by zeros" if header.flags & Flag.ZEROED else done
+            done = "the step was skipped" if header.flags & SKIPPED else "the optimizer used it"
+            done = "it was replaced by zeros" if header.flags & ZEROED else done
             message = f"the gradient of {name} went non-finite at step {header.step}; {done}"
             self._recorder.event(
-                "nonfinite", message, step=header.step, parameter=name, skipped=bool(header.flags & Flag.SKIPPED)
+                "nonfinite", message, step=header.step, parameter=name, skipped=bool(header.flags & SKIPPED)
             )
         elif not nonfinite and self._episode is not None:
             steps, self._episode = header.step - self._episode, None
-            message = f"gradients are finite again at step {header.step}, after {steps} steps"
+            message = f"gradients are finite again at step {header.step}, after {steps} bad step{'s' * (steps > 1)}"
             self._recorder.event("finite_again", message, step=header.step, steps=steps)
 
     def _announce_order(self, record: StepRecord) -> None:
@@ -210,10 +214,6 @@ def first_nonfinite(pre: Norms, arrivals: tuple[int, ...], micro: Norms, order: 
         if bad[index]:
             return index
     return -1
-
-
-def _named(names: tuple[str, ...], values: Norms) -> dict[str, float]:
-    return dict(zip(names, values[: len(names)].tolist(), strict=True))
 
 
 def _microbatches(arrivals: tuple[int, ...]) -> int:

@@ -46,6 +46,7 @@ EVENTS_BYTES = 16 * 2**20
 
 
 _MASK = 2**64 - 1
+_NONFINITE, _SKIPPED = int(Flag.NONFINITE), int(Flag.SKIPPED)
 _STATUS = struct.Struct(f"<QQq6Qd{POLICY_SLOTS}Q")
 _ROW_HEADER = struct.Struct("<qqIIIIi4x8d")
 _LOSS = struct.Struct("<d")
@@ -110,8 +111,8 @@ class Status:
         self.steps += 1
         self.heartbeat_ns = row.time_ns
         self.agent_seconds += row.agent_seconds
-        self.nonfinite_steps += bool(row.flags & Flag.NONFINITE)
-        self.skipped_steps += bool(row.flags & Flag.SKIPPED)
+        self.nonfinite_steps += bool(row.flags & _NONFINITE)
+        self.skipped_steps += bool(row.flags & _SKIPPED)
         clipped = row.clipped
         while clipped:
             self.clip_events[(clipped & -clipped).bit_length() - 1] += 1

@@ -51,7 +51,8 @@ class Taken:
     by_scaler: bool = False
 
     @property
-    def after(self) -> Observation:
+    def after(self) -> Observation | None:
+        """Norms of what the optimizer is given; None as in :class:`~gradiometer.policy.pipeline.Outcome`."""
         return self.outcome.after if self.clamped is None else self.clamped.after
 
 
@@ -114,7 +115,7 @@ class Stepper:
         with torch.no_grad():
             observation = observe(self._meter(_gradients(self._watched[index])))
         self._round = None
-        return self._taken(index, Outcome(before=observation, after=observation), by_scaler=True)
+        return self._taken(index, Outcome(before=observation), by_scaler=True)
 
     def restore(self, optimizer: Optimizer) -> None:
         """Put back what acting changed on the optimizer; idempotent."""
@@ -209,7 +210,7 @@ class Stepper:
         watched = _union([self._watched[member] for member in self._members(index)])
         norms = self._meter(_gradients(watched))
         observation = observe(norms if scale is None else norms / scale.to(norms.device, non_blocking=True))
-        outcome, states = Outcome(before=observation, after=observation), self._states
+        outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
         clamped = self._act(index, watched, outcome, scale)
@@ -224,6 +225,8 @@ class Stepper:
 
     def _act(self, index: int, watched: Watched, outcome: Outcome, scale: Tensor | None) -> Clamped | None:
         members = self._members(index)
+        if self.pipeline is None and len(members) == 1:
+            return None
         kernel = outcome.coefficient is not None and outcome.coefficient.dim() == 0 and outcome.clamp is None
         scaled = not (kernel and all(takes_grad_scale(self._optimizers[member]) for member in members))
         unscaled = outcome.clamp is not None and scale is not None

@@ -1,4 +1,4 @@
-"""Record what the step path saw: a small row from the device, written when it has arrived. Never raises into training."""
+"""Record what the step path saw: a small row from the device, written once it has arrived. Raises nothing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Telemetry:
                 self._current.flags |= Flag.FAILED  # the step before raised in the optimizer
             self._current = record = self._record(taken)
             pieces = self._pieces(taken, record, arrivals)
-            if not self._transfer.send(torch.cat([piece.to(torch.float32) for piece in pieces]), record):
+            row = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            if not self._transfer.send(row.to(torch.float32), record):
                 self.recorder.status.rows_dropped += 1
 
     def finish(self, order: tuple[int, ...], agent_seconds: float) -> bool:
@@ -122,11 +123,18 @@ class Telemetry:
         scalars = _scalars(taken) | self._next
         self._next = {}
         record.logged = {name for name in scalars if name == "loss" or name.startswith("log.")}
-        tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
-        record.host = {name: value for name, value in scalars.items() if not isinstance(value, Tensor)}
+        tensors = {}
+        for name, value in scalars.items():
+            if not isinstance(value, Tensor):
+                record.host[name] = value
+            elif transfer.reads_are_free(value.device):
+                record.host[name] = value.item()
+            else:
+                tensors[name] = self._home(value)
         record.travelling = tuple(tensors)
-        pieces = [torch.stack([self._home(tensor) for tensor in tensors.values()]), taken.outcome.before.norms]
-        if "coefficient" not in scalars and taken.outcome.before is not taken.after:
+        pieces = [torch.stack(list(tensors.values()))] if tensors else []
+        pieces.append(taken.outcome.before.norms)
+        if taken.after is not None:
             record.has_postclip = True
             pieces.append(taken.after.norms)
         if arrivals:
@@ -135,7 +143,7 @@ class Telemetry:
         return pieces
 
     def _home(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, torch.float32, non_blocking=True)
+        return tensor if tensor.device == self._device else tensor.to(self._device, non_blocking=True)
 
     def _hold(self, name: str, value: float | Tensor) -> float | Tensor:
         """Return a number, or a copy on its device of a tensor that the host cannot read for nothing."""
@@ -169,10 +177,10 @@ class Telemetry:
     def _write(self, order: tuple[int, ...], *, wait: bool) -> bool:
         incident = False
         for record, values in self._transfer.arrived(wait=wait):
-            head = dict(zip(record.travelling, values.tolist(), strict=False))
-            self.newest_scalars = {**head, "step": float(record.step)}
+            travelled = dict(zip(record.travelling, values[: len(record.travelling)].tolist(), strict=True))
+            self.newest_scalars = record.host | travelled | {"step": float(record.step)}
             with self.guard:
-                incident |= self._journal.write(record, values, order)
+                incident |= self._journal.write(record, self.newest_scalars, values, order)
         return incident
 
 
@@ -180,18 +188,18 @@ def _scalars(taken: Taken) -> dict[str, float | Tensor]:
     """Name the scalars of a step; those that are tensors will travel."""
     outcome, after = taken.outcome, taken.after
     scalars: dict[str, float | Tensor] = {"total": outcome.before.total, "learning_rate": taken.learning_rate}
-    uniform = outcome.coefficient is not None and outcome.coefficient.dim() == 0
-    if uniform and outcome.zero is None and taken.clamped is None:
-        assert outcome.coefficient is not None
-        scalars["coefficient"] = outcome.coefficient
-    if after is not outcome.before:
+    if after is not None:
         scalars["total_after"] = after.total
+    elif outcome.coefficient is not None:
+        scalars["coefficient"] = outcome.coefficient
     optional = {"skip": taken.skip, "consecutive": taken.consecutive, "loss_scale": taken.loss_scale}
     scalars |= {name: value for name, value in optional.items() if value is not None}
     if taken.by_scaler:
         scalars["skip"] = 1.0
     for slot, (strength, threshold) in enumerate(zip(outcome.strengths, outcome.thresholds, strict=True)):
-        scalars |= {f"strength{slot}": strength, f"threshold{slot}": threshold}
+        scalars[f"threshold{slot}"] = threshold
+        if strength is not None:
+            scalars[f"strength{slot}"] = strength
     if taken.clamped is not None and outcome.clamp is not None:
         scalars[f"strength{outcome.clamp.slot}"] = taken.clamped.strength
     return scalars

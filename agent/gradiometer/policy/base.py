@@ -37,8 +37,6 @@ class Observation:
     """L2 norm of each parameter's gradient, float32 or float64 [P]; negative zero where it has none."""
     total: Tensor
     """Global L2 norm, 0-dim, of the same dtype."""
-    finite: Tensor
-    """Whether :attr:`total` is finite, bool, 0-dim."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +52,8 @@ class Decision:
     clamp: float | None = None
     """Clamp every element of the gradients chosen by :attr:`clamp_mask` to ±this."""
     clamp_mask: Sequence[bool] = ()
-    strength: Tensor
-    """The smallest factor applied, 0-dim: 1 when nothing changed, 0 for a skip."""
+    strength: Tensor | None = None
+    """The smallest factor applied, 0-dim, 1 when nothing changed; None: 0 in a non-finite step, else 1."""
     threshold: float | Tensor
     """Threshold in force, in units of what it bounds."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ EPSILON = 1e-6
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     """Return min(1, max_norm / (norm + 1e-6)), and 1 where the norm is not finite: scaling cannot mend it."""
     coefficient = (max_norm / (norm + EPSILON)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norm), coefficient, 1.0)
+    return torch.where(norm < math.inf, coefficient, 1.0)  # NaN compares false
 
 
 @dataclass(frozen=True, kw_only=True)

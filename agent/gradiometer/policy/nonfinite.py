@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,11 @@ class NonFinite:
     def decide(self, state: State, observation: Observation, step: int) -> tuple[Decision, State]:
         """Ask for a skip (or zeros) when the global norm is not finite; the threshold is Inf by nature."""
         del step
-        bad = ~observation.finite
+        bad = ~(observation.total < math.inf)  # NaN compares false
         consecutive = torch.where(bad, state["consecutive"] + 1, 0.0)
         decision = Decision(
             skip=None if self.zero else bad,
-            zero=~torch.isfinite(observation.norms) if self.zero else None,
-            strength=observation.finite.to(observation.norms.dtype),
-            threshold=float("inf"),
+            zero=~(observation.norms < math.inf) if self.zero else None,
+            threshold=math.inf,
         )
         return decision, {"consecutive": consecutive}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import mul, or_
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from gradiometer.policy.value import Value
 __all__ = ["Clamp", "Outcome", "Pipeline", "build_pipeline", "observe"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Clamp:
     """The element-wise clamp that the last stage asked for."""
 
@@ -34,22 +36,22 @@ class Outcome:
     """What is to be done to the gradients of one step, and what their norms will be."""
 
     before: Observation
-    after: Observation
-    """Norms once ``coefficient`` and ``zero`` are carried out; a clamp or a skip is not in them."""
+    after: Observation | None = None
+    """Norms once ``coefficient`` and ``zero`` are carried out (a clamp or a skip is not in them); None where they are
+    those before, times a 0-dim coefficient or 1."""
     coefficient: Tensor | None = None
     """0-dim for every gradient alike, or [P]; None leaves them as they are."""
     skip: Tensor | None = None
     zero: Tensor | None = None
     clamp: Clamp | None = None
-    strengths: tuple[Tensor, ...] = ()
-    """For each stage, the smallest factor it applied, 0-dim."""
+    strengths: tuple[Tensor | None, ...] = ()
+    """For each stage, the smallest factor it applied, as in :class:`~gradiometer.policy.base.Decision`."""
     thresholds: tuple[float | Tensor, ...] = ()
 
 
 def observe(norms: Tensor) -> Observation:
     """Compose the parameters' norms [P] into an observation."""
-    total = total_norm(norms)
-    return Observation(norms=norms, total=total, finite=torch.isfinite(total))
+    return Observation(norms=norms, total=total_norm(norms))
 
 
 class Pipeline:
@@ -65,27 +67,33 @@ class Pipeline:
 
     def decide(self, states: dict[str, State], observation: Observation, step: int) -> tuple[Outcome, dict[str, State]]:
         """Run the stages over one step's observation; return what is to be done and the next states."""
-        outcome, following = Outcome(before=observation, after=observation), {}
-        for slot, stage in enumerate(self.stages):
-            decision, following[stage.name] = stage.decide(states[stage.name], outcome.after, step)
-            outcome = _add(outcome, decision, slot)
-        return outcome, following
+        seen, following, decisions = observation, {}, []
+        for stage in self.stages:
+            decision, following[stage.name] = stage.decide(states[stage.name], seen, step)
+            decisions.append(decision)
+            if stage is not self.stages[-1] or not _scales_alike(decision):
+                seen = _after(seen, decision)
+        return _outcome(observation, seen, decisions), following
 
 
-def _add(outcome: Outcome, decision: Decision, slot: int) -> Outcome:
-    clamp = outcome.clamp
-    if decision.clamp is not None:
-        clamp = Clamp(max_abs=decision.clamp, chosen=decision.clamp_mask, slot=slot)
-    return replace(
-        outcome,
-        after=_after(outcome.after, decision),
-        coefficient=_product(outcome.coefficient, decision.coefficient),
-        skip=_either(outcome.skip, decision.skip),
-        zero=_either(outcome.zero, decision.zero),
-        clamp=clamp,
-        strengths=(*outcome.strengths, decision.strength),
-        thresholds=(*outcome.thresholds, decision.threshold),
+def _outcome(before: Observation, after: Observation, decisions: list[Decision]) -> Outcome:
+    last = decisions[-1]
+    alike = all(_scales_alike(decision) for decision in decisions)
+    return Outcome(
+        before=before,
+        after=None if alike and last.clamp is None else after,
+        coefficient=_fold(mul, [decision.coefficient for decision in decisions]),
+        skip=_fold(or_, [decision.skip for decision in decisions]),
+        zero=_fold(or_, [decision.zero for decision in decisions]),
+        clamp=None if last.clamp is None else Clamp(last.clamp, last.clamp_mask, len(decisions) - 1),
+        strengths=tuple(decision.strength for decision in decisions),
+        thresholds=tuple(decision.threshold for decision in decisions),
     )
+
+
+def _scales_alike(decision: Decision) -> bool:
+    """Tell whether the decision, but for a skip, is at most one factor for every gradient."""
+    return decision.zero is None and (decision.coefficient is None or decision.coefficient.dim() == 0)
 
 
 def _after(observation: Observation, decision: Decision) -> Observation:
@@ -94,17 +102,12 @@ def _after(observation: Observation, decision: Decision) -> Observation:
     if decision.coefficient is None:
         return observation
     norms = observation.norms * decision.coefficient
-    uniform = decision.coefficient.dim() == 0
-    total = observation.total * decision.coefficient if uniform else total_norm(norms)
-    return replace(observation, norms=norms, total=total)
+    total = observation.total * decision.coefficient if decision.coefficient.dim() == 0 else total_norm(norms)
+    return Observation(norms=norms, total=total)
 
 
-def _product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    return right if left is None else left if right is None else left * right
-
-
-def _either(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    return right if left is None else left if right is None else left | right
+def _fold(operator: Callable[[Tensor, Tensor], Tensor], parts: list[Tensor | None]) -> Tensor | None:
+    return reduce(operator, [part for part in parts if part is not None]) if any(p is not None for p in parts) else None
 
 
 def build_pipeline(spec: PolicySpec, layout: Layout) -> Pipeline:

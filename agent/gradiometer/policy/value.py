@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from gradiometer.policy.base import Decision, Layout, Observation, State
 
 __all__ = ["Value"]
@@ -30,6 +28,5 @@ class Value:
 
     def decide(self, state: State, observation: Observation, step: int) -> tuple[Decision, State]:
         """Ask for the clamp; how strong it was is measured by the one who carries it out."""
-        del step
-        strength = torch.ones_like(observation.total)
-        return Decision(clamp=self.max_abs, clamp_mask=self.chosen, strength=strength, threshold=self.max_abs), state
+        del observation, step
+        return Decision(clamp=self.max_abs, clamp_mask=self.chosen, threshold=self.max_abs), state
