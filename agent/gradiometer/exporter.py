@@ -1,6 +1,7 @@
 """Offer a run's metrics inside the training process, for those who want no daemon. Needs no torch.
 
-    REGISTRY.register(gradiometer.exporter.collector(agent))
+    from gradiometer.exporter import collector
+    REGISTRY.register(collector(agent))
 
 Guarantees: collecting never raises, because that would lose the whole scrape: it is logged once and exported as
 ``gradiometer_collector_success 0``. A scrape costs the training process one metric object a series; for models of

@@ -210,7 +210,8 @@ def first_nonfinite(pre: Norms, arrivals: tuple[int, ...], micro: Norms, order: 
         if not math.isfinite(norm):
             return index
     bad = ~np.isfinite(pre)
-    for index in (*order, *range(len(pre) - 1, -1, -1)):
+    candidates: tuple[int, ...] = (*order, *range(len(pre) - 1, -1, -1))
+    for index in candidates:
         if bad[index]:
             return index
     return -1
