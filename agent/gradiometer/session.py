@@ -13,6 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
@@ -114,7 +115,8 @@ class Agent:
     ) -> None:
         self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
         self._detached, self._pid = False, os.getpid()
-        self._entered = 0.0
+        self._spent = 0.0
+        """Host seconds of the agent's own that no row has told of yet."""
         self._hooks = StepHooks(optimizers, self)
         watch.prepare(0, incident=False)
         _live.add(self)
@@ -124,7 +126,7 @@ class Agent:
         return self._telemetry.manifest.run_id
 
     @property
-    def path(self) -> os.PathLike[str]:
+    def path(self) -> Path:
         """This rank's directory of the run; :func:`gradiometer.open_run` takes it."""
         return self._telemetry.recorder.path
 
@@ -198,7 +200,7 @@ class Agent:
                 self._telemetry.begin(taken, self._watch.take())
             while self._stepper.notices:
                 self._telemetry.notice(*self._stepper.notices.pop())
-        self._entered = time.perf_counter() - began
+        self._spent += time.perf_counter() - began
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Put back what acting changed, and let rows that have arrived be written."""
@@ -206,9 +208,12 @@ class Agent:
         self._stepper.restore(optimizer)
         self._stepper.finished()
         if self._telemetry.pending:
-            incident = self._telemetry.finish(self._watch.order, began - self._entered)
+            seconds, self._spent = self._spent + time.perf_counter() - began, 0.0
+            began = time.perf_counter()
+            incident = self._telemetry.finish(self._watch.order, seconds)
             with self._telemetry.guard:
                 self._watch.prepare(self._stepper.step, incident=incident)
+        self._spent += time.perf_counter() - began
         self._stepper.check(self._telemetry.newest_scalars)
 
     def step_failed(self, optimizer: Optimizer) -> None:

@@ -1,0 +1,199 @@
+"""The command line. Shows help and reads runs without torch; only ``demo`` loads it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
+from gradiometer.recorder import RunInUseError, check_run_id
+from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs
+from gradiometer.report import render, run_state, summarize
+from gradiometer.run import Run, open_run
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="An instrument that measures gradients: per-layer norms and clip events of live PyTorch runs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Dir = Annotated[
+    Path | None,
+    typer.Option("--dir", help="Where runs live [env: GRADIOMETER_DIR; default: the user's state directory]."),
+]
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is for the user."""
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"gradiometer {_version()}")
+        raise typer.Exit
+
+
+@app.command()
+def runs(
+    directory: Dir = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False
+) -> None:
+    """List the recorded runs, newest last."""
+    root = default_root(directory)
+    rows = [_listed(path) for path in find_runs(root)]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        typer.echo(f"no runs in {root}: 'gradiometer demo' makes one, gradiometer.attach() makes yours")
+        return
+    Console().print(_run_table(rows, root))
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="Run id, or the path of a run directory.")],
+    directory: Dir = None,
+    rank: Annotated[int, typer.Option(help="Which rank of a distributed run.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Sum up one run: its layers, clip events and incidents."""
+    found = _open(run, default_root(directory), rank)
+    if as_json:
+        typer.echo(json.dumps(summarize(found), indent=1))
+    else:
+        Console().print(render(found))
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(help="Optimizer steps to take.", min=1)] = 600,
+    run_id: Annotated[str | None, typer.Option(help="Name of the run; made from the clock unless given.")] = None,
+    directory: Dir = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Policy file, or 'none' to see what happens without clipping [default: norm 0.2]."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the monitor; 0 takes a free one [default: 9477].", min=0, max=65535)
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Run the monitor beside the training.")] = True,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.", min=0)] = 0,
+) -> None:
+    """Train a deep LSTM on real text, and watch its gradients."""
+    if run_id is not None:
+        check_run_id(run_id)
+    try:
+        from gradiometer.demo import DEFAULT_POLICY, DemoError, DemoSettings, run_demo
+    except ModuleNotFoundError as error:
+        raise UsageError(f"the demo needs {error.name}: pip install 'gradiometer[torch,monitor]'") from error
+    chosen: PolicySource | None = DEFAULT_POLICY
+    if policy is not None:
+        chosen = None if policy == "none" else load_policy(policy)
+    settings = DemoSettings(
+        steps=steps, run_id=run_id, root=directory, policy=chosen, port=port, serve=serve, device=device, seed=seed
+    )
+    try:
+        raise typer.Exit(run_demo(settings, Console()))
+    except DemoError as error:
+        raise UsageError(str(error)) from error
+
+
+def _add_monitor() -> None:
+    try:
+        from gradiometer_monitor.cli import monitor
+    except ModuleNotFoundError as error:
+        _add_missing_monitor(str(error.name))
+    else:
+        app.command()(monitor)
+
+
+def _add_missing_monitor(name: str) -> None:
+    @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+    def monitor() -> None:
+        """Serve the metrics of this host's runs to Prometheus (needs the extra 'monitor')."""
+        raise UsageError(f"the monitor needs {name}: pip install 'gradiometer[monitor]'")
+
+
+_add_monitor()
+
+
+def _version() -> str:
+    try:
+        return version("gradiometer")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+def _open(run: str, root: Path, rank: int) -> Run:
+    """Open a run by id or path; raises UsageError that lists the runs there are."""
+    path = root / run if (root / run).exists() else Path(run)
+    try:
+        return open_run(path, rank)
+    except FileNotFoundError as error:
+        known = ", ".join(each.name for each in find_runs(root)[-5:]) or "none"
+        raise UsageError(f"no run {run!r} (rank {rank}) in {root}; the newest there: {known}") from error
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """Describe one run of a list; one that cannot be read says why."""
+    try:
+        run = open_run(find_ranks(path)[0])
+    except (RunFormatError, OSError) as error:
+        return {"run_id": path.name, "state": "unreadable", "error": str(error)}
+    summary = summarize(run)
+    keys = ("run_id", "started", "steps", "grad_norm_median", "nonfinite_steps", "skipped_steps", "loss_last")
+    return {"state": run_state(run), "ranks": len(find_ranks(path))} | {key: summary[key] for key in keys}
+
+
+_NUMBERS = ("ranks", "steps", "median norm", "non-finite", "skipped", "last loss")
+
+
+def _run_table(rows: list[dict[str, Any]], root: Path) -> Table:
+    table = Table(title=f"Runs in {root}", title_justify="left", title_style="bold", box=SIMPLE, padding=0)
+    headings = {
+        "run_id": "run",
+        "state": "state",
+        "ranks": "ranks",
+        "started": "started",
+        "steps": "steps",
+        "grad_norm_median": "median norm",
+        "nonfinite_steps": "non-finite",
+        "skipped_steps": "skipped",
+        "loss_last": "last loss",
+    }
+    for heading in headings.values():
+        table.add_column(heading, no_wrap=heading == "run", justify="right" if heading in _NUMBERS else "left")
+    for row in rows:
+        row["started"] = str(row.get("started", "-"))[:16].replace("T", " ")
+        table.add_row(*(_cell(row.get(key)) for key in headings))
+    return table
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one line on stderr and exit status 2."""
+    try:
+        app()
+    except (UsageError, PolicyError, RunFormatError, RunInUseError, ValueError, OSError) as error:
+        typer.echo(f"gradiometer: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Sum up a recorded run: as tables for people, as plain values for programs. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gradiometer.records import State, process_alive
+from gradiometer.run import Run
+
+__all__ = ["layer_table", "render", "run_state", "summarize"]
+
+MAX_LAYERS, MAX_EVENTS = 40, 20
+
+
+def run_state(run: Run) -> str:
+    """Tell whether the run is ``running``, ``finished``, ``lost`` (its process died) or ``unknown`` (another host)."""
+    if run.status["state"] == State.FINISHED:
+        return "finished"
+    return {True: "running", False: "lost", None: "unknown"}[process_alive(run.manifest)]
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Return what there is to say about a run as JSON values; unknown numbers are None."""
+    manifest, norms = run.manifest, run.grad_norm_preclip
+    finite = norms[np.isfinite(norms)]
+    return {
+        "run_id": manifest.run_id,
+        "path": str(run.path),
+        "state": run_state(run),
+        "rank": manifest.rank,
+        "world_size": manifest.world_size,
+        "device": manifest.device,
+        "started": _clock(manifest.created_ns / 1e9),
+        "steps": int(run.status["steps"]),
+        "steps_in_ring": len(run),
+        "parameters": len(run.parameters),
+        "policy": manifest.policy,
+        "clip_events": dict(zip(manifest.policies, run.status["clip_events"].tolist(), strict=False)),
+        "nonfinite_steps": int(run.status["nonfinite_steps"]),
+        "skipped_steps": int(run.status["skipped_steps"]),
+        "rows_dropped": int(run.status["rows_dropped"]),
+        "events_dropped": int(run.status["events_dropped"]),
+        "agent_errors": int(run.status["agent_errors"]),
+        "agent_seconds": float(run.status["agent_seconds"]),
+        "grad_norm_median": _known(np.median(finite)) if len(finite) else None,
+        "grad_norm_max": _known(finite.max()) if len(finite) else None,
+        "loss_last": _last(run.loss),
+        "learning_rate_last": _last(run.learning_rate),
+        "layers": list(_layers(run)),
+        "events": run.events,
+    }
+
+
+def _layers(run: Run) -> Iterator[dict[str, Any]]:
+    """Yield each layer's norms over the steps in the ring, in the order of the model."""
+    norms = run.layer_norms()
+    clipped = run.layer_norms("grad_norm_postclip") < norms * (1 - 1e-6)
+    squares = np.where(np.isfinite(norms), np.square(norms), 0.0)
+    total = squares.sum()
+    for index, name in enumerate(run.layers):
+        finite = norms[np.isfinite(norms[:, index]), index]
+        yield {
+            "layer": name,
+            "median": _known(np.median(finite)) if len(finite) else None,
+            "max": _known(finite.max()) if len(finite) else None,
+            "share": _known(squares[:, index].sum() / total) if total else None,
+            "clipped_steps": int(clipped[:, index].sum()),
+            "nonfinite_steps": int(len(norms) - len(finite)),
+        }
+
+
+def render(run: Run) -> RenderableType:
+    """Draw a run for a terminal: the facts, the layers, the incidents."""
+    summary = summarize(run)
+    parts: list[RenderableType] = [_facts(summary), layer_table(summary["layers"])]
+    if summary["events"]:
+        parts.append(_incidents(summary["events"]))
+    return Group(*parts)
+
+
+def _facts(summary: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    clips = ", ".join(f"{name} {count}" for name, count in summary["clip_events"].items()) or "no policy"
+    facts = {
+        "run": f"{summary['run_id']} ({summary['state']}), rank {summary['rank']} of {summary['world_size']}",
+        "started": f"{summary['started']} on {summary['device']}",
+        "steps": f"{summary['steps']}, of which the ring holds {summary['steps_in_ring']}",
+        "gradient norm": f"median {_number(summary['grad_norm_median'])}, largest {_number(summary['grad_norm_max'])}",
+        "steps clipped by": clips,
+        "non-finite steps": f"{summary['nonfinite_steps']}, skipped {summary['skipped_steps']}",
+        "last loss": _number(summary["loss_last"]),
+        "agent": f"{summary['agent_seconds']:.2f} s in hooks, {summary['agent_errors']} errors, "
+        f"{summary['rows_dropped']} rows dropped",
+        "where": summary["path"],
+    }
+    for name, value in facts.items():
+        table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+    return table
+
+
+def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
+    """Draw the layers' norms; beyond 40 layers, those with the largest share of the squared norm."""
+    shown = list(layers)
+    title = "Gradient norm by layer, before clipping"
+    if len(shown) > MAX_LAYERS:
+        chosen = {id(layer) for layer in sorted(shown, key=lambda layer: -(layer["share"] or 0.0))[:MAX_LAYERS]}
+        shown = [layer for layer in shown if id(layer) in chosen]
+        title += f" (the {MAX_LAYERS} of {len(layers)} with the largest share)"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("layer", overflow="fold")
+    for heading in ("median", "max", "share", "clipped steps", "non-finite"):
+        table.add_column(heading, justify="right")
+    for layer in shown:
+        share = "-" if layer["share"] is None else f"{layer['share']:.1%}"
+        bad = Text(str(layer["nonfinite_steps"]), style="red" if layer["nonfinite_steps"] else "")
+        table.add_row(
+            layer["layer"], _number(layer["median"]), _number(layer["max"]), share, str(layer["clipped_steps"]), bad
+        )
+    return table
+
+
+def _incidents(events: Sequence[dict[str, Any]]) -> Table:
+    title = "Events" if len(events) <= MAX_EVENTS else f"Events (the last {MAX_EVENTS} of {len(events)})"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("time")
+    table.add_column("kind")
+    table.add_column("message", overflow="fold")
+    for event in events[-MAX_EVENTS:]:
+        when = _clock(event["time_ns"] / 1e9)[11:19] if "time_ns" in event else "?"
+        table.add_row(when, str(event.get("kind", "?")), str(event.get("message", event.get("line", ""))))
+    return table
+
+
+def _clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).astimezone().isoformat(timespec="seconds")
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _last(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float | None:
+    known = values[~np.isnan(values)]
+    return _known(known[-1]) if len(known) else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
