@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gradiometer._guard import Guard
 from gradiometer.norms import tensor_norm
 
-__all__ = ["MICROBATCHES", "BackwardMode", "BackwardWatch"]
+__all__ = ["MICROBATCHES", "BackwardMode", "BackwardWatch", "check_mode"]
 
 BackwardMode = Literal["auto", "every", "off"]
 MICROBATCHES = 8
@@ -24,13 +24,18 @@ MICROBATCHES = 8
 FIRST_STEPS, EVERY, BURST = 3, 100, 3
 
 
+def check_mode(mode: BackwardMode) -> BackwardMode:
+    """Return the mode; raises ValueError if it is none."""
+    if mode not in get_args(BackwardMode):
+        raise ValueError(f"backward is {mode!r}, expected one of {', '.join(map(repr, get_args(BackwardMode)))}")
+    return mode
+
+
 class BackwardWatch:
     """The backward hooks of one agent. Hooks may run in autograd's own threads; lists take appends from any of them."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], mode: BackwardMode, guard: Guard) -> None:
-        if mode not in get_args(BackwardMode):
-            raise ValueError(f"backward is {mode!r}, expected one of {', '.join(map(repr, get_args(BackwardMode)))}")
-        self._parameters, self._mode, self._guard = parameters, mode, guard
+        self._parameters, self._mode, self._guard = parameters, check_mode(mode), guard
         self._handles: list[RemovableHandle] = []
         self._sentinel: RemovableHandle | None = None
         self._bare = [parameter._backward_hooks is None for parameter in parameters]

@@ -87,7 +87,7 @@ def amp_state(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
 def unscale(gradients: Sequence[Tensor], scale: Tensor | None) -> None:
     """Divide gradients in place by the loss scale they carry."""
     if scale is not None and gradients:
-        torch._foreach_mul_(list(gradients), scale.to(gradients[0].device, non_blocking=True).double().reciprocal())
+        torch._foreach_mul_(list(gradients), scale.to(gradients[0].device, non_blocking=True).reciprocal())
 
 
 def prepare_step(optimizer: Optimizer, outcome: Outcome, *, scaled: bool, unscaled: bool) -> Undo:

@@ -81,6 +81,12 @@ class RunCollector(Collector):
             _gauge(families, "gradiometer_collector_seconds", ("exporter",), time.perf_counter() - started)
         return [family for family in families.values() if family.samples]
 
+    def close(self) -> None:
+        """Close the rings. A later scrape opens them again, and counts from the rows that they still hold."""
+        with self._lock:
+            for path in list(self._tails):
+                self._forget(path)
+
     def _frame(self, path: Path) -> Frame | None:
         try:
             tail = self._follow(path)

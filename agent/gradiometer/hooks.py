@@ -17,11 +17,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["StepHooks", "StepListener", "current_scaler"]
+__all__ = ["StepHooks", "StepListener", "check_free", "current_scaler"]
 
 
 class StepListener(Protocol):
     """What an agent is to its hooks."""
+
+    def within_step(self, optimizer: Optimizer) -> bool:
+        """Tell whether the step that begins is part of one under way: a subclass's step calls its parent's."""
 
     def before_update(self, optimizer: Optimizer) -> None:
         """Gradients are final; the optimizer is about to use them."""
@@ -46,15 +49,22 @@ def current_scaler() -> GradScaler | None:
     return _scalers[-1] if _scalers else None
 
 
+def check_free(optimizers: list[Optimizer]) -> None:
+    """Raise RuntimeError if one of the optimizers has a listener already, ValueError if one is given twice."""
+    for place, optimizer in enumerate(optimizers):
+        if optimizer in _listeners:
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} already has a gradiometer agent: detach() that one first"
+            )
+        if any(optimizer is other for other in optimizers[:place]):
+            raise ValueError(f"this {type(optimizer).__name__} is given twice: list every optimizer once")
+
+
 class StepHooks:
-    """The step hooks of one listener on its optimizers. Raises RuntimeError if one of them has a listener already."""
+    """The step hooks of one listener on its optimizers. Raises as :func:`check_free` does."""
 
     def __init__(self, optimizers: list[Optimizer], listener: StepListener) -> None:
-        for optimizer in optimizers:
-            if optimizer in _listeners:
-                raise RuntimeError(
-                    f"this {type(optimizer).__name__} already has a gradiometer agent: detach() that one first"
-                )
+        check_free(optimizers)
         self._optimizers, self._listener = optimizers, listener
         self._handles: list[RemovableHandle] = []
         _wrap_scaler()
@@ -67,6 +77,8 @@ class StepHooks:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _listeners[optimizer][1][0] += 1
+        if self._listener.within_step(optimizer):
+            return None
         self._listener.step_failed(optimizer)  # what a step that raised has left behind
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
@@ -120,12 +132,14 @@ def _wrap_scaler() -> None:
         if entry is None or not self.is_enabled():
             return original(self, optimizer, *args, **kwargs)
         listener, calls = entry
-        before = calls[0]
+        before, unset = calls[0], {"grad_scale", "found_inf"}.difference(optimizer.__dict__)
         _scalers.append(self)
         try:
             result = original(self, optimizer, *args, **kwargs)
         except BaseException:
             listener.step_failed(optimizer)
+            for name in unset:  # the scaler deletes them only after a step that returns
+                optimizer.__dict__.pop(name, None)
             raise
         else:
             if calls[0] == before:

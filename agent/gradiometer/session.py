@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradiometer.backward import BackwardMode, BackwardWatch
-from gradiometer.hooks import StepHooks
+from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
+from gradiometer.hooks import StepHooks, check_free
 from gradiometer.layers import Parameters, collect_parameters
 from gradiometer.manifest import choose_run_id, describe
 from gradiometer.policy.base import Layout
@@ -72,6 +72,8 @@ def attach(
         raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer or a non-empty list of them")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
+    check_mode(backward)
     spec = None if policy is None else load_policy(policy)
     parameters = collect_parameters(model, optimizers)
     device = _home(parameters)
@@ -190,6 +192,10 @@ class Agent:
         self.detach()
 
     # What the hooks call.
+
+    def within_step(self, optimizer: Optimizer) -> bool:
+        """Tell whether the step that begins is part of one that has begun."""
+        return self._stepper.within(optimizer)
 
     def before_update(self, optimizer: Optimizer) -> None:
         """Observe, decide and act: the gradients are final and the optimizer is about to use them."""

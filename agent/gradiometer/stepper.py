@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
 from gradiometer.clipping import Clamped, Undo, amp_state, change_gradients, prepare_step, takes_grad_scale, unscale
 from gradiometer.hooks import current_scaler
@@ -56,13 +57,33 @@ class Taken:
         return self.outcome.after if self.clamped is None else self.clamped.after
 
 
+class _Fingerprint:
+    """Which gradients an optimizer would use: the first one's identity and version.
+
+    Held weakly: the ``id`` of a gradient that was freed is soon that of another.
+    """
+
+    __slots__ = ("_gradient", "_version")
+
+    def __init__(self, watched: Watched) -> None:
+        gradient = _first_gradient(watched)
+        self._gradient = None if gradient is None else TensorWeakRef(gradient)
+        self._version = 0 if gradient is None else gradient._version
+
+    def matches(self, watched: Watched) -> bool:
+        gradient = _first_gradient(watched)
+        if gradient is None or self._gradient is None:
+            return gradient is None and self._gradient is None
+        return self._gradient() is gradient and gradient._version == self._version
+
+
 @dataclass(kw_only=True, slots=True)
 class _Round:
     outcome: Outcome
     scaled: bool
     unscaled: bool
     stepped: set[int] = field(default_factory=set)
-    fingerprints: list[tuple[int, int] | None] = field(default_factory=list)
+    fingerprints: list[_Fingerprint] = field(default_factory=list)
 
 
 class Stepper:
@@ -87,6 +108,7 @@ class Stepper:
         self._limit, self._guardian = _raise_limit(spec)
         self._round: _Round | None = None
         self._active: int | None = None
+        self._acted_on: _Fingerprint | None = None
         self._undo: dict[int, Undo] = {}
         self._sizes: list[int] = []
         self._watched: list[Watched] = []
@@ -104,10 +126,18 @@ class Stepper:
             self._watch()
         with torch.no_grad():
             again, self._active = self._active == index, index
+            taken = None
             if not again and self._joins(index):
                 self._prepare(index)
-                return None
-            return self._take(index, again=again)
+            else:
+                taken = self._take(index, again=again)
+            self._acted_on = _Fingerprint(self._watched[index])
+            return taken
+
+    def within(self, optimizer: Optimizer) -> bool:
+        """Tell whether the optimizer is in a step on the gradients it has now: the step calls its parent's."""
+        index = self._index(optimizer)
+        return self._active == index and self._acted_on is not None and self._acted_on.matches(self._watched[index])
 
     def observe_skipped(self, optimizer: Optimizer) -> Taken | None:
         """Observe a step that a GradScaler has decided not to take; no policy is asked."""
@@ -189,7 +219,7 @@ class Stepper:
         current = self._round
         if current is None or not self._together or index in current.stepped:
             return False
-        if current.fingerprints[index] == _fingerprint(self._watched[index]):
+        if current.fingerprints[index].matches(self._watched[index]):
             return True
         self._part("their gradients changed between the steps")
         return False
@@ -233,7 +263,7 @@ class Stepper:
         if unscaled:
             unscale([gradient for gradient in _gradients(watched) if gradient is not None], scale)
         clamped = change_gradients(watched, outcome, self._meter, multiply=scaled)
-        prints = [_fingerprint(mine) for mine in self._watched] if len(members) > 1 else []
+        prints = [_Fingerprint(mine) for mine in self._watched] if len(members) > 1 else []
         self._round = _Round(outcome=outcome, scaled=scaled, unscaled=unscaled, fingerprints=prints)
         self._prepare(index)
         return clamped
@@ -303,12 +333,8 @@ def _union(watched: list[Watched]) -> Watched:
     return [next((parameter for parameter in row if parameter is not None), None) for row in zip(*watched, strict=True)]
 
 
-def _fingerprint(watched: Watched) -> tuple[int, int] | None:
-    """Identify the gradients an optimizer would use now: the first one's identity and version."""
-    for parameter in watched:
-        if parameter is not None and parameter.grad is not None:
-            return id(parameter.grad), parameter.grad._version
-    return None
+def _first_gradient(watched: Watched) -> Tensor | None:
+    return next((each.grad for each in watched if each is not None and each.grad is not None), None)
 
 
 def _scaled_alike(scaler: GradScaler | None, scale: Tensor | None, others: list[Optimizer]) -> bool:

@@ -52,7 +52,8 @@ class Histogram:
         """Count ``values``, float64[T]."""
         places = np.searchsorted(self.bounds, values, side="left")
         self._counts += np.bincount(places, minlength=len(self._counts))
-        self.sum += float(values[np.isfinite(values)].sum())
+        with np.errstate(over="ignore"):
+            self.sum += float(values[np.isfinite(values)].sum())
 
 
 class WindowMax:

@@ -33,7 +33,7 @@ class _Slot:
     def __init__(self, width: int, device: torch.device) -> None:
         self.host = torch.empty(width, dtype=torch.float32, pin_memory=device.type == "cuda")
         self.array: npt.NDArray[np.float32] = self.host.numpy()
-        self.event = None if reads_are_free(device) else torch.Event(device.type)
+        self.event = None if reads_are_free(device) else torch.Event(device)
         self.used = 0
 
     def copy(self, values: Tensor) -> None:

@@ -135,13 +135,15 @@ class PolicySpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     version: Literal[1] = 1
-    pipeline: Annotated[tuple[AnySpec, ...], Field(min_length=1, max_length=POLICY_SLOTS)]
+    pipeline: tuple[AnySpec, ...]
 
     @field_validator("pipeline", mode="before")
     @classmethod
     def _untag(cls, entries: object) -> object:
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise ValueError("expected a list of policies, such as '- global_norm: {max_norm: 1.0}'")  # noqa: TRY004
+        if not 1 <= len(entries) <= POLICY_SLOTS:
+            raise ValueError(f"holds {len(entries)} policies, expected at least 1 and at most {POLICY_SLOTS}")
         return [_untagged(entry, index) for index, entry in enumerate(entries)]
 
     @model_validator(mode="after")
@@ -179,7 +181,7 @@ def load_policy(source: PolicySource) -> PolicySpec:
     raw: object = source
     if isinstance(source, str | os.PathLike):
         where, raw = str(source), _read_yaml(Path(source))
-    elif not isinstance(source, Mapping):
+    elif isinstance(source, Sequence):
         raw = {"pipeline": list(source)}
     try:
         return PolicySpec.model_validate(raw)
