@@ -25,7 +25,7 @@ def tensor_norm(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the L2 norm of one tensor, of any layout and dtype, as a 0-dim tensor of ``dtype`` on its device."""
     values = _values(tensor)
     if values.device.type == "cpu" and values.numel() > LARGE:
-        return _large_norm(values, dtype)
+        return _large_norms([values], dtype)[0]
     norm: Tensor = torch.linalg.vector_norm(values, dtype=dtype)
     return norm
 
@@ -51,7 +51,10 @@ class Meter:
         self._device = device
         self._signature: list[torch.dtype | None] = []
         self._buckets: list[list[int]] = []
+        self._large: list[int] = []
         self._single: list[int] = []
+        self._heads: list[int] = []
+        """One of every bucket: enough to tell whether all norms are where they should be."""
         self.dtype = torch.float32
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> Tensor:
@@ -67,15 +70,18 @@ class Meter:
 
     def _plan(self, gradients: Sequence[Tensor | None], signature: list[torch.dtype | None]) -> None:
         buckets: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-        self._single = []
+        self._large, self._single = [], []
         for index, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            if _needs_care(gradient):
+            if gradient.layout is not torch.strided or gradient.is_complex():
                 self._single.append(index)
+            elif gradient.device.type == "cpu" and gradient.numel() > LARGE:
+                self._large.append(index)
             else:
                 buckets[gradient.device, gradient.dtype].append(index)
         self._buckets, self._signature = list(buckets.values()), signature
+        self._heads = [bucket[0] for bucket in self._buckets] + self._large[:1] + self._single
         wide = {torch.float64, torch.complex128}
         self.dtype = torch.float64 if wide.intersection(signature) else torch.float32
         self._absent = torch.full((), -0.0, dtype=self.dtype, device=self._device)  # a fill: no copy to wait for
@@ -83,26 +89,26 @@ class Meter:
     def _measure(self, gradients: Sequence[Tensor | None]) -> Tensor:
         norms = [self._absent] * len(gradients)
         for bucket in self._buckets:
-            chosen: list[Tensor] = [gradients[index] for index in bucket]  # type: ignore[misc]  # the plan skips None
-            measured = torch._foreach_norm(chosen, 2, dtype=self.dtype)
-            if len(bucket) == len(norms):
-                norms = list(measured)
-            else:
-                for index, norm in zip(bucket, measured, strict=True):
-                    norms[index] = norm
+            measured = torch._foreach_norm(_chosen(gradients, bucket), 2, dtype=self.dtype)
+            _place(norms, bucket, measured)
+        if self._large:
+            _place(norms, self._large, _large_norms(_chosen(gradients, self._large), self.dtype))
         for index in self._single:
             gradient = gradients[index]
             assert gradient is not None
             norms[index] = tensor_norm(gradient, self.dtype)
-        if any(norm.device != self._device for norm in (norms[bucket[0]] for bucket in self._buckets)):
+        if any(norms[index].device != self._device for index in self._heads):
             norms = [norm.to(self._device, non_blocking=True) for norm in norms]
         return torch.stack(norms)
 
 
-def _needs_care(gradient: Tensor) -> bool:
-    """Tell the gradients that a multi-tensor norm would refuse or measure badly."""
-    large = gradient.device.type == "cpu" and gradient.numel() > LARGE
-    return large or gradient.layout is not torch.strided or gradient.is_complex()
+def _chosen(gradients: Sequence[Tensor | None], indices: list[int]) -> list[Tensor]:
+    return [gradients[index] for index in indices]  # type: ignore[misc]  # a plan skips None
+
+
+def _place(norms: list[Tensor], indices: list[int], measured: Sequence[Tensor]) -> None:
+    for index, norm in zip(indices, measured, strict=True):
+        norms[index] = norm
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -114,14 +120,24 @@ def _values(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _large_norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    flat = _flat(tensor)
-    rows = flat.numel() // ROW
-    norms = torch.linalg.vector_norm(flat[: rows * ROW].view(rows, ROW), dim=1, dtype=dtype)
-    if rows * ROW < flat.numel():
-        tail = torch.linalg.vector_norm(flat[rows * ROW :], dtype=dtype)
-        norms = torch.cat([norms, tail.unsqueeze(0)])
-    return total_norm(norms)
+def _large_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Measure row by row, and compose the rows of every tensor in one call."""
+    rows = [_row_norms(_values(tensor), dtype) for tensor in tensors]
+    return torch.stack(torch._foreach_norm(rows, 2, dtype=torch.float64)).to(dtype).unbind()
+
+
+def _row_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    dense, rest = tensor if tensor.is_contiguous() else _flat(tensor), tensor.numel() % ROW
+    if not rest:
+        return _norms_of_rows(dense, dtype)
+    flat = dense.view(-1)
+    tail = torch.linalg.vector_norm(flat[-rest:], dtype=dtype)
+    return torch.cat([_norms_of_rows(flat[:-rest], dtype), tail.unsqueeze(0)])
+
+
+def _norms_of_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(tensor.view(-1, ROW), dim=1, dtype=dtype)
+    return norms
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ class Telemetry:
         self._journal = Journal(recorder, manifest)
         self._current: StepRecord | None = None
         self._last: StepRecord | None = None
+        self._written: StepRecord | None = None
         self._next: dict[str, float | Tensor] = {}
+        self._names: set[str] = set()
         self._last_time, self._next_check = math.nan, 0.0
         with self.guard:
             policies = ", ".join(manifest.policies) or "none: gradients are observed only"
@@ -84,6 +86,7 @@ class Telemetry:
     def log(self, named: Mapping[str, float | Tensor], *, late_allowed: bool) -> None:
         """Keep scalars for the next row, or add them to the last one if they are late for it."""
         held = {name: self._hold(name, value) for name, value in named.items()}
+        held = {name: value for name, value in held.items() if self._has_room(name)}
         last = self._last
         if last is not None and late_allowed and self._current is None and last.logged.isdisjoint(held):
             with self.guard:
@@ -91,6 +94,12 @@ class Telemetry:
                     last.logged.update(held)
                     return
         self._next.update(held)
+
+    def _has_room(self, name: str) -> bool:
+        """Tell whether a row can carry a scalar of this name: one too many may, for the journal to refuse it."""
+        if name != "loss" and len(self._names) <= SCALAR_SLOTS:
+            self._names.add(name)
+        return name == "loss" or name in self._names
 
     def flush(self, order: tuple[int, ...]) -> None:
         """Wait for every row under way and write it."""
@@ -168,19 +177,23 @@ class Telemetry:
                 self._transfer.extend(torch.stack([self._home(tensor) for tensor in tensors.values()]))
                 last.late += tuple(tensors)
             return True
-        numbers_only = {name: value for name, value in held.items() if not isinstance(value, Tensor)}
+        if last is not self._written:
+            return True  # its row was dropped or could not be written, and what belongs to it goes with it
         if tensors:
             return False
-        self._journal.amend(numbers_only)
+        self._journal.amend({name: value for name, value in held.items() if not isinstance(value, Tensor)})
         return True
 
     def _write(self, order: tuple[int, ...], *, wait: bool) -> bool:
         incident = False
-        for record, values in self._transfer.arrived(wait=wait):
+        # The newest row stays open for what is logged after its step, where numbers are not known at once.
+        keep_newest = not wait and not transfer.reads_are_free(self._device)
+        for record, values in self._transfer.arrived(wait=wait, keep_newest=keep_newest):
             travelled = dict(zip(record.travelling, values[: len(record.travelling)].tolist(), strict=True))
             self.newest_scalars = record.host | travelled | {"step": float(record.step)}
             with self.guard:
                 incident |= self._journal.write(record, self.newest_scalars, values, order)
+                self._written = record
         return incident
 
 

@@ -55,10 +55,10 @@ class Transfer(Generic[Record]):
         """Queue the copy of ``values`` (1-dim); return False, with nothing queued, if every slot is busy."""
         if not self._free:
             return False
-        slot = self._free.pop()
+        slot = self._free[-1]
         slot.used = 0
         slot.copy(values)
-        self._busy.append((slot, record))
+        self._busy.append((self._free.pop(), record))
         return True
 
     def extend(self, values: Tensor) -> None:
@@ -70,12 +70,14 @@ class Transfer(Generic[Record]):
         """The record of the newest row that is still under way."""
         return self._busy[-1][1] if self._busy else None
 
-    def arrived(self, *, wait: bool = False) -> Iterator[tuple[Record, npt.NDArray[np.float32]]]:
-        """Take the rows that have arrived, oldest first; ``wait`` for all of them.
+    def arrived(
+        self, *, wait: bool = False, keep_newest: bool = False
+    ) -> Iterator[tuple[Record, npt.NDArray[np.float32]]]:
+        """Take the rows that have arrived, oldest first; ``wait`` for them; ``keep_newest`` for :meth:`extend`.
 
         The array is a view of the slot, valid until the next iteration.
         """
-        while self._busy:
+        while len(self._busy) > keep_newest:
             slot, record = self._busy[0]
             if slot.event is not None and not slot.event.query():
                 if not wait:

@@ -167,7 +167,9 @@ class PolicySpec(BaseModel):
         return {"version": self.version, "pipeline": [_tagged(spec) for spec in self.pipeline]}
 
 
-PolicySource: TypeAlias = PolicySpec | Mapping[str, Any] | Sequence[Mapping[str, Any] | _Spec] | str | os.PathLike[str]
+PolicySource: TypeAlias = (
+    PolicySpec | Mapping[str, Any] | Sequence[Mapping[str, Any] | _Spec | str] | str | os.PathLike[str]
+)
 
 
 def load_policy(source: PolicySource) -> PolicySpec:

@@ -1,0 +1,301 @@
+"""Find the runs below a root and follow them: appearing, growing, finishing, crashing, replaced, removed.
+
+Guarantees: a poll does a bounded amount of work; one unreadable run never disturbs another; at most MAX_RANKS rank
+directories are held open. One lock orders polls, which run in a thread of their own, and scrapes, which come from the
+HTTP server's: a poll holds it for one rank at a time, a scrape while it renders. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from logging import getLogger
+from pathlib import Path
+
+from gradiometer.records import find_ranks, find_runs, process_alive
+from gradiometer.tail import Frame, RankTail, frame, identity
+
+__all__ = ["Run", "Runs"]
+
+log = getLogger(__name__)
+
+MAX_RANKS = 512
+"""Rank directories followed at once; each holds a file open. Runs that are over make room for new ones."""
+ADOPTED_PER_POLL = 16
+DISCOVERY_SHARE = 0.05
+"""Share of the time that looking for new directories may take: a root with many old runs is looked at less often."""
+RETRY_SECONDS = 30.0
+"""An unreadable directory is tried again after this long, or at once when its manifest changes."""
+HEARTBEAT_SECONDS = 900.0
+"""A run of another host, whose process cannot be seen from here, is lost when it was silent for this long."""
+SCRAPES = 2
+"""Scrapes that must have shown a run's end before its series may leave."""
+
+Identity = tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A rank directory that is followed."""
+
+    tail: RankTail
+    state: str = "running"
+    scrapes: int = 0
+    """Scrapes since the rank was over."""
+    dead: bool = False
+    """The process was seen to be gone: that is final, and need not be asked again."""
+
+    def update(self, now: float) -> None:
+        tail = self.tail
+        alive = False if self.dead or tail.finished else process_alive(tail.manifest)
+        self.dead = alive is False
+        if tail.finished:
+            self.state = "finished"
+        elif alive is None:
+            self.state = "running" if now - tail.heartbeat <= HEARTBEAT_SECONDS else "lost"
+        else:
+            self.state = "running" if alive else "lost"
+
+    def expired(self, now: float, retention_seconds: float) -> bool:
+        return self.state != "running" and now - self.tail.heartbeat > retention_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """A rank directory that cannot be read, and when to try again (monotonic)."""
+
+    identity: Identity | None
+    error: str
+    retry_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One run as it is now; valid while the lock of :meth:`Runs.snapshot` is held."""
+
+    run_id: str
+    state: str
+    ranks: list[RankTail]
+    """Lowest first, at least one."""
+
+    @property
+    def key(self) -> tuple[Path, Identity]:
+        """Tell the run from a later one of the same name: what is cached for one must not serve the other."""
+        return self.ranks[0].path, self.ranks[0].identity
+
+    def frame(self) -> Frame:
+        """Frame the run's samples. Raises OSError if its newest rows cannot be read."""
+        return frame(self.ranks, self.state)
+
+
+class Runs:
+    """The runs below ``root``, as far as the last :meth:`poll` saw them.
+
+    A run that is over leaves ``retention_seconds`` after its last heartbeat, but not before two scrapes showed its
+    end. One that was past it when the monitor started is never shown. An unreadable one is reported as long, by the
+    age of its files.
+    """
+
+    def __init__(self, root: Path, *, retention_seconds: float) -> None:
+        self.root = root
+        self.retention_seconds = retention_seconds
+        self.polled = threading.Event()
+        """Set once the first poll is done."""
+        self.poll_seconds, self.poll_succeeded = 0.0, True
+        """How long the last poll took, and whether every run could be read."""
+        self._ranks: dict[Path, _Rank] = {}
+        self._unreadable: dict[Path, _Unreadable] = {}
+        self._archived: dict[Path, Identity] = {}
+        self._warned: dict[Path, str] = {}
+        self._started = time.time()
+        self._waiting: list[Path] = []
+        self._discover_at = 0.0
+        self._lock = threading.RLock()
+
+    def poll(self) -> bool:
+        """Look at the directories once; tell whether there is more to read at once. Never raises OSError."""
+        started = time.perf_counter()
+        behind = self._discover()
+        for path, rank in list(self._ranks.items()):
+            with self._lock:
+                behind |= self._poll_rank(path, rank)
+        with self._lock:
+            self._retire()
+        self.poll_seconds = time.perf_counter() - started
+        self.poll_succeeded = not self._unreadable and not self._warned
+        self.polled.set()
+        return behind
+
+    @contextmanager
+    def snapshot(self, *, scrape: bool = False) -> Iterator[list[Run]]:
+        """Hold the lock and give the runs, by name; a ``scrape`` counts towards the leaving of those that are over."""
+        with self._lock:
+            for rank in self._ranks.values():
+                rank.scrapes += scrape and rank.state != "running"
+            yield [_run(members) for members in self._grouped()]
+
+    def unreadable(self) -> dict[str, str]:
+        """Map ``run_id/rank-…`` of each unreadable directory to the kind of error."""
+        with self._lock:
+            return {f"{p.parent.name}/{p.name}": found.error for p, found in sorted(self._unreadable.items())}
+
+    def close(self) -> None:
+        """Close every file. Idempotent."""
+        with self._lock:
+            for path in list(self._ranks):
+                self._drop(path)
+
+    def _discover(self) -> bool:
+        """Adopt some of the directories that are new, looking for them when it is due; tell whether more wait."""
+        if not self._waiting and time.monotonic() >= self._discover_at:
+            self._look()
+        for path in self._waiting[:ADOPTED_PER_POLL]:
+            with self._lock:
+                if self._unknown(path) is not None:
+                    self._adopt(path)
+        del self._waiting[:ADOPTED_PER_POLL]
+        return bool(self._waiting)
+
+    def _look(self) -> None:
+        """List the directories that are not followed, the newest first, and forget those that are gone."""
+        started = time.monotonic()
+        try:
+            found = [path for run in find_runs(self.root) for path in find_ranks(run)]
+        except OSError as error:
+            self._fail(self.root, None, error)
+            return
+        with self._lock:
+            self._prune(set(found))
+            new = sorted((item for path in found if (item := self._unknown(path)) is not None), reverse=True)
+        self._waiting = [path for _, path in new]
+        self._discover_at = started + (time.monotonic() - started) / DISCOVERY_SHARE
+
+    def _prune(self, found: set[Path]) -> None:
+        """Forget the directories that are gone."""
+        for path in self._ranks.keys() - found:
+            self._drop(path)
+        for known in (self._unreadable, self._archived, self._warned):
+            for path in known.keys() - found:
+                known.pop(path)
+
+    def _unknown(self, path: Path) -> tuple[int, Path] | None:
+        """Return the change time and path of a directory that is new, was replaced, or is to be tried again."""
+        try:
+            found = identity(path)
+        except OSError:
+            return None  # it went between the listing and now
+        if (failed := self._unreadable.get(path)) is not None:
+            known = failed.identity if time.monotonic() < failed.retry_at else None
+        else:
+            held = self._ranks.get(path)
+            known = held.tail.identity if held else self._archived.get(path)
+        return None if found == known else (found[1], path)
+
+    def _adopt(self, path: Path) -> None:
+        self._drop(path)
+        self._archived.pop(path, None)
+        try:
+            rank = self._open(path)
+        except Exception as error:  # whatever is wrong with one run, the others must be followed
+            self._fail(path, _identity(path), error)
+            return
+        self._unreadable.pop(path, None)
+        self._warned.pop(path, None)
+        self._ranks[path] = rank
+        if rank.expired(self._started, self.retention_seconds):
+            self._archive(path)
+
+    def _open(self, path: Path) -> _Rank:
+        if len(self._ranks) >= MAX_RANKS:
+            over = [rank for rank in self._ranks.values() if rank.state != "running"]
+            if not over:
+                raise _TooManyRunsError(f"{MAX_RANKS} ranks of running jobs are followed already")
+            self._archive(min(over, key=lambda rank: rank.tail.heartbeat).tail.path)
+        rank = _Rank(RankTail(path))
+        rank.update(time.time())
+        return rank
+
+    def _poll_rank(self, path: Path, rank: _Rank) -> bool:
+        try:
+            if identity(path) != rank.tail.identity:
+                self._adopt(path)
+                return True
+            behind = rank.tail.poll()
+            rank.update(time.time())
+        except FileNotFoundError:
+            self._drop(path)
+            return False
+        except Exception as error:  # as in _adopt
+            self._drop(path)
+            self._fail(path, _identity(path), error)
+            return False
+        if rank.tail.truncated:
+            self._warn(path, "its ring was truncated: rows are missing that had been written")
+        return behind
+
+    def _retire(self) -> None:
+        """Let go of what is over and was shown long enough, and of ranks that an earlier start of a run left."""
+        now = time.time()
+        for members in self._grouped():
+            lead = members[0].tail.manifest.created_ns / 1e9
+            ended = all(rank.expired(now, self.retention_seconds) and rank.scrapes >= SCRAPES for rank in members)
+            for rank in members:
+                if ended or (rank.state != "running" and rank.tail.heartbeat < lead):
+                    self._archive(rank.tail.path)
+        for path, failed in list(self._unreadable.items()):
+            if failed.identity and now - _changed(path) > self.retention_seconds:
+                self._archived[path] = failed.identity
+                self._unreadable.pop(path)
+                self._warned.pop(path, None)
+
+    def _grouped(self) -> list[list[_Rank]]:
+        ranks = sorted(self._ranks.values(), key=lambda rank: rank.tail.path)
+        return [list(group) for _, group in groupby(ranks, key=lambda rank: rank.tail.run_id)]
+
+    def _archive(self, path: Path) -> None:
+        self._archived[path] = self._ranks[path].tail.identity
+        self._warned.pop(path, None)
+        self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        if rank := self._ranks.pop(path, None):
+            rank.tail.close()
+
+    def _fail(self, path: Path, found: Identity | None, error: Exception) -> None:
+        with self._lock:
+            retry_at = time.monotonic() + RETRY_SECONDS
+            self._unreadable[path] = _Unreadable(identity=found, error=type(error).__name__, retry_at=retry_at)
+            expected = isinstance(error, (OSError, ValueError, _TooManyRunsError))
+            self._warn(path, str(error), None if expected else error)
+
+    def _warn(self, path: Path, message: str, error: Exception | None = None) -> None:
+        """Log what is wrong with a directory, once for each message."""
+        if self._warned.get(path) != message:
+            self._warned[path] = message
+            log.warning("run %s cannot be followed in full, others are not affected: %s", path, message, exc_info=error)
+
+
+class _TooManyRunsError(Exception):
+    """The bound on followed directories is reached."""
+
+
+def _run(ranks: list[_Rank]) -> Run:
+    """The state of a run is its lowest rank's, like everything about it that has no rank."""
+    return Run(run_id=ranks[0].tail.run_id, state=ranks[0].state, ranks=[rank.tail for rank in ranks])
+
+
+def _identity(path: Path) -> Identity | None:
+    try:
+        return identity(path)
+    except OSError:
+        return None
+
+
+def _changed(path: Path) -> float:
+    """Return when the files of a rank directory were last written, in seconds since the epoch; 0 if they are gone."""
+    times = [file.stat().st_mtime for name in ("manifest.json", "steps.ring") if (file := path / name).exists()]
+    return max(times, default=0.0)

@@ -1,0 +1,190 @@
+"""Fixtures that several test files share: small runs on disk, golden files, Debian's binaries, stopped processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pytest
+
+from gradiometer.recorder import Recorder, RowHeader
+from gradiometer.records import Flag, Manifest, ParameterInfo, RingGeometry
+
+NAN = float("nan")
+START_NS = 1_700_000_000_000_000_000
+LAYERS = ("embed", "blocks.0", "blocks.0", "head")
+"""Layer of each parameter, unless a test says otherwise."""
+
+
+Golden = Callable[[str, str], None]
+Spawn = Callable[..., "subprocess.Popen[str]"]
+
+
+class MakeManifest(Protocol):
+    def __call__(
+        self, run_id: str = ..., *, layers: Sequence[str] = ..., capacity: int = ..., **fields: Any
+    ) -> Manifest: ...
+
+
+class WriteRun(Protocol):
+    def __call__(self, manifest: Manifest, norms: npt.ArrayLike, *, close: bool = ..., **columns: Any) -> Recorder: ...
+
+
+class Append(Protocol):
+    def __call__(self, recorder: Recorder, norms: npt.ArrayLike, **columns: Any) -> None: ...
+
+
+class WaitUntil(Protocol):
+    def __call__(self, check: Callable[[], Any], seconds: float = ...) -> Any: ...
+
+
+def _make_manifest(
+    run_id: str = "run", *, layers: Sequence[str] = LAYERS, capacity: int = 64, **fields: Any
+) -> Manifest:
+    """Make the manifest of a run of this process, one parameter for each of ``layers``."""
+    parameters = tuple(
+        ParameterInfo(name=f"{layer}.{place}", layer=layer, shape=(2, 3), dtype="float32", numel=6)
+        for place, layer in enumerate(layers)
+    )
+    defaults: dict[str, Any] = {
+        "format_version": 1, "run_id": run_id, "pid": os.getpid(), "process_start": psutil.Process().create_time(),
+        "host": socket.gethostname(), "created_ns": START_NS, "gradiometer_version": "0.1.0", "torch_version": "2.13.0",
+        "python_version": "3.11.7", "device": "cpu", "parameters": parameters,
+        "ring": RingGeometry(capacity=capacity, parameters=len(parameters)),
+    }  # fmt: skip
+    return Manifest(**(defaults | fields))
+
+
+def _make_row(step: int, norms: npt.NDArray[np.float32], **columns: Any) -> RowHeader:
+    """Make the scalars of a row whose parameters have these ``norms``, one step a second."""
+    total = float(np.sqrt(np.square(norms.astype(np.float64)).sum()))
+    flags = 0 if np.isfinite(total) else Flag.NONFINITE | Flag.SKIPPED
+    defaults: dict[str, Any] = {
+        "step": step, "time_ns": START_NS + step * 10**9, "flags": flags, "clipped": 0, "optimizer": 0,
+        "microbatches": 1, "first_nonfinite": -1, "grad_norm_preclip": total, "grad_norm_postclip": total,
+        "coefficient": 1.0, "learning_rate": 0.001, "loss": 2.5, "loss_scale": NAN,
+        "step_seconds": 1.0 if step else NAN, "agent_seconds": 0.001,
+    }  # fmt: skip
+    return RowHeader(**(defaults | columns))
+
+
+def _append(recorder: Recorder, norms: npt.ArrayLike, **columns: Any) -> None:
+    """Commit one row for each of ``norms``, [T, P]; a list in ``columns`` has a value for each row."""
+    for place, row in enumerate(np.asarray(norms, np.float32)):
+        recorder.stats[:] = row
+        chosen = {name: value[place] if isinstance(value, list) else value for name, value in columns.items()}
+        recorder.commit(_make_row(recorder.status.steps, row, **chosen))
+
+
+@pytest.fixture(scope="session")
+def make_manifest() -> MakeManifest:
+    """Give the function that makes manifests."""
+    return _make_manifest
+
+
+@pytest.fixture(scope="session")
+def append() -> Append:
+    """Give the function that commits rows of given parameter norms."""
+    return _append
+
+
+@pytest.fixture
+def write_run(tmp_path: Path) -> Iterator[WriteRun]:
+    """Give a function that writes a run below ``tmp_path``, and close its recorders in the end."""
+    recorders: list[Recorder] = []
+
+    def write(manifest: Manifest, norms: npt.ArrayLike, *, close: bool = False, **columns: Any) -> Recorder:
+        recorders.append(recorder := Recorder(tmp_path, manifest))
+        _append(recorder, norms, **columns)
+        if close:
+            recorder.close()
+        return recorder
+
+    yield write
+    for recorder in recorders:
+        recorder.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer ``--update-golden``."""
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew; read their diff")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Give a function that compares a text with the golden file of that name, or writes it."""
+
+    def compare(name: str, text: str) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.write_text(text)
+        assert text == path.read_text(), f"{path.name} differs: if it should, run pytest --update-golden"
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def native_binary() -> Callable[[str], str]:
+    """Give a function that finds a Debian binary; without it the test is skipped, or fails where CI=true."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name)
+        if path is None and os.environ.get("CI") == "true":
+            pytest.fail(f"{name} is not installed: CI must have it (apt-get install prometheus)")
+        return path or pytest.skip(f"{name} is not installed (apt-get install prometheus)")
+
+    return find
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Give a port of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> WaitUntil:
+    """Give a function that calls another until it returns something true, returns that, and fails after a while."""
+
+    def wait(check: Callable[[], Any], seconds: float = 30.0) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (found := check()):
+            if time.monotonic() > deadline:
+                pytest.fail(f"still {found!r} after {seconds} s")
+            time.sleep(0.05)
+        return found
+
+    return wait
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    """Give a function that starts a process with this Python's path, and stop what it started."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*command: str | Path, **options: Any) -> subprocess.Popen[str]:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        process = subprocess.Popen([str(part) for part in command], text=True, **({"env": environment} | options))
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream:
+                stream.close()

@@ -1,0 +1,187 @@
+"""The list of runs that the monitor keeps: what appears, stays, leaves, and how much work that may be."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from gradiometer_monitor import runs as module
+from gradiometer_monitor.runs import Runs
+
+if TYPE_CHECKING:
+    from tests.conftest import Append, MakeManifest, WriteRun
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Put the wall clock in the test's hands: its offset from now in seconds."""
+    offset, real = [0.0], time.time
+    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    return offset
+
+
+def _names(runs: Runs, *, scrape: bool = True) -> list[str]:
+    runs.poll()
+    with runs.snapshot(scrape=scrape) as found:
+        return [run.run_id for run in found]
+
+
+def test_a_run_leaves_after_retention_and_two_scrapes(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, clock: list[float]
+) -> None:
+    """A finished run stays through its retention, then until two scrapes showed its end, and does not come back."""
+    recorder = write_run(make_manifest(created_ns=time.time_ns()), np.ones((3, 4)))
+    runs = Runs(tmp_path, retention_seconds=900)
+    assert _names(runs) == ["run"]
+    recorder.close()
+    clock[0] = 899
+    assert _names(runs) == ["run"]
+    clock[0] = 901
+    assert _names(runs) == ["run"]
+    assert _names(runs) == []
+    assert _names(runs) == []
+    runs.close()
+
+
+def test_a_run_that_nobody_scraped_stays(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, clock: list[float]
+) -> None:
+    """Being listed is not being scraped."""
+    runs = Runs(tmp_path, retention_seconds=0)
+    write_run(make_manifest(created_ns=time.time_ns()), np.ones((3, 4)), close=True)
+    assert [_names(runs, scrape=False) for _ in range(5)] == [["run"]] * 5
+    runs.close()
+
+
+def test_a_running_run_never_leaves(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, clock: list[float]
+) -> None:
+    """A live process whose steps stopped long ago is still there: that is what one wants to see."""
+    write_run(make_manifest(created_ns=time.time_ns()), np.ones((3, 4)))
+    runs = Runs(tmp_path, retention_seconds=900)
+    clock[0] = 86_400
+    assert [_names(runs) for _ in range(4)] == [["run"]] * 4
+    runs.close()
+
+
+def test_history_is_not_shown(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+    """A run that was past its retention when the monitor started never appears."""
+    write_run(make_manifest(process_start=1.0), np.ones((3, 4)))
+    runs = Runs(tmp_path, retention_seconds=900)
+    assert _names(runs) == []
+    runs.close()
+
+
+def test_silent_run_of_another_host_is_lost(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, clock: list[float]
+) -> None:
+    """Where the process cannot be seen, fifteen minutes without a step decide."""
+    write_run(make_manifest(host="elsewhere.invalid", created_ns=time.time_ns()), np.empty((0, 4)))
+    runs = Runs(tmp_path, retention_seconds=1e9)
+    for offset, state in ((0, "running"), (890, "running"), (910, "lost")):
+        clock[0] = offset
+        runs.poll()
+        with runs.snapshot() as (run,):
+            assert run.state == state
+    runs.close()
+
+
+def test_replaced_and_removed_runs(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, append: Append
+) -> None:
+    """A run that starts again in its directory is read from its start; one whose directory went is gone."""
+    write_run(make_manifest(created_ns=time.time_ns()), np.ones((5, 4)), close=True)
+    runs = Runs(tmp_path, retention_seconds=900)
+    runs.poll()
+    time.sleep(0.01)
+    again = write_run(make_manifest(created_ns=time.time_ns()), np.ones((2, 4)))
+    while runs.poll():
+        pass
+    with runs.snapshot() as (run,):
+        assert run.ranks[0].summary.grad_norm.cumulative[-1] == 2
+    again.path.parent.rename(tmp_path.with_name("elsewhere"))
+    assert _names(runs) == []
+    runs.close()
+
+
+def test_ranks_of_an_earlier_start_are_let_go(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+    """A rank that ended before rank 0 began belongs to an earlier, wider start of the run."""
+    write_run(make_manifest(rank=1, created_ns=time.time_ns()), np.ones((5, 4)), close=True)
+    write_run(make_manifest(rank=0, created_ns=time.time_ns() + 10**9), np.ones((5, 4)))
+    runs = Runs(tmp_path, retention_seconds=900)
+    runs.poll()
+    runs.poll()
+    with runs.snapshot() as (run,):
+        assert [tail.rank for tail in run.ranks] == [0]
+    runs.close()
+
+
+def test_runs_are_bounded(
+    tmp_path: Path,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Past the bound a run that is over makes room; where all are running the next is refused, and that shows."""
+    monkeypatch.setattr(module, "MAX_RANKS", 2)
+    now = time.time_ns()
+    write_run(make_manifest("over", created_ns=now), np.ones((1, 4)), close=True)
+    for place in range(2):
+        time.sleep(0.01)
+        write_run(make_manifest(f"live{place}", created_ns=now), np.ones((1, 4)))
+    runs = Runs(tmp_path, retention_seconds=900)
+    while runs.poll():
+        pass
+    with runs.snapshot() as found:
+        assert len(found) == 2
+    assert not runs.poll_succeeded
+    runs.close()
+
+
+def test_a_long_ring_is_read_in_bounded_polls(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A poll reads no more than its bytes, says that there is more, and in the end every row was counted."""
+    monkeypatch.setattr("gradiometer.tail.POLL_BYTES", 10 * make_manifest().ring.dtype.itemsize)
+    write_run(make_manifest(created_ns=time.time_ns()), np.ones((45, 4)))
+    runs = Runs(tmp_path, retention_seconds=900)
+    polls = 1
+    while runs.poll():
+        polls += 1
+    with runs.snapshot() as (run,):
+        assert run.ranks[0].summary.grad_norm.cumulative[-1] == 45
+        assert run.ranks[0].summary.rows_missed == 0
+    assert polls == 5
+    runs.close()
+
+
+def test_rows_lost_in_a_crash_are_passed_over(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are damaged, even more of them than a poll reads, are counted as dropped, and those after are read."""
+    manifest = make_manifest(created_ns=time.time_ns())
+    size = manifest.ring.dtype.itemsize
+    monkeypatch.setattr("gradiometer.tail.POLL_BYTES", 5 * size)
+    ring = write_run(manifest, np.ones((40, 4))).path / "steps.ring"
+    data = bytearray(ring.read_bytes())
+    data[4096 + 3 * size : 4096 + 20 * size] = bytes(17 * size)
+    ring.write_bytes(data)
+    runs = Runs(tmp_path, retention_seconds=900)
+    while runs.poll():
+        pass
+    with runs.snapshot() as (run,):
+        summary = run.ranks[0].summary
+        assert (summary.grad_norm.cumulative[-1], summary.rows_missed, summary.last_seen) == (23, 17, 40)
+    runs.close()
+
+
+def test_missing_root_is_an_empty_list(tmp_path: Path) -> None:
+    """A root that is not there yet has no runs, and is no failure."""
+    runs = Runs(tmp_path / "later", retention_seconds=900)
+    assert _names(runs) == []
+    assert runs.poll_succeeded
+    runs.close()
