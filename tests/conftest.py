@@ -75,7 +75,9 @@ def _make_row(step: int, norms: npt.NDArray[np.float32], **columns: Any) -> RowH
         "coefficient": 1.0, "learning_rate": 0.001, "loss": 2.5, "loss_scale": NAN,
         "step_seconds": 1.0 if step else NAN, "agent_seconds": 0.001,
     }  # fmt: skip
-    return RowHeader(**(defaults | columns))
+    chosen = defaults | columns
+    chosen["flags"] = int(chosen["flags"]) | (0 if np.isnan(chosen["loss"]) else Flag.LOSS)
+    return RowHeader(**chosen)
 
 
 def _append(recorder: Recorder, norms: npt.ArrayLike, **columns: Any) -> None:

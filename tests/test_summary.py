@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS, WINDOW_SECONDS
-from gradiometer.records import STATUS, Manifest, Rows
+from gradiometer.records import STATUS, Flag, Manifest, Rows
 from gradiometer.summary import BUCKET_NS, Histogram, RunSummary, WindowMax
 from gradiometer.tail import RankTail
 
@@ -176,9 +176,11 @@ def test_baseline_is_the_median_of_the_last_finite_steps(
 
 
 def test_loss_is_the_newest_that_was_logged(make_manifest: MakeManifest) -> None:
-    """A step whose loss was not logged keeps that of an earlier one."""
-    assert _fed(make_manifest(), np.ones((3, 4)), loss=[3.0, 2.0, NAN]).loss == 2.0
-    assert math.isnan(_fed(make_manifest(), np.ones((3, 4))).loss)
+    """A step whose loss was not logged keeps that of an earlier one; a loss of NaN is a loss."""
+    logged = [Flag.LOSS, Flag.LOSS, 0]
+    assert _fed(make_manifest(), np.ones((3, 4)), loss=[3.0, 2.0, NAN], flags=logged).loss == 2.0
+    assert _fed(make_manifest(), np.ones((3, 4))).loss is None
+    assert math.isnan(_fed(make_manifest(), np.ones((1, 4)), loss=[NAN], flags=[Flag.LOSS]).loss or 0.0)
 
 
 def test_rows_that_were_overtaken_are_missed(make_manifest: MakeManifest) -> None:

@@ -73,8 +73,8 @@ def takes_grad_scale(optimizer: Optimizer) -> bool:
 
     Asked anew at each step: loading a checkpoint can turn a fused optimizer into another.
     """
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    supported = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return supported and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def amp_state(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
@@ -146,11 +146,14 @@ def change_gradients(
     ``multiply`` leaves the coefficient to a fused optimizer when False. Gradients must not carry a loss scale if the
     outcome has a clamp. Returns what the clamp did, if there was one.
     """
+    factor = outcome.coefficient if multiply and not _known_as_one(outcome.coefficient) else None
+    if factor is None and outcome.zero is None and outcome.clamp is None:
+        return None
     held = [(i, p) for i, p in enumerate(parameters) if p is not None and p.grad is not None]
     if outcome.zero is not None:
         _zero(held, outcome.zero)
-    if outcome.coefficient is not None and multiply:
-        _multiply(held, outcome.coefficient)
+    if factor is not None:
+        _multiply(held, factor)
     if outcome.clamp is None:
         return None
     return _clamp(held, parameters, outcome, outcome.clamp, meter)
@@ -180,9 +183,14 @@ def _strided(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout is torch.strided else gradient._values()
 
 
+def _known_as_one(coefficient: Tensor | None) -> bool:
+    """Tell whether multiplying would change nothing, where the host can know that for nothing."""
+    if coefficient is None or not transfer.reads_are_free(coefficient.device):
+        return False
+    return coefficient.min().item() == 1.0
+
+
 def _multiply(held: Held, coefficient: Tensor) -> None:
-    if transfer.reads_are_free(coefficient.device) and not bool((coefficient != 1).any()):
-        return
     by_device: defaultdict[torch.device, Held] = defaultdict(list)
     for index, parameter in held:
         by_device[parameter.device].append((index, parameter))
@@ -205,7 +213,10 @@ def _clamp(
     values = [_strided(_gradient(parameter)) for parameter in chosen]
     assert outcome.after is not None  # a pipeline with a clamp works it out
     before = outcome.after.total
-    exceeded = _exceeds(values, clamp.max_abs, before.device)
+    largest = _largest(values, before.device)
+    if transfer.reads_are_free(before.device) and largest.item() <= clamp.max_abs:  # NaN compares false
+        return Clamped(after=outcome.after, strength=torch.ones_like(before))
+    exceeded = largest > clamp.max_abs
     if values:
         torch._foreach_clamp_min_(values, -clamp.max_abs)
         torch._foreach_clamp_max_(values, clamp.max_abs)
@@ -217,13 +228,13 @@ def _clamp(
     )
 
 
-def _exceeds(values: list[Tensor], bound: float, device: torch.device) -> Tensor:
-    """Tell whether any element is beyond ±bound; bool, 0-dim. Infinity norms are slow on the CPU, extrema are not."""
+def _largest(values: list[Tensor], device: torch.device) -> Tensor:
+    """Return the largest magnitude of any element, 0-dim. Infinity norms are slow on the CPU, extrema are not."""
     values = [value for value in values if value.numel()]
     if not values:
-        return torch.zeros((), dtype=torch.bool, device=device)
+        return torch.zeros((), device=device)
     if values[0].device.type == "cpu":
         extrema = [extremum.abs() for value in values for extremum in torch.aminmax(value)]
     else:
         extrema = list(torch._foreach_norm(values, float("inf")))
-    return torch.stack([extremum.to(device, torch.float32, non_blocking=True) for extremum in extrema]).max() > bound
+    return torch.stack([extremum.to(device, torch.float32, non_blocking=True) for extremum in extrema]).max()

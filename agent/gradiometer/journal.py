@@ -23,7 +23,7 @@ Norms = npt.NDArray[np.float32]
 NAN = math.nan
 # Plain integers: the operators of an IntFlag cost a microsecond each.
 NONFINITE, SKIPPED, CLIPPED = int(Flag.NONFINITE), int(Flag.SKIPPED), int(Flag.CLIPPED)
-ZEROED, HOOKED = int(Flag.ZEROED), int(Flag.HOOKED)
+ZEROED, HOOKED, LOSS = int(Flag.ZEROED), int(Flag.HOOKED), int(Flag.LOSS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,7 +116,7 @@ class Journal:
         clipped = self._fill_policies(scalars, 0.0 if bad else 1.0)
         zeroed = bad and math.isfinite(after) and not skipped
         flags = record.flags | NONFINITE * bad | SKIPPED * skipped | CLIPPED * bool(clipped)
-        flags |= HOOKED * bool(record.arrivals) | ZEROED * zeroed
+        flags |= HOOKED * bool(record.arrivals) | ZEROED * zeroed | LOSS * ("loss" in scalars)
         return RowHeader(
             step=record.step,
             time_ns=record.time_ns,

@@ -121,7 +121,12 @@ _METRICS = (
         buckets=STEP_SECONDS_BUCKETS,
         help="Wall time from one optimizer step to the next.",
     ),
-    Metric(name="gradiometer_loss", kind="gauge", labels=_RUN, help="Loss as logged by the job, newest value."),
+    Metric(
+        name="gradiometer_loss",
+        kind="gauge",
+        labels=_RUN,
+        help="Loss as logged by the job, newest value; left out if none was.",
+    ),
     Metric(
         name="gradiometer_learning_rate",
         kind="gauge",
@@ -146,6 +151,12 @@ _METRICS = (
         kind="gauge",
         labels=("run_id", "job_name", "device", "torch_version", "agent_version", "world_size", "policy"),
         help="Always 1: what the run is.",
+    ),
+    Metric(
+        name="gradiometer_run_label_info",
+        kind="gauge",
+        labels=("run_id", "name", "value"),
+        help="Always 1: a label that the job gave the run.",
     ),
     Metric(
         name="gradiometer_build_info",

@@ -155,6 +155,7 @@ class Recorder:
         """float32[2, policy slots]: threshold, then coefficient."""
         self._row, self._payload = row.view(np.uint8).data, row.view("<u8")[2:-1]
         self._begin, self._checksum, self._end = row["begin"], row["checksum"], row["end"]
+        self._flags = row["flags"]
         _make_directory(self.path)
         try:
             self._ring = _create_ring(self.path / "steps.ring", self.geometry)
@@ -177,6 +178,7 @@ class Recorder:
         """Write the newest row again, with the ``loss`` and :attr:`scalars` that came after its step."""
         if loss is not None:
             _LOSS.pack_into(self._row, _LOSS_OFFSET, loss)
+            self._flags[0] |= int(Flag.LOSS)
         self._write_row(self.status.head)
 
     def _write_row(self, sequence: int) -> None:

@@ -77,6 +77,7 @@ class Flag(IntFlag):
     SCALER = 16  # a GradScaler skipped the step before the optimizer saw it
     HOOKED = 32  # backward hooks were armed: microbatch_norm is there
     FAILED = 64  # optimizer.step() raised after the gradients had been measured
+    LOSS = 128  # a loss was logged, which may itself be NaN
 
 
 class State(IntEnum):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS, WINDOW_SECONDS
-from gradiometer.records import STATS, STATUS, Manifest, Rows
+from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows
 
 __all__ = ["LAYER_METRICS", "Histogram", "LayerSummary", "RunSummary", "WindowMax"]
 
@@ -163,8 +163,8 @@ class RunSummary:
         """Sequence of the newest row that was read or given up."""
         self.rows_missed = 0
         """Rows that the ring had overwritten, or a crash destroyed, before they were read."""
-        self.loss = float("nan")
-        """Newest loss that is not NaN; NaN if none was ever logged."""
+        self.loss: float | None = None
+        """Newest loss that was logged, NaN too; None if none was."""
         self.grad_norm = Histogram(GRAD_NORM_BUCKETS)
         self.step_seconds = Histogram(STEP_SECONDS_BUCKETS)
         self.layers = LayerSummary(manifest)
@@ -197,8 +197,8 @@ class RunSummary:
         self.step_seconds.observe(_known(rows["step_seconds"]))
         self._window.add(time_ns, norms[:, None])
         self._baseline = np.concatenate([self._baseline, norms[np.isfinite(norms)]])[-BASELINE_STEPS:]
-        losses = _known(rows["loss"])
-        self.loss = float(losses[-1]) if len(losses) else self.loss
+        logged = rows[(rows["flags"] & int(Flag.LOSS)) != 0]
+        self.loss = float(logged["loss"][-1]) if len(logged) else self.loss
 
     def give_up(self, sequence: int) -> None:
         """Count the rows up to ``sequence`` that were not read as missed: they never will be."""

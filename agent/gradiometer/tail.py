@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradiometer.records import POLICY_SLOTS, RingReader, RunFormatError, State, read_manifest
+from gradiometer.records import POLICY_SLOTS, Flag, RingReader, RunFormatError, State, read_manifest
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
 __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
@@ -110,6 +110,7 @@ def frame(ranks: Sequence[RankTail], state: str) -> Frame:
     samples = [
         *_run_samples(ranks, state),
         *_known(lead.run_id, _gauges(lead.summary, newest[0])),
+        *_loss_sample(lead, newest[0]),
         *_policy_samples(lead),
         *(sample for tail, row in zip(ranks, newest, strict=True) for sample in _rank_samples(tail, row)),
     ]
@@ -130,16 +131,25 @@ def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
     for name in STATES:
         yield "gradiometer_run_state", (*run, name), int(name == state)
     manifest = lead.manifest
+    for label in manifest.labels.items():
+        yield "gradiometer_run_label_info", (*run, *label), 1
     versions = (manifest.torch_version, manifest.gradiometer_version, str(manifest.world_size))
     yield "gradiometer_run_info", (*run, manifest.job, manifest.device, *versions, ",".join(manifest.policies)), 1
+
+
+def _loss_sample(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:
+    """Yield the newest loss that was logged: NaN is a value of it, not the lack of one."""
+    loss = tail.summary.loss
+    if newest is not None and int(newest["flags"]) & Flag.LOSS:
+        loss = float(newest["loss"])
+    if loss is not None:
+        yield "gradiometer_loss", (tail.run_id,), loss
 
 
 def _gauges(summary: RunSummary, newest: np.void | None) -> Iterator[tuple[str, float]]:
     yield "grad_norm_window_max", summary.grad_norm_window_max
     yield "grad_norm_baseline", summary.grad_norm_baseline
     if newest is not None:
-        loss = float(newest["loss"])
-        yield "loss", summary.loss if np.isnan(loss) else loss
         yield "learning_rate", float(newest["learning_rate"])
         yield "loss_scale", float(newest["loss_scale"])
 
