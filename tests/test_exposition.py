@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from gradiometer.metrics import CATALOGUE
 from gradiometer.recorder import Recorder, RowHeader
+from gradiometer.records import Flag
 from gradiometer_monitor import exposition as module
 from gradiometer_monitor.exposition import OPENMETRICS, TEXT, Exposition, negotiate
 from gradiometer_monitor.runs import Run, Runs

@@ -53,6 +53,8 @@ class BackwardWatch:
 
     def prepare(self, step: int, *, incident: bool) -> None:
         """Get ready for the backward passes of ``step``: arm or disarm, as the mode says."""
+        if self._sentinel is not None and not self.seen:
+            self._watch_for_backward()  # what was watched had no gradient
         self._arrivals, self.seen = [], False
         self._burst = BURST if incident else max(0, self._burst - 1)
         wanted = self._mode == "every" or (self._mode == "auto" and (self._burst > 0 or step % EVERY == 0))
@@ -90,8 +92,12 @@ class BackwardWatch:
 
     def _watch_for_backward(self) -> None:
         trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
-        if self._mode != "off" and trainable:
-            self._sentinel = trainable[-1].register_hook(self._mark)  # type: ignore[no-untyped-call]  # torch
+        if self._mode == "off" or not trainable:
+            return
+        if self._sentinel is not None:
+            self._sentinel.remove()
+        used = [parameter for parameter in trainable if parameter.grad is not None]
+        self._sentinel = (used or trainable)[-1].register_hook(self._mark)  # type: ignore[no-untyped-call]  # torch
 
     def _mark(self, gradient: Tensor) -> None:
         del gradient

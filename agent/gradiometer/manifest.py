@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
+from gradiometer.recorder import check_run_id
 from gradiometer.records import FORMAT_VERSION, Manifest, ParameterInfo, RingGeometry
 
 __all__ = ["check_labels", "choose_run_id", "describe", "rank_and_world", "ring_geometry"]
@@ -37,7 +38,7 @@ def rank_and_world() -> tuple[int, int]:
 def choose_run_id(run_id: str | None) -> str:
     """Return the id given, or a new one from the clock; every rank of a distributed job gets that of rank 0."""
     if run_id is not None:
-        return run_id
+        return check_run_id(run_id)
     chosen = [f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"]
     if rank_and_world()[1] > 1:
         torch.distributed.broadcast_object_list(chosen, src=0)

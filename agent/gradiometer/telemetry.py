@@ -160,6 +160,8 @@ class Telemetry:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise TypeError(f"{shown} has shape {tuple(value.shape)}, expected one element: reduce it first")
+            if value.is_complex():
+                raise TypeError(f"{shown} is complex, expected a real number")
             value = value.detach().reshape(())
             if transfer.reads_are_free(value.device):
                 return float(value)
