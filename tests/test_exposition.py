@@ -80,7 +80,13 @@ def _stable(text: str) -> str:
 @pytest.fixture
 def small_runs(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun) -> Path:
     """Two finished runs: one of two ranks with policies and a non-finite step, and one that has no row."""
-    ended: dict[str, Any] = {"process_start": 1.0, "policies": ("warmup", "clip"), "job": 'a "job"', "world_size": 2}
+    ended: dict[str, Any] = {
+        "labels": {"team": "a"},
+        "process_start": 1.0,
+        "policies": ("warmup", "clip"),
+        "job": 'a "job"',
+        "world_size": 2,
+    }
     norms = [[3.0, 4.0, 0.0, 12.0], [0.25, 0.5, 0.5, -0.0], [NAN, INF, 1.0, 1.0], [1.0, 2.0, 2.0, 4.0]]
     for rank in (0, 1):
         recorder = write_run(make_manifest("first", rank=rank, **ended), norms[: 4 - rank], clipped=[2, 0, 1, 2])
