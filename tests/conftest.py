@@ -117,6 +117,11 @@ def write_run(tmp_path: Path) -> Iterator[WriteRun]:
         recorder.close()
 
 
+def pytest_configure() -> None:
+    """Give torch one thread, here and in child processes: small models on two cores wait for each other otherwise."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Offer ``--update-golden``."""
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew; read their diff")

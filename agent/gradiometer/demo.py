@@ -127,6 +127,7 @@ def run_demo(settings: DemoSettings, console: Console) -> int:
     """
     device = _device(settings.device)
     torch.manual_seed(settings.seed)
+    torch.set_num_threads(1)  # the model is small: more threads wait for each other, and on a busy machine for long
     text = read_text()
     root = default_root(settings.root)
     model = CharLSTM(len(text.vocabulary)).to(device)
