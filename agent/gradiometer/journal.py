@@ -95,11 +95,13 @@ class Journal:
             post = np.copysign(np.float32(0), pre)
         elif record.has_postclip:
             post = values[start : start + width]
+        elif scalars.get("coefficient", 1.0) != 1.0:
+            post = pre * np.float32(scalars["coefficient"])
         else:
-            post = pre * np.float32(scalars.get("coefficient", 1.0))
+            post = pre
         start += width * record.has_postclip
-        micro = values[start : start + len(record.arrivals)] / np.float32(scalars.get("loss_scale", 1.0))
-        return pre, post, micro
+        micro = values[start : start + len(record.arrivals)]
+        return pre, post, micro / np.float32(scalars.get("loss_scale", 1.0)) if record.arrivals else micro
 
     def _header(
         self,
@@ -123,7 +125,7 @@ class Journal:
             flags=flags,
             clipped=clipped,
             optimizer=record.optimizer,
-            microbatches=_microbatches(record.arrivals),
+            microbatches=_microbatches(record.arrivals) if record.arrivals else 0,
             first_nonfinite=first_nonfinite(pre, record.arrivals, micro, order) if bad else -1,
             grad_norm_preclip=before,
             grad_norm_postclip=after,
@@ -218,7 +220,7 @@ def first_nonfinite(pre: Norms, arrivals: tuple[int, ...], micro: Norms, order: 
 
 
 def _microbatches(arrivals: tuple[int, ...]) -> int:
-    return max(Counter(arrivals).values(), default=0)
+    return max(Counter(arrivals).values())
 
 
 def _coefficient(scalars: Mapping[str, float], before: float, after: float, *, skipped: bool) -> float:

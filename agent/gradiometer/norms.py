@@ -24,10 +24,11 @@ LARGE = 65536
 def tensor_norm(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the L2 norm of one tensor, of any layout and dtype, as a 0-dim tensor of ``dtype`` on its device."""
     values = _values(tensor)
+    wide = torch.promote_types(dtype, values.dtype)  # a norm cannot be narrower than what it measures
     if values.device.type == "cpu" and values.numel() > LARGE:
-        return _large_norms([values], dtype)[0]
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=dtype)
-    return norm
+        return _large_norms([values], wide)[0].to(dtype)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
+    return norm.to(dtype)
 
 
 def total_norm(norms: Tensor) -> Tensor:

@@ -148,7 +148,8 @@ class Agent:
         Numbers or one-element tensors; a tensor on the gradients' device is copied there and read only when its row
         reaches the host. A value goes with the step in progress or, if that has not begun its backward pass and the
         last one has no such value, with the step just taken: so it may be called before or after ``optimizer.step()``
-        (with ``backward="off"``, where nothing tells of backward passes, after it, or at every step). Raises TypeError for anything else. After :meth:`detach` it does nothing.
+        (with ``backward="off"``, where nothing tells of backward passes, after it, or at every step). Raises
+        TypeError for anything else. After :meth:`detach` it does nothing.
         """
         named = {f"log.{name}": value for name, value in scalars.items()}
         if loss is not None:

@@ -211,8 +211,12 @@ class Stepper:
         self._watched, self._sizes = watched, _sizes(self._optimizers)
 
     def _members(self, index: int) -> list[int]:
-        """Return the optimizers of the round that ``index`` opens."""
-        return list(range(len(self._optimizers))) if self._together else [index]
+        """Return the optimizers of the round that ``index`` opens: those whose turn a GradScaler has not ended."""
+        if not self._together:
+            return [index]
+        scaler = current_scaler()
+        done = [_stage(scaler, each) is OptState.STEPPED for each in self._optimizers]
+        return [place for place in range(len(done)) if place == index or not done[place]]
 
     def _joins(self, index: int) -> bool:
         """Tell whether this step belongs to the open round; notice optimizers that do not step together."""
@@ -235,7 +239,8 @@ class Stepper:
 
     def _take(self, index: int, *, again: bool) -> Taken | None:
         scale, found_inf = amp_state(self._optimizers[index])
-        if len(self._members(index)) > 1 and not _scaled_alike(current_scaler(), scale, self._others(index)):
+        others = [self._optimizers[member] for member in self._members(index) if member != index]
+        if not _scaled_alike(current_scaler(), scale, others):
             self._part("a GradScaler has unscaled only some of them: call scaler.unscale_() on each before stepping")
         watched = _union([self._watched[member] for member in self._members(index)])
         norms = self._meter(_gradients(watched))
@@ -251,7 +256,7 @@ class Stepper:
         if found_inf is not None:
             stopped = found_inf.to(norms.device, non_blocking=True) > 0
             skip = stopped if skip is None else skip | stopped
-        return self._taken(index, outcome, clamped=clamped, skip=skip)
+        return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale)
 
     def _act(self, index: int, watched: Watched, outcome: Outcome, scale: Tensor | None) -> Clamped | None:
         members = self._members(index)
@@ -263,8 +268,9 @@ class Stepper:
         if unscaled:
             unscale([gradient for gradient in _gradients(watched) if gradient is not None], scale)
         clamped = change_gradients(watched, outcome, self._meter, multiply=scaled)
-        prints = [_Fingerprint(mine) for mine in self._watched] if len(members) > 1 else []
-        self._round = _Round(outcome=outcome, scaled=scaled, unscaled=unscaled, fingerprints=prints)
+        prints = [_Fingerprint(mine) for mine in self._watched] if len(self._watched) > 1 else []
+        done = set(range(len(self._optimizers))).difference(members)
+        self._round = _Round(outcome=outcome, scaled=scaled, unscaled=unscaled, stepped=done, fingerprints=prints)
         self._prepare(index)
         return clamped
 
@@ -277,9 +283,6 @@ class Stepper:
                 optimizer, current.outcome, scaled=current.scaled, unscaled=current.unscaled
             )
 
-    def _others(self, index: int) -> list[Optimizer]:
-        return [each for place, each in enumerate(self._optimizers) if place != index]
-
     def _taken(
         self,
         index: int,
@@ -287,10 +290,11 @@ class Stepper:
         *,
         clamped: Clamped | None = None,
         skip: Tensor | None = None,
+        scale: Tensor | None = None,
         by_scaler: bool = False,
     ) -> Taken:
         scaler = current_scaler()
-        scale = amp_state(self._optimizers[index])[0] if scaler is None else scaler._get_scale_async()
+        scale = scale if scaler is None else scaler._get_scale_async()
         state = self._states.get(self._guardian, {})
         taken = Taken(
             step=self.step,
@@ -342,5 +346,11 @@ def _scaled_alike(scaler: GradScaler | None, scale: Tensor | None, others: list[
     if scaler is None:
         return True
     wanted = OptState.READY if scale is not None else OptState.UNSCALED
-    stages = [scaler._per_optimizer_states.get(id(other), {}).get("stage", OptState.READY) for other in others]
-    return all(stage is wanted for stage in stages)
+    return all(_stage(scaler, other) is wanted for other in others)
+
+
+def _stage(scaler: GradScaler | None, optimizer: Optimizer) -> OptState:
+    """Tell how far a GradScaler is with an optimizer since its last update."""
+    state = {} if scaler is None else scaler._per_optimizer_states.get(id(optimizer), {})
+    stage: OptState = state.get("stage", OptState.READY)
+    return stage

@@ -1,0 +1,98 @@
+"""The benchmarks run and write what they measured. No test here looks at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks belong to the repository, not to the wheel", allow_module_level=True)
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark's module from the repository's root."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def results_of(path: Path) -> dict[str, Any]:
+    """Read the comparisons of a results file, having checked that each holds times and ratios of the same names."""
+    body: dict[str, Any] = json.loads(path.read_text())
+    for comparison in body["results"].values():
+        assert comparison["seconds"].keys() == comparison["ratios"].keys() >= {comparison["baseline"]}
+        assert comparison["noise"] >= 0
+    return body
+
+
+def test_step_overhead_prints_both_views_with_aims(tmp_path: Path) -> None:
+    """The step benchmark prints components beside their aims, and whole steps, of every model, and writes both."""
+    path = tmp_path / "step.json"
+    done = run("benchmarks.step_overhead", "--quick", "--json", path)
+    assert done.returncode == 0, done.stderr
+    for expected in ("A/A noise", "≤ 0.70", "≤ 0.75", "agent: fused clip, active", "hooks armed ÷ off", "tiny"):
+        assert expected in done.stdout
+    body = results_of(path)
+    assert [name.rsplit(", ")[1] for name in body["results"]] == ["components", "whole step"] * 4
+    assert body["ratios"].keys() == body["results"].keys()
+    for name in body["not_installed"]:
+        assert f"{name}: not installed" in done.stdout
+
+
+def test_gpu_dry_run_covers_every_variant(tmp_path: Path) -> None:
+    """A dry run of the GPU benchmark goes through every variant, its host waits and its kernels, on the CPU."""
+    path = tmp_path / "gpu.json"
+    done = run("benchmarks.gpu", "--dry-run", "--json", path)
+    assert done.returncode == 0, done.stderr
+    assert "≤ 1.00" in done.stdout
+    body = results_of(path)
+    details = body["details"]["dry run"]
+    assert details["host_waits_a_step"].keys() == body["results"]["dry run"]["seconds"].keys()
+    assert all(kernel["bytes_per_second"] > 0 for kernel in details["kernels"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_says_in_one_line_that_it_needs_cuda() -> None:
+    """Without a CUDA device the GPU benchmark exits with 2 and one line that names the dry run."""
+    done = run("benchmarks.gpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "--dry-run" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_agent_never_waits_for_the_device(tmp_path: Path) -> None:
+    """On a CUDA device no variant of the agent waits more often for it than a bare step does."""
+    path = tmp_path / "gpu.json"
+    done = run("benchmarks.gpu", "--rounds", "1", "--json", path)
+    assert done.returncode == 0, done.stderr
+    for details in results_of(path)["details"].values():
+        waits = details["host_waits_a_step"]
+        assert all(count <= waits["bare step"] for name, count in waits.items() if name.startswith("agent"))
+
+
+@pytest.mark.slow
+def test_all_benchmarks_run_in_turn(tmp_path: Path) -> None:
+    """One command runs the three benchmarks that need no GPU and writes a file for each."""
+    done = run("benchmarks", "--quick", "--json", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("==")] == [
+        "== step_overhead", "== ring", "== exposition",
+    ]  # fmt: skip
+    for name in ("step_overhead", "ring", "exposition"):
+        assert results_of(tmp_path / f"{name}.json")["benchmark"] == name
+
+
+def test_an_unknown_benchmark_is_refused() -> None:
+    """A benchmark that is not there is named in the error."""
+    done = run("benchmarks", "speed")
+    assert done.returncode == 2
+    assert "no benchmark is called speed" in done.stderr
