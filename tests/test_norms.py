@@ -38,19 +38,19 @@ def test_a_large_tensor(dtype: torch.dtype) -> None:
     assert measure(tensor) == pytest.approx([wanted], rel=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-6), (torch.float16, 5e-6)])
-@pytest.mark.parametrize("elements", [1000, 4097, 65_536, 65_537, 300_001])
-def test_sizes_around_every_boundary(dtype: torch.dtype, relative: float, elements: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("elements", [1000, 4096, 4097, 65_537, 300_001])
+def test_sizes_around_every_boundary(dtype: torch.dtype, elements: int) -> None:
     """Norms are right whether a tensor is measured whole or row by row."""
     tensor = torch.randn(elements, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert measure(tensor) == pytest.approx([exact(tensor)], rel=relative)
+    assert measure(tensor) == pytest.approx([exact(tensor)], rel=1e-6)
 
 
-@pytest.mark.parametrize("elements", [65_536, 65_537])
-def test_equal_elements_round_one_way(elements: int) -> None:
-    """The worst case of float32, tens of thousands of equal elements, stays within the documented 5e-5."""
+@pytest.mark.parametrize(("elements", "relative"), [(4096, 3e-6), (4097, 1e-6), (65_537, 1e-6)])
+def test_equal_elements_round_one_way(elements: int, relative: float) -> None:
+    """The worst case of float32, thousands of equal elements, stays within the documented bounds."""
     tensor = torch.full((elements,), 1.7)
-    assert measure(tensor) == pytest.approx([exact(tensor)], rel=5e-5)
+    assert measure(tensor) == pytest.approx([exact(tensor)], rel=relative)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
