@@ -1,6 +1,6 @@
-"""Run every benchmark, or those that are named, each in a process of its own.
+"""Run the benchmarks, or those that are named, each in a process of its own, and keep their results as JSON.
 
-python -m benchmarks [NAME ...] [--rounds N] [--json FOLDER]
+python -m benchmarks [NAME ...] [--quick] [--rounds N] [--json FOLDER]
 """
 
 from __future__ import annotations
@@ -10,22 +10,37 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+NAMES = ("step_overhead", "ring", "exposition")
+NEED_CUDA = ("gpu",)
+LOCAL = Path(__file__).parent / "results" / "local"
+
+
+def command(name: str, folder: Path, *, rounds: int | None, quick: bool) -> list[str]:
+    """Return the command that runs one benchmark; a quick one shows only that it runs."""
+    parts = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(folder / f"{name}.json")]
+    if quick and name == "step_overhead":
+        parts.append("--quick")
+    if rounds or quick:
+        parts += ["--rounds", str(rounds or 1)]
+    return parts
 
 
 def main() -> int:
     """Run the benchmarks and return the first exit code that is not 0."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=NAMES, help=f"any of {', '.join(NAMES)}")
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
-    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write FOLDER/NAME.json as well")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=NAMES, help=f"any of {', '.join(NAMES + NEED_CUDA)}")
+    parser.add_argument("--quick", action="store_true", help="one round, small models: only to see that they run")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default: each benchmark's own)")
+    parser.add_argument("--json", type=Path, default=LOCAL, metavar="FOLDER", help="default benchmarks/results/local")
     options = parser.parse_args()
+    unknown = set(options.names) - {*NAMES, *NEED_CUDA}
+    if unknown:
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}: expected any of {NAMES + NEED_CUDA}")
     codes = []
     for name in options.names:
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--rounds", str(options.rounds)]
-        command += ["--json", str(options.json / f"{name}.json")] if options.json else []
         print(f"== {name}", flush=True)
-        codes.append(subprocess.run(command, check=False).returncode)
+        parts = command(name, options.json, rounds=options.rounds, quick=options.quick)
+        codes.append(subprocess.run(parts, check=False).returncode)
     return next(filter(None, codes), 0)
 
 

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from benchmarks._measure import arguments, compare, report, write_json
-from benchmarks.ring import ROW, manifest
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from benchmarks._measure import arguments, compare, report, write_json
+from benchmarks.ring import ROW, manifest
 from gradiometer.recorder import Recorder
 from gradiometer.summary import LAYER_METRICS
 from gradiometer_monitor.exposition import Exposition

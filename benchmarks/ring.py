@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from benchmarks._measure import arguments, compare, report, write_json
 from prometheus_client import CollectorRegistry, Gauge
 
+from benchmarks._measure import arguments, compare, report, write_json
 from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.records import STATS, Manifest, ParameterInfo, RingGeometry
 

@@ -72,13 +72,10 @@ class BackwardWatch:
 
     def remove(self) -> None:
         """Remove every hook and leave the parameters as they were found."""
-        self._disarm()
         if self._sentinel is not None:
             self._sentinel.remove()
             self._sentinel = None
-        for parameter, bare in zip(self._parameters, self._bare, strict=True):
-            if bare and not parameter._backward_hooks:
-                parameter._backward_hooks = None
+        self._disarm()
 
     def _arm(self) -> None:
         for index, parameter in enumerate(self._parameters):
@@ -89,6 +86,9 @@ class BackwardWatch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for parameter, bare in zip(self._parameters, self._bare, strict=True):
+            if bare and not parameter._backward_hooks:
+                parameter._backward_hooks = None  # autograd would go on calling into an empty table
 
     def _watch_for_backward(self) -> None:
         trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
