@@ -327,3 +327,31 @@ def test_deciding_is_pure() -> None:
     torch.testing.assert_close(following, again)
     torch.testing.assert_close(first.coefficient, second.coefficient)
     assert following["nonfinite"]["consecutive"].item() == 1
+
+
+MIXED: dict[str, list[Any]] = {
+    "skip, layers, global": [
+        {"nonfinite": {}}, {"group_norm": {"max_norm": 1.0}}, {"global_norm": {"max_norm": 0.5}},
+    ],
+    "zero, global": [{"nonfinite": {"action": "zero"}}, {"global_norm": {"max_norm": 0.1}}],
+    "some, global": [{"global_norm": {"name": "first", "max_norm": 1.0, "match": "0.*"}}, {"global_norm": {"max_norm": 0.5}}],
+    "global, layers": [{"global_norm": {"max_norm": 1.0}}, {"group_norm": {"max_norm": 0.3}}],
+    "layers, value": [{"group_norm": {"max_norm": 1.0}}, {"value": {"max_abs": 0.01}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", MIXED)
+def test_what_is_recorded_is_what_was_used(tmp_path: Path, name: str, fused: bool) -> None:
+    """Whatever the mix of stages, the post-clip norms in the record are those of the gradients that moved the parameters."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=1.0, fused=fused)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with attach(tmp_path, model, optimizer, policy=MIXED[name]) as agent:
+        (loss_of(model, 0) * 50).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    moved = [(old - new.detach()).double().norm().item() for old, new in zip(before, model.parameters(), strict=True)]
+    run = open_run(agent.path)
+    np.testing.assert_allclose(run.stat("grad_norm_postclip")[0], moved, rtol=1e-4, atol=1e-6)
+    assert run.grad_norm_postclip[0] == pytest.approx(math.hypot(*moved), rel=1e-4)
+    assert run.coefficient[0] == pytest.approx(run.grad_norm_postclip[0] / run.grad_norm_preclip[0], rel=1e-4)

@@ -55,7 +55,7 @@ class Journal:
     def __init__(self, recorder: Recorder, manifest: Manifest) -> None:
         self._recorder, self._names, self._policies = recorder, [p.name for p in manifest.parameters], manifest.policies
         self._scalar_slots: dict[str, int] = {}
-        self._refused: set[str] = set()
+        self._refused = False
         self._episode: int | None = None
         self._order_known = False
 
@@ -115,7 +115,7 @@ class Journal:
         before = scalars["total"]
         after = 0.0 if skipped else scalars.get("total_after", before * scalars.get("coefficient", 1.0))
         bad = not math.isfinite(before) and not bool(np.isfinite(pre).all())
-        clipped = self._fill_policies(scalars, 0.0 if bad else 1.0)
+        clipped = self._fill_policies(scalars, bad=bad, skipped=skipped)
         zeroed = bad and math.isfinite(after) and not skipped
         flags = record.flags | NONFINITE * bad | SKIPPED * skipped | CLIPPED * bool(clipped)
         flags |= HOOKED * bool(record.arrivals) | ZEROED * zeroed | LOSS * ("loss" in scalars)
@@ -137,37 +137,40 @@ class Journal:
             agent_seconds=record.agent_seconds,
         )
 
-    def _fill_policies(self, scalars: Mapping[str, float], default: float) -> int:
-        """Fill the policy columns and return the mask of those that changed the gradients."""
+    def _fill_policies(self, scalars: Mapping[str, float], *, bad: bool, skipped: bool) -> int:
+        """Fill the policy columns and return the mask of those that changed the gradients.
+
+        A stage without a strength of its own acts on non-finite steps; where one skips, nothing is left to the others.
+        A stage without a threshold was not asked, for a GradScaler had decided.
+        """
         columns, clipped = self._recorder.policies, 0
         for slot in range(min(len(self._policies), POLICY_SLOTS)):
-            strength = scalars.get(f"strength{slot}", default)
-            columns[0, slot] = scalars.get(f"threshold{slot}", NAN)
-            columns[1, slot] = strength
+            own, threshold = scalars.get(f"strength{slot}"), scalars.get(f"threshold{slot}", NAN)
+            strength = (0.0 if bad and not math.isnan(threshold) else 1.0) if own is None else 1.0 if skipped else own
+            columns[:, slot] = threshold, strength
             clipped |= (strength < 1.0) << slot
         return clipped
 
     def _fill_scalars(self, scalars: Mapping[str, float]) -> None:
-        for key, value in scalars.items():
-            if key.startswith("log."):
-                self._fill_scalar(key.removeprefix("log."), value)
+        logged = {key.removeprefix("log."): value for key, value in scalars.items() if key.startswith("log.")}
+        if not logged.keys() <= self._scalar_slots.keys():
+            self._add_scalars([name for name in logged if name not in self._scalar_slots])
+        for name, value in logged.items():
+            if name in self._scalar_slots:
+                self._recorder.scalars[self._scalar_slots[name]] = value
 
-    def _fill_scalar(self, name: str, value: float) -> None:
-        if name not in self._scalar_slots and not self._add_scalar(name):
-            return
-        self._recorder.scalars[self._scalar_slots[name]] = value
-
-    def _add_scalar(self, name: str) -> bool:
-        if len(self._scalar_slots) < SCALAR_SLOTS:
+    def _add_scalars(self, names: list[str]) -> None:
+        """Give new names the slots that are left, and announce them together."""
+        free = SCALAR_SLOTS - len(self._scalar_slots)
+        for name in names[:free]:
             self._scalar_slots[name] = len(self._scalar_slots)
-            names = list(self._scalar_slots)
-            self._recorder.event("scalars", f"recording the scalars {', '.join(names)}", names=names)
-            return True
-        if not self._refused:
-            self._refused.add(name)
-            message = f"scalar {name!r} is not recorded: a run holds at most {SCALAR_SLOTS} scalars beside the loss"
-            self._recorder.event("scalar_refused", message, name=name)
-        return False
+        if free:
+            known = list(self._scalar_slots)
+            self._recorder.event("scalars", f"recording the scalars {', '.join(known)}", names=known)
+        if len(names) > free and not self._refused:
+            self._refused = True
+            message = f"scalar {names[free]!r} is not recorded: a run holds at most {SCALAR_SLOTS} beside the loss"
+            self._recorder.event("scalar_refused", message, name=names[free])
 
     def _microbatch_norms(self, record: StepRecord, micro: Norms) -> Norms:
         """Return the root mean square over each parameter's micro-batches, [P]; negative zero where there was none."""

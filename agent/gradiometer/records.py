@@ -15,6 +15,7 @@ nothing, and :func:`numpy.signbit` tells it from a gradient that was zero.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -227,16 +228,33 @@ def default_root(root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """List the run directories below ``root``, oldest name first; a missing root has none. Links are not followed."""
+    """List the run directories below ``root``, oldest name first; a missing root has none. Links are not followed.
+
+    Those that this user may not read are among them: :func:`find_ranks` says so.
+    """
     if not root.is_dir():
         return []
-    return sorted(p for p in root.iterdir() if RUN_ID.fullmatch(p.name) and not p.is_symlink() and find_ranks(p))
+    return sorted(p for p in root.iterdir() if RUN_ID.fullmatch(p.name) and not p.is_symlink() and _is_run(p))
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return bool(find_ranks(path))
+    except PermissionError:
+        return True
 
 
 def find_ranks(run: Path) -> list[Path]:
-    """List the rank directories of a run that have a manifest, in rank order."""
+    """List the rank directories of a run that have a manifest, in rank order.
+
+    Raises PermissionError for a run that this user may not read.
+    """
     if not run.is_dir():
         return []
+    if not os.access(run, os.R_OK | os.X_OK):
+        raise PermissionError(
+            errno.EACCES, "not readable: runs are for the user who trains, so read them as that", str(run)
+        )
     return sorted(
         p.parent for p in run.glob("rank-[0-9][0-9][0-9][0-9][0-9]/manifest.json") if not p.parent.is_symlink()
     )

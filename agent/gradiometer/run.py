@@ -20,7 +20,7 @@ __all__ = ["Run", "compose", "open_run"]
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """One rank of a recorded run, as NumPy arrays over the T steps the ring still holds.
 
@@ -34,6 +34,9 @@ class Run:
     events: list[dict[str, Any]]
     truncated: bool
     """The ring file had lost its tail: rows are missing that the writer had written."""
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {len(self)} steps, {len(self.parameters)} parameters)"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,6 +85,27 @@ class Run:
     def learning_rate(self) -> Floats:
         """Learning rate of the first param group, float64[T]."""
         return self._floats("learning_rate")
+
+    @property
+    def loss_scale(self) -> Floats:
+        """Loss scale of the GradScaler, float64[T]; NaN where there was none."""
+        return self._floats("loss_scale")
+
+    @property
+    def step_seconds(self) -> Floats:
+        """Wall time since the step before, float64[T]; NaN for the first."""
+        return self._floats("step_seconds")
+
+    @property
+    def optimizer(self) -> npt.NDArray[np.int64]:
+        """Place in the list given to ``attach`` of the optimizer that stepped, or stepped first, int64[T]."""
+        return self._column("optimizer").astype(np.int64)
+
+    @property
+    def first_nonfinite(self) -> list[str | None]:
+        """For each step the parameter that was first, in backward order, to be NaN or Inf; None if none was."""
+        names = self.parameters
+        return [names[index] if index >= 0 else None for index in self._column("first_nonfinite").tolist()]
 
     @property
     def skipped(self) -> npt.NDArray[np.bool_]:
@@ -136,7 +160,7 @@ class Run:
             name: getattr(self, name)
             for name in (
                 "time", "grad_norm_preclip", "grad_norm_postclip", "coefficient",
-                "loss", "learning_rate", "skipped", "nonfinite",
+                "loss", "learning_rate", "loss_scale", "step_seconds", "optimizer", "skipped", "nonfinite",
             )
         }  # fmt: skip
         columns |= self.scalars

@@ -109,6 +109,8 @@ class Telemetry:
         """Flush and finish the run directory."""
         self.flush(order)
         with self.guard:
+            self.recorder.check_directory()
+        with self.guard:
             self.recorder.close()
 
     def _count_error(self) -> None:

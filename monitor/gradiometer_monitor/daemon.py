@@ -56,6 +56,8 @@ class Settings:
     """Where to write the port once it is bound, for whoever started the monitor with port 0."""
 
     def __post_init__(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise SettingsError(f"dir is {self.root}, which is not a directory: give the one that holds the runs")
         _check("port", self.port, 0, 65535)
         _check("poll_seconds", self.poll_seconds, 0.05, 3600)
         _check("series_budget", self.series_budget, 100, 10_000_000)
@@ -104,6 +106,8 @@ def serve(settings: Settings) -> int:
     except (SettingsError, OSError) as error:
         log.error("%s", error)  # noqa: TRY400 - one line for the user, who is not helped by a traceback
         return 1
+    if not settings.root.exists():
+        log.warning("%s does not exist yet: runs are served as soon as there are some", settings.root)
     runs = Runs(settings.root, retention_seconds=settings.retention_seconds)
     stop = threading.Event()
     poller = threading.Thread(target=_poll, args=(runs, settings.poll_seconds, stop), name="gradiometer-poll")

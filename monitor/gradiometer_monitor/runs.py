@@ -163,13 +163,19 @@ class Runs:
     def _look(self) -> None:
         """List the directories that are not followed, the newest first, and forget those that are gone."""
         started = time.monotonic()
+        found, refused = [], set()
         try:
-            found = [path for run in find_runs(self.root) for path in find_ranks(run)]
+            for run in find_runs(self.root):
+                try:
+                    found += find_ranks(run)
+                except PermissionError as error:
+                    refused.add(run)
+                    self._fail(run, None, error)
         except OSError as error:
             self._fail(self.root, None, error)
             return
         with self._lock:
-            self._prune(set(found))
+            self._prune(refused.union(found))
             new = sorted((item for path in found if (item := self._unknown(path)) is not None), reverse=True)
         self._waiting = [path for _, path in new]
         self._discover_at = started + (time.monotonic() - started) / DISCOVERY_SHARE

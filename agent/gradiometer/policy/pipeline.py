@@ -67,11 +67,12 @@ class Pipeline:
 
     def decide(self, states: dict[str, State], observation: Observation, step: int) -> tuple[Outcome, dict[str, State]]:
         """Run the stages over one step's observation; return what is to be done and the next states."""
-        seen, following, decisions = observation, {}, []
+        seen, following, decisions, alike = observation, {}, [], True
         for stage in self.stages:
             decision, following[stage.name] = stage.decide(states[stage.name], seen, step)
             decisions.append(decision)
-            if stage is not self.stages[-1] or not _scales_alike(decision):
+            alike = alike and _scales_alike(decision)
+            if stage is not self.stages[-1] or not alike:
                 seen = _after(seen, decision)
         return _outcome(observation, seen, decisions), following
 

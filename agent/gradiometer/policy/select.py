@@ -22,7 +22,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 def select(names: Sequence[str], match: Sequence[str], exclude: Sequence[str]) -> tuple[bool, ...]:
     """Tell for each name whether some ``match`` pattern (all names if there is none) and no ``exclude`` covers it.
 
-    Raises ValueError for a pattern that covers no name: it is misspelt, or belongs to another model.
+    Raises ValueError for a pattern that covers no name (it is misspelt, or belongs to another model), and if none is
+    left.
     """
     for pattern in (*match, *exclude):
         if not any(compile_pattern(pattern).search(name) for name in names):
@@ -30,7 +31,10 @@ def select(names: Sequence[str], match: Sequence[str], exclude: Sequence[str]) -
             raise ValueError(f"pattern {pattern!r} matches no parameter; the model has {shown}")
     wanted = [compile_pattern(pattern) for pattern in match]
     unwanted = [compile_pattern(pattern) for pattern in exclude]
-    return tuple(
+    chosen = tuple(
         (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
         for name in names
     )
+    if not any(chosen):
+        raise ValueError(f"match {list(match)} and exclude {list(exclude)} together leave no parameter")
+    return chosen

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gradiometer.policy.select import compile_pattern
 from gradiometer.records import POLICY_SLOTS
@@ -32,7 +42,14 @@ __all__ = [
     "load_policy",
 ]
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")  # noqa: TRY004 - pydantic collects ValueErrors
+    return value
+
+
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
 
 
 class PolicyError(ValueError):
@@ -191,9 +208,20 @@ def load_policy(source: PolicySource) -> PolicySpec:
         raise PolicyError("\n".join(_explain(where, item) for item in error.errors(include_url=False))) from error
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuse a key that is there twice, of which YAML would quietly take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> object:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
         raise PolicyError(f"policy file {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
