@@ -46,7 +46,13 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gradiometer' has no attribute {name!r}")
-    return getattr(import_module(f"gradiometer.{_HOMES[name]}"), name)
+    try:
+        home = import_module(f"gradiometer.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            raise ImportError(f"gradiometer.{name} needs torch: pip install 'gradiometer[torch]'") from error
+        raise
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

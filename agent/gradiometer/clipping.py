@@ -64,7 +64,7 @@ class Undo:
         for parameter in self.fresh_momentum:
             buffer = optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None and found_inf is not None:
-                skipped = found_inf.to(buffer.device, non_blocking=True) > 0
+                skipped = transfer.bring(found_inf, buffer.device) > 0
                 buffer.copy_(torch.where(skipped, torch.zeros_like(buffer), buffer))
 
 
@@ -87,7 +87,7 @@ def amp_state(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
 def unscale(gradients: Sequence[Tensor], scale: Tensor | None) -> None:
     """Divide gradients in place by the loss scale they carry."""
     if scale is not None and gradients:
-        torch._foreach_mul_(list(gradients), scale.to(gradients[0].device, non_blocking=True).reciprocal())
+        torch._foreach_mul_(list(gradients), transfer.bring(scale, gradients[0].device).reciprocal())
 
 
 def prepare_step(optimizer: Optimizer, outcome: Outcome, *, scaled: bool, unscaled: bool) -> Undo:
@@ -116,7 +116,9 @@ def _set_fused(optimizer: Optimizer, outcome: Outcome, undo: Undo, *, scaled: bo
         inverse = outcome.coefficient.reciprocal()
         _set(optimizer, "grad_scale", (inverse if scale is None else scale * inverse).float(), undo)
     if outcome.skip is not None:
-        skip = outcome.skip if found_inf is None else outcome.skip | (found_inf > 0).to(outcome.skip.device)
+        skip = (
+            outcome.skip if found_inf is None else outcome.skip | (transfer.bring(found_inf, outcome.skip.device) > 0)
+        )
         undo.fresh_momentum = _without_momentum(optimizer)
         _set(optimizer, "found_inf", skip.float(), undo)
 
@@ -176,7 +178,7 @@ def _zero(held: Held, zero: Tensor) -> None:
         return
     for index, parameter in held:
         gradient = _gradient(parameter)
-        _strided(gradient).masked_fill_(zero[index].to(gradient.device, non_blocking=True), 0.0)
+        _strided(gradient).masked_fill_(transfer.bring(zero[index], gradient.device), 0.0)
 
 
 def _strided(gradient: Tensor) -> Tensor:
@@ -197,9 +199,9 @@ def _multiply(held: Held, coefficient: Tensor) -> None:
     for device, local in by_device.items():
         gradients = [_strided(_gradient(parameter)) for _, parameter in local]
         if coefficient.dim() == 0:
-            torch._foreach_mul_(gradients, coefficient.to(device, non_blocking=True))
+            torch._foreach_mul_(gradients, transfer.bring(coefficient, device))
         else:
-            factors = coefficient.to(device, non_blocking=True).unbind()
+            factors = transfer.bring(coefficient, device).unbind()
             torch._foreach_mul_(gradients, [factors[index] for index, _ in local])
 
 
@@ -237,4 +239,4 @@ def _largest(values: list[Tensor], device: torch.device) -> Tensor:
         extrema = [extremum.abs() for value in values for extremum in torch.aminmax(value)]
     else:
         extrema = list(torch._foreach_norm(values, float("inf")))
-    return torch.stack([extremum.to(device, torch.float32, non_blocking=True) for extremum in extrema]).max()
+    return torch.stack([transfer.bring(extremum, device).float() for extremum in extrema]).max()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -39,9 +39,16 @@ class StepListener(Protocol):
         """A GradScaler found Inf or NaN and did not call the optimizer."""
 
 
-_listeners: WeakKeyDictionary[Optimizer, tuple[StepListener, list[int]]] = WeakKeyDictionary()
+_attached: WeakKeyDictionary[Optimizer, ref[StepHooks]] = WeakKeyDictionary()
+"""Weak both ways: an optimizer holds its hooks, and so its agent, and nothing here keeps either alive."""
 _scalers: list[GradScaler] = []
-_original_scaler_step: list[Any] = []
+_scaler_steps: list[tuple[Any, Any]] = []
+"""GradScaler's own ``step``, and ours in its place."""
+
+
+def _hooks_of(optimizer: Optimizer) -> StepHooks | None:
+    found = _attached.get(optimizer)
+    return None if found is None else found()
 
 
 def current_scaler() -> GradScaler | None:
@@ -52,7 +59,7 @@ def current_scaler() -> GradScaler | None:
 def check_free(optimizers: list[Optimizer]) -> None:
     """Raise RuntimeError if one of the optimizers has a listener already, ValueError if one is given twice."""
     for place, optimizer in enumerate(optimizers):
-        if optimizer in _listeners:
+        if _hooks_of(optimizer) is not None:
             raise RuntimeError(
                 f"this {type(optimizer).__name__} already has a gradiometer agent: detach() that one first"
             )
@@ -65,24 +72,24 @@ class StepHooks:
 
     def __init__(self, optimizers: list[Optimizer], listener: StepListener) -> None:
         check_free(optimizers)
-        self._optimizers, self._listener = optimizers, listener
+        self._optimizers, self.listener, self.calls = optimizers, listener, 0
         self._handles: list[RemovableHandle] = []
         _wrap_scaler()
         for optimizer in optimizers:
-            _listeners[optimizer] = (listener, [0])
+            _attached[optimizer] = ref(self)
             self._handles += [
                 optimizer.register_step_pre_hook(_eager(self._before)),
                 optimizer.register_step_post_hook(_eager(self._after)),
             ]
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _listeners[optimizer][1][0] += 1
-        if self._listener.within_step(optimizer):
+        self.calls += 1
+        if self.listener.within_step(optimizer):
             return None
-        self._listener.step_failed(optimizer)  # what a step that raised has left behind
+        self.listener.step_failed(optimizer)  # what a step that raised has left behind
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
-            self._listener.before_update(optimizer)
+            self.listener.before_update(optimizer)
             return None
         wrapped = self._wrap_closure(optimizer, closure)
         if "closure" in kwargs:
@@ -93,14 +100,14 @@ class StepHooks:
         @functools.wraps(closure)
         def wrapped() -> Any:
             loss = closure()
-            self._listener.before_update(optimizer)
+            self.listener.before_update(optimizer)
             return loss
 
         return wrapped
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del args, kwargs
-        self._listener.after_step(optimizer)
+        self.listener.after_step(optimizer)
 
     def remove(self) -> None:
         """Remove every hook, leaving no trace. Idempotent."""
@@ -108,9 +115,10 @@ class StepHooks:
             handle.remove()
         self._handles = []
         for optimizer in self._optimizers:
-            if _listeners.get(optimizer, (None,))[0] is self._listener:
-                del _listeners[optimizer]
-        if not _listeners:
+            if _hooks_of(optimizer) is self:
+                del _attached[optimizer]
+        self._optimizers = []
+        if not _attached:
             _unwrap_scaler()
 
 
@@ -121,36 +129,36 @@ def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_scaler() -> None:
-    if _original_scaler_step:
+    if _scaler_steps:
         return
     original = GradScaler.step
-    _original_scaler_step.append(original)
 
     @functools.wraps(original)
     def step(self: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        entry = _listeners.get(optimizer)
-        if entry is None or not self.is_enabled():
+        hooks = _hooks_of(optimizer)
+        if hooks is None or not self.is_enabled():
             return original(self, optimizer, *args, **kwargs)
-        listener, calls = entry
-        before, unset = calls[0], {"grad_scale", "found_inf"}.difference(optimizer.__dict__)
+        before, unset = hooks.calls, {"grad_scale", "found_inf"}.difference(optimizer.__dict__)
         _scalers.append(self)
         try:
             result = original(self, optimizer, *args, **kwargs)
         except BaseException:
-            listener.step_failed(optimizer)
+            hooks.listener.step_failed(optimizer)
             for name in unset:  # the scaler deletes them only after a step that returns
                 optimizer.__dict__.pop(name, None)
             raise
         else:
-            if calls[0] == before:
-                listener.scaler_skipped(optimizer)
+            if hooks.calls == before:
+                hooks.listener.scaler_skipped(optimizer)
             return result
         finally:
             _scalers.pop()
 
+    _scaler_steps.append((original, step))
     GradScaler.step = step  # type: ignore[method-assign]  # restored by the last detach
 
 
 def _unwrap_scaler() -> None:
-    if _original_scaler_step:
-        GradScaler.step = _original_scaler_step.pop()  # type: ignore[method-assign]  # the original goes back
+    """Put the original back, unless somebody has wrapped ours since: then it stays, and passes everything on."""
+    if _scaler_steps and GradScaler.step is _scaler_steps[0][1]:
+        GradScaler.step = _scaler_steps.pop()[0]  # type: ignore[method-assign]  # the original goes back

@@ -231,4 +231,6 @@ def _coefficient(scalars: Mapping[str, float], before: float, after: float, *, s
         return 0.0
     if "coefficient" in scalars:
         return scalars["coefficient"]
-    return after / before if math.isfinite(before) and before > 0 else 1.0
+    if math.isfinite(before):
+        return after / before if before > 0 else 1.0
+    return NAN if math.isfinite(after) else 1.0

@@ -47,6 +47,8 @@ def choose_run_id(run_id: str | None) -> str:
 
 def ring_geometry(parameters: int, ring_bytes: int) -> RingGeometry:
     """Choose how many rows fit into ``ring_bytes``: at most 100 000. Raises ValueError if it is fewer than 256."""
+    if not isinstance(ring_bytes, int):
+        raise TypeError(f"ring_bytes is {ring_bytes!r}, expected a number of bytes")
     row = RingGeometry(capacity=2, parameters=parameters).dtype.itemsize
     if ring_bytes < MIN_ROWS * row:
         raise ValueError(
@@ -58,16 +60,20 @@ def ring_geometry(parameters: int, ring_bytes: int) -> RingGeometry:
 
 def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
     """Return the labels as strings; raises ValueError for a name or a number of them that metrics cannot carry."""
+    if not isinstance(labels, Mapping | None):
+        raise TypeError(f"labels is a {type(labels).__name__}, expected a mapping of names to strings")
     labels = dict(labels or {})
     if len(labels) > MAX_LABELS:
         raise ValueError(f"labels has {len(labels)} entries, expected at most {MAX_LABELS}")
     for name, value in labels.items():
-        if not (name.isascii() and name.isidentifier()) or name.startswith("__"):
+        if not isinstance(name, str) or not (name.isascii() and name.isidentifier()) or name.startswith("__"):
             raise ValueError(
                 f"label name {name!r}: expected letters, digits and '_', not starting with a digit or '__'"
             )
         if not isinstance(value, str) or len(value) > MAX_LABEL_LENGTH:
-            raise ValueError(f"label {name} is {value!r}, expected a string of at most {MAX_LABEL_LENGTH} characters")
+            raise ValueError(
+                f"label {name} is {value!r:.40}, expected a string of at most {MAX_LABEL_LENGTH} characters"
+            )
     return labels
 
 

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradiometer.transfer import bring
+
 __all__ = ["Meter", "tensor_norm", "total_norm"]
 
 ROW = 1024
@@ -34,10 +36,9 @@ def tensor_norm(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def total_norm(norms: Tensor) -> Tensor:
     """Compose L2 norms [P] into the norm of the whole: 0-dim, of the same dtype, accumulated in float64.
 
-    Norms beyond 1.8e19, whose float32 squares overflow, stay finite so, but on MPS, which has no float64.
+    Norms beyond 1.8e19, whose float32 squares overflow, stay finite so.
     """
-    wide = norms.dtype if norms.device.type == "mps" else torch.float64
-    total: Tensor = torch.linalg.vector_norm(norms, dtype=wide)
+    total: Tensor = torch.linalg.vector_norm(norms, dtype=torch.float64)
     return total.to(norms.dtype)
 
 
@@ -99,7 +100,7 @@ class Meter:
             assert gradient is not None
             norms[index] = tensor_norm(gradient, self.dtype)
         if any(norms[index].device != self._device for index in self._heads):
-            norms = [norm.to(self._device, non_blocking=True) for norm in norms]
+            norms = [bring(norm, self._device) for norm in norms]
         return torch.stack(norms)
 
 

@@ -7,6 +7,7 @@ process with SIGBUS; the files are the user's alone (0700). Assumes one writer, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ class RunInUseError(RuntimeError):
 
 def check_run_id(run_id: str) -> str:
     """Return ``run_id`` if it is a safe directory name and label value, else raise ValueError."""
-    if not RUN_ID.fullmatch(run_id):
+    if not isinstance(run_id, str) or not RUN_ID.fullmatch(run_id):
         raise ValueError(
             f"run_id {run_id!r}: expected up to 128 letters, digits, '.', '_' or '-', starting with a letter or digit"
         )
@@ -147,6 +148,7 @@ class Recorder:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.path = root / check_run_id(manifest.run_id) / f"rank-{manifest.rank:05d}"
         self.geometry, self.status = manifest.ring, Status()
+        self._pid, self._ring, self._events = os.getpid(), -1, -1
         row = np.zeros(1, self.geometry.dtype)
         self.stats: npt.NDArray[np.float32] = row["parameters"][0]
         """float32[stats, P], in the order of :data:`gradiometer.records.STATS`."""
@@ -166,6 +168,11 @@ class Recorder:
         self._inode = os.fstat(self._ring).st_ino
         self.write_status()
         _write_manifest(self.path / "manifest.json", manifest)
+
+    def __del__(self) -> None:
+        """Finish the run of an agent that was forgotten together with its optimizer."""
+        with contextlib.suppress(OSError):
+            self.close()
 
     def commit(self, row: RowHeader) -> None:
         """Write the row as the newest of the ring, and count it. Its views can be filled anew afterwards."""
@@ -207,13 +214,14 @@ class Recorder:
             raise FileNotFoundError(f"{self.path / 'steps.ring'} was replaced by another file: its rows are lost")
 
     def close(self) -> None:
-        """Mark the run finished and close its files. Idempotent."""
+        """Mark the run finished and close its files. Idempotent; a forked child only closes its own descriptors."""
         if self._ring < 0:
             return
         ring, events, self._ring, self._events = self._ring, self._events, -1, -1
         self.status.state, self.status.heartbeat_ns = State.FINISHED, time.time_ns()
         try:
-            _write_all(ring, self.status.pack(), STATUS_OFFSET)
+            if os.getpid() == self._pid:
+                _write_all(ring, self.status.pack(), STATUS_OFFSET)
         finally:
             os.close(ring)
             os.close(events)

@@ -73,7 +73,8 @@ class Run:
 
     @property
     def coefficient(self) -> Floats:
-        """Ratio of the global norms after and before the policies, float64[T]; 1 when nothing was clipped."""
+        """Ratio of the global norms after and before the policies, float64[T]; 1 when nothing was clipped,
+        0 for a skipped step, NaN where zeros took the place of non-finite gradients."""
         return self._floats("coefficient")
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ from gradiometer.stepper import NonFiniteGradientError, Stepper
 from gradiometer.telemetry import Telemetry
 
 __all__ = ["Agent", "NonFiniteGradientError", "attach"]
+
+logger = logging.getLogger(__name__)
 
 RING_BYTES = 128 * 2**20
 _live: WeakSet[Agent] = WeakSet()
@@ -67,11 +70,9 @@ def attach(
     Raises ValueError (PolicyError for the policy) for bad arguments, RuntimeError if an optimizer has an agent already
     or a live process writes the same run, OSError if the run directory cannot be made or its disk is full.
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
-        raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer or a non-empty list of them")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module; the optimizer comes second")
+    optimizers = _as_list(optimizer)
     check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
     check_mode(backward)
     spec = None if policy is None else load_policy(policy)
@@ -100,10 +101,19 @@ def attach(
     return agent
 
 
+def _as_list(optimizer: object) -> list[Optimizer]:
+    given: list[object] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    optimizers = [each for each in given if isinstance(each, Optimizer)]
+    if not optimizers or len(optimizers) < len(given):
+        raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer or a non-empty list of them")
+    return optimizers
+
+
 def _home(parameters: Parameters) -> torch.device:
-    """Return the device where decisions are made: that of the first trainable parameter."""
-    trainable = [tensor for tensor in parameters.tensors if tensor.requires_grad]
-    return (trainable or parameters.tensors)[0].device
+    """Return the device where decisions are made: that of the first trainable parameter on an accelerator, if any."""
+    devices = [tensor.device for tensor in parameters.tensors if tensor.requires_grad]
+    devices = devices or [tensor.device for tensor in parameters.tensors]
+    return next((device for device in devices if device.type != "cpu"), devices[0])
 
 
 class Agent:
@@ -116,7 +126,7 @@ class Agent:
         self, stepper: Stepper, telemetry: Telemetry, watch: BackwardWatch, optimizers: list[Optimizer]
     ) -> None:
         self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
-        self._detached, self._pid = False, os.getpid()
+        self._detached = False
         self._spent = 0.0
         """Host seconds of the agent's own that no row has told of yet."""
         self._hooks = StepHooks(optimizers, self)
@@ -181,8 +191,7 @@ class Agent:
         self._hooks.remove()
         self._watch.remove()
         self._stepper.restore_all()
-        if os.getpid() == self._pid:  # a forked child must not finish its parent's run
-            self._telemetry.close(self._watch.order)
+        self._telemetry.close(self._watch.order)
 
     def __enter__(self) -> Self:
         return self
@@ -196,7 +205,9 @@ class Agent:
 
     def within_step(self, optimizer: Optimizer) -> bool:
         """Tell whether the step that begins is part of one that has begun."""
-        return self._stepper.within(optimizer)
+        with self._telemetry.guard:
+            return self._stepper.within(optimizer)
+        return False
 
     def before_update(self, optimizer: Optimizer) -> None:
         """Observe, decide and act: the gradients are final and the optimizer is about to use them."""
@@ -221,7 +232,8 @@ class Agent:
             with self._telemetry.guard:
                 self._watch.prepare(self._stepper.step, incident=incident)
         self._spent += time.perf_counter() - began
-        self._stepper.check(self._telemetry.newest_scalars)
+        newest, self._telemetry.newest_scalars = self._telemetry.newest_scalars, {}
+        self._stepper.check(newest)
 
     def step_failed(self, optimizer: Optimizer) -> None:
         """Put back what acting changed: the step raised."""
@@ -240,4 +252,7 @@ class Agent:
 @atexit.register
 def _detach_all() -> None:
     for agent in list(_live):
-        agent.detach()
+        try:
+            agent.detach()
+        except Exception:  # whatever it is, the other agents must be detached too
+            logger.exception("gradiometer: an agent could not be detached at exit")

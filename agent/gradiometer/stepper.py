@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from gradiometer.norms import Meter
 from gradiometer.policy.base import Observation
 from gradiometer.policy.pipeline import Outcome, Pipeline, observe
 from gradiometer.policy.spec import NonFiniteSpec, PolicySpec
+from gradiometer.transfer import bring
 
 __all__ = ["NonFiniteGradientError", "Stepper", "Taken"]
 
@@ -33,7 +35,7 @@ Watched = list[nn.Parameter | None]
 
 
 class NonFiniteGradientError(RuntimeError):
-    """The policy's ``nonfinite`` stage was told to stop the job; the parameters are as before the bad steps."""
+    """The policy's ``nonfinite`` stage was told to stop the job; the message says what became of the bad steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,12 +107,13 @@ class Stepper:
         self._parameters, self._optimizers, self._together = parameters, list(optimizers), together
         self._meter = Meter(device)
         self._states = pipeline.init() if pipeline else {}
-        self._limit, self._guardian = _raise_limit(spec)
+        self._limit, self._guardian, self._excuse = _raise_limit(spec)
         self._round: _Round | None = None
         self._active: int | None = None
         self._acted_on: _Fingerprint | None = None
         self._undo: dict[int, Undo] = {}
-        self._sizes: list[int] = []
+        self._held: list[list[nn.Parameter]] = []
+        """What each optimizer held when it was last looked through."""
         self._watched: list[Watched] = []
         self._watch()
 
@@ -122,7 +125,8 @@ class Stepper:
         """
         index = self._index(optimizer)
         self.restore(optimizer)
-        if _sizes(self._optimizers) != self._sizes:
+        held = _held(optimizer)
+        if len(held) != len(self._held[index]) or not all(map(is_, held, self._held[index])):
             self._watch()
         with torch.no_grad():
             again, self._active = self._active == index, index
@@ -140,10 +144,12 @@ class Stepper:
         return self._active == index and self._acted_on is not None and self._acted_on.matches(self._watched[index])
 
     def observe_skipped(self, optimizer: Optimizer) -> Taken | None:
-        """Observe a step that a GradScaler has decided not to take; no policy is asked."""
+        """Observe a step that a GradScaler has decided not to take: policies take note of it, and are not asked."""
         index = self._index(optimizer)
         with torch.no_grad():
             observation = observe(self._meter(_gradients(self._watched[index])))
+            if self.pipeline is not None:
+                _, self._states = self.pipeline.decide(self._states, observation, self.step)
         self._round = None
         return self._taken(index, Outcome(before=observation), by_scaler=True)
 
@@ -154,8 +160,10 @@ class Stepper:
             undo(optimizer)
 
     def finished(self) -> None:
-        """Note that the step in progress is over, or failed."""
-        self._active = None
+        """Note that the step in progress is over, or failed; nothing is kept that refers to a gradient."""
+        self._active = self._acted_on = None
+        if self._round is not None and len(self._round.stepped) == len(self._optimizers):
+            self._round = None
 
     def restore_all(self) -> None:
         """Put back what acting changed, on every optimizer."""
@@ -168,7 +176,7 @@ class Stepper:
         if self._limit is not None and consecutive >= self._limit:
             raise NonFiniteGradientError(
                 f"gradients were NaN or Inf in {consecutive:g} step(s) in a row, up to step {scalars['step']:g}; "
-                f"policy {self._guardian!r} allows {self._limit - 1}. No parameter was moved by them"
+                f"policy {self._guardian!r} allows {self._limit - 1}. {self._excuse}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,7 +216,7 @@ class Stepper:
                     )
                 mine[places[id(tensor)]] = tensor
             watched.append(mine)
-        self._watched, self._sizes = watched, _sizes(self._optimizers)
+        self._watched, self._held = watched, [_held(optimizer) for optimizer in self._optimizers]
 
     def _members(self, index: int) -> list[int]:
         """Return the optimizers of the round that ``index`` opens: those whose turn a GradScaler has not ended."""
@@ -244,7 +252,7 @@ class Stepper:
             self._part("a GradScaler has unscaled only some of them: call scaler.unscale_() on each before stepping")
         watched = _union([self._watched[member] for member in self._members(index)])
         norms = self._meter(_gradients(watched))
-        observation = observe(norms if scale is None else norms / scale.to(norms.device, non_blocking=True))
+        observation = observe(norms if scale is None else norms / bring(scale, norms.device))
         outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
@@ -254,7 +262,7 @@ class Stepper:
         self._states = states
         skip = outcome.skip
         if found_inf is not None:
-            stopped = found_inf.to(norms.device, non_blocking=True) > 0
+            stopped = bring(found_inf, norms.device) > 0
             skip = stopped if skip is None else skip | stopped
         return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale)
 
@@ -311,20 +319,17 @@ class Stepper:
         return taken
 
 
-def _raise_limit(spec: PolicySpec | None) -> tuple[int | None, str]:
-    """Return after how many non-finite steps in a row to raise, and the name of the stage that says so."""
+def _raise_limit(spec: PolicySpec | None) -> tuple[int | None, str, str]:
+    """Return after how many non-finite steps in a row to raise, the stage that says so, and what became of them."""
     for stage in spec.pipeline if spec else ():
         if isinstance(stage, NonFiniteSpec):
-            return (1 if stage.action == "raise" else stage.max_consecutive), stage.name
-    return None, ""
+            became = "They were taken with zeros" if stage.action == "zero" else "No parameter was moved by them"
+            return (1 if stage.action == "raise" else stage.max_consecutive), stage.name, became
+    return None, "", ""
 
 
 def _held(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _sizes(optimizers: Sequence[Optimizer]) -> list[int]:
-    return [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
 
 
 def _gradients(watched: Watched) -> list[Tensor | None]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import os
 import time
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class Telemetry:
         self.guard = Guard("recording", self._count_error)
         self.newest_scalars: Mapping[str, float] = {}
         """Scalars of the newest row that reached the host."""
-        self._device = device
+        self._device, self._pid = device, os.getpid()
         width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2) + (2 + MICROBATCHES) * len(manifest.parameters)
         self._transfer: transfer.Transfer[StepRecord] = transfer.Transfer(width, device)
         self._journal = Journal(recorder, manifest)
@@ -60,6 +62,8 @@ class Telemetry:
 
     def begin(self, taken: Taken, arrivals: list[tuple[int, Tensor]]) -> None:
         """Send the row of a step on its way to the host."""
+        if os.getpid() != self._pid:
+            return  # a forked child must not write its parent's run
         with self.guard:
             if self._current is not None:
                 self._current.flags |= Flag.FAILED  # the step before raised in the optimizer
@@ -106,7 +110,9 @@ class Telemetry:
         self._write(order, wait=True)
 
     def close(self, order: tuple[int, ...]) -> None:
-        """Flush and finish the run directory."""
+        """Flush and finish the run directory; a forked child leaves its parent's alone."""
+        if os.getpid() != self._pid:
+            return
         self.flush(order)
         with self.guard:
             self.recorder.check_directory()
@@ -141,7 +147,7 @@ class Telemetry:
             elif transfer.reads_are_free(value.device):
                 record.host[name] = value.item()
             else:
-                tensors[name] = self._home(value)
+                tensors[name] = transfer.bring(value, self._device)
         record.travelling = tuple(tensors)
         pieces = [torch.stack(list(tensors.values()))] if tensors else []
         pieces.append(taken.outcome.before.norms)
@@ -150,11 +156,8 @@ class Telemetry:
             pieces.append(taken.after.norms)
         if arrivals:
             record.arrivals = tuple(index for index, _ in arrivals)
-            pieces.append(torch.stack([self._home(norm) for _, norm in arrivals]))
+            pieces.append(torch.stack([transfer.bring(norm, self._device) for _, norm in arrivals]))
         return pieces
-
-    def _home(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.device == self._device else tensor.to(self._device, non_blocking=True)
 
     def _hold(self, name: str, value: float | Tensor) -> float | Tensor:
         """Return a number, or a copy on its device of a tensor that the host cannot read for nothing."""
@@ -168,6 +171,8 @@ class Telemetry:
             if transfer.reads_are_free(value.device):
                 return float(value)
             return value.to(torch.float32, copy=True)
+        if isinstance(value, np.ndarray) and value.size == 1:
+            value = value.item()
         if not isinstance(value, numbers.Real):
             raise TypeError(f"{shown} is a {type(value).__name__}, expected a number or a one-element tensor")
         return float(value)
@@ -178,7 +183,9 @@ class Telemetry:
         if self._transfer.newest is last:
             last.host |= {name: value for name, value in held.items() if not isinstance(value, Tensor)}
             if tensors:
-                self._transfer.extend(torch.stack([self._home(tensor) for tensor in tensors.values()]))
+                self._transfer.extend(
+                    torch.stack([transfer.bring(tensor, self._device) for tensor in tensors.values()])
+                )
                 last.late += tuple(tensors)
             return True
         if last is not self._written:
@@ -192,12 +199,13 @@ class Telemetry:
         incident = False
         # The newest row stays open for what is logged after its step, where numbers are not known at once.
         keep_newest = not wait and not transfer.reads_are_free(self._device)
-        for record, values in self._transfer.arrived(wait=wait, keep_newest=keep_newest):
-            travelled = dict(zip(record.travelling, values[: len(record.travelling)].tolist(), strict=True))
-            self.newest_scalars = record.host | travelled | {"step": float(record.step)}
-            with self.guard:
-                incident |= self._journal.write(record, self.newest_scalars, values, order)
-                self._written = record
+        with self.guard:
+            for record, values in self._transfer.arrived(wait=wait, keep_newest=keep_newest):
+                travelled = dict(zip(record.travelling, values[: len(record.travelling)].tolist(), strict=True))
+                self.newest_scalars = record.host | travelled | {"step": float(record.step)}
+                with self.guard:
+                    incident |= self._journal.write(record, self.newest_scalars, values, order)
+                    self._written = record
         return incident
 
 

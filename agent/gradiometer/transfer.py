@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["SLOTS", "Transfer", "reads_are_free"]
+__all__ = ["SLOTS", "Transfer", "bring", "reads_are_free"]
 
 SLOTS = 16
 """Rows that may be under way; on a GPU the host runs at most a few steps ahead."""
@@ -27,6 +27,13 @@ Record = TypeVar("Record")
 def reads_are_free(device: torch.device) -> bool:
     """Tell whether the host can read a tensor of ``device`` without waiting for queued work."""
     return device.type == "cpu"
+
+
+def bring(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on ``device``, waiting for it only if that is the CPU: the host may read it at once."""
+    if tensor.device == device:
+        return tensor
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 class _Slot:

@@ -58,8 +58,7 @@ class GroupNorm:
         if self._members is None or self._group is None:
             return norms
         members = torch.nn.functional.pad(norms, (0, 1))[self._members]
-        wide = norms.dtype if norms.device.type == "mps" else torch.float64
-        groups: Tensor = torch.linalg.vector_norm(members, dim=1, dtype=wide).to(norms.dtype)
+        groups: Tensor = torch.linalg.vector_norm(members, dim=1, dtype=torch.float64).to(norms.dtype)
         return groups[self._group]
 
 
