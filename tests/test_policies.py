@@ -334,7 +334,9 @@ MIXED: dict[str, list[Any]] = {
         {"nonfinite": {}}, {"group_norm": {"max_norm": 1.0}}, {"global_norm": {"max_norm": 0.5}},
     ],
     "zero, global": [{"nonfinite": {"action": "zero"}}, {"global_norm": {"max_norm": 0.1}}],
-    "some, global": [{"global_norm": {"name": "first", "max_norm": 1.0, "match": "0.*"}}, {"global_norm": {"max_norm": 0.5}}],
+    "some, global": [
+        {"global_norm": {"name": "first", "max_norm": 1.0, "match": "0.*"}}, {"global_norm": {"max_norm": 0.5}},
+    ],
     "global, layers": [{"global_norm": {"max_norm": 1.0}}, {"group_norm": {"max_norm": 0.3}}],
     "layers, value": [{"group_norm": {"max_norm": 1.0}}, {"value": {"max_abs": 0.01}}],
 }  # fmt: skip
@@ -343,7 +345,7 @@ MIXED: dict[str, list[Any]] = {
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", MIXED)
 def test_what_is_recorded_is_what_was_used(tmp_path: Path, name: str, fused: bool) -> None:
-    """Whatever the mix of stages, the post-clip norms in the record are those of the gradients that moved the parameters."""
+    """Whatever the mix of stages, the post-clip norms in the record are those of what moved the parameters."""
     model = small_model()
     optimizer = SGD(model.parameters(), lr=1.0, fused=fused)
     before = [parameter.detach().clone() for parameter in model.parameters()]

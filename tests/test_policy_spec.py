@@ -54,7 +54,7 @@ def test_names_default_to_the_kind() -> None:
 
 GLOBAL = "pipeline[0].global_norm"
 WRONG: dict[str, tuple[Any, list[str]]] = {
-    "unknown key": ([{"global_norm": {"max_norm": 1, "max_nrm": 2}}], [f"{GLOBAL}.max_nrm", "is 2", "not permitted"]),
+    "unknown key": ([{"global_norm": {"max_norm": 1, "max_nrm": 2}}], [f"{GLOBAL}.max_nrm", "is 2", "no such setting; there are"]),
     "missing key": ([{"global_norm": {}}], [f"{GLOBAL}.max_norm", "required"]),
     "wrong type": ([{"global_norm": {"max_norm": "big"}}], [f"{GLOBAL}.max_norm", "is 'big'", "number"]),
     "negative": ([{"global_norm": {"max_norm": -1}}], [f"{GLOBAL}.max_norm", "is -1", "greater than 0"]),
@@ -78,8 +78,8 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "value early": ([{"value": {"max_abs": 1}}, {"global_norm": {"max_norm": 1}}], ["value must be the last"]),
     "same name": ([{"global_norm": {"max_norm": 1}}] * 2, ["2 policies", "'global_norm'", "'name'"]),
     "wrong version": ({"version": 2, "pipeline": ["nonfinite"]}, ["version", "is 2", "1"]),
-    "no policy at all": (3, ["the policy", "is 3", "dictionary"]),
-    "wrong top": ({"pipeline": ["nonfinite"], "stages": []}, ["stages", "not permitted"]),
+    "no policy at all": (3, ["the policy", "is 3", "expected a mapping such as"]),
+    "wrong top": ({"pipeline": ["nonfinite"], "stages": []}, ["stages", "no such setting; there are"]),
 }
 
 

@@ -144,7 +144,13 @@ AnySpec: TypeAlias = Annotated[
     | Annotated[ValueSpec, Tag("value")],
     Discriminator(_kind),
 ]
-KINDS = ("nonfinite", "global_norm", "group_norm", "value")
+_MODELS: dict[object, type[_Spec]] = {
+    "nonfinite": NonFiniteSpec,
+    "global_norm": GlobalNormSpec,
+    "group_norm": GroupNormSpec,
+    "value": ValueSpec,
+}
+KINDS = tuple(map(str, _MODELS))
 
 
 class PolicySpec(BaseModel):
@@ -257,6 +263,20 @@ def _explain(where: str, item: Any) -> str:
     path = ""
     for part in item["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    got = "" if item["type"] == "missing" or isinstance(item["input"], Mapping) else f" is {item['input']!r}"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{where}: {path or 'the policy'}{got}: {message}"
+    got = "" if item["type"] == "missing" or isinstance(item["input"], Mapping) else f" is {_short(item['input'])}"
+    return f"{where}: {path or 'the policy'}{got}: {_expected(item)}"
+
+
+def _expected(item: Any) -> str:
+    if item["type"] == "extra_forbidden":
+        kind = next((part for part in item["loc"] if part in _MODELS), None)
+        known = [name for name in (_MODELS[kind] if kind else PolicySpec).model_fields if name != "kind"]
+        return f"no such setting; there are {', '.join(known)}"
+    if item["type"] == "model_type":
+        return "expected a mapping such as 'pipeline: [{global_norm: {max_norm: 1.0}}]'"
+    return str(item["msg"]).removeprefix("Value error, ")
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -1,0 +1,203 @@
+"""What an agent must not do to the process it lives in: keep things alive, break conversions, write from a child."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import SGD
+
+from gradiometer import NonFiniteGradientError, Run, attach, open_run
+from gradiometer.records import State
+from gradiometer.transfer import Transfer
+from tests._training import attach as attach_small
+from tests._training import backward, loss_of, small_model, train
+
+CLIP: list[Any] = [{"global_norm": {"max_norm": 1e-3}}]
+
+
+def test_a_forgotten_agent_goes_with_its_optimizer(tmp_path: Path) -> None:
+    """Without a handle the agent works on; when model and optimizer go, so does it, and its run is finished."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    path = attach_small(tmp_path, model, optimizer).path
+    train(model, optimizer, range(3))
+    assert len(open_run(path)) == 3
+    kept: list[ref[Any]] = [ref(model), ref(optimizer)]
+    files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - not a directory of files
+    del model, optimizer
+    gc.collect()
+    assert [each() for each in kept] == [None, None]
+    assert open_run(path).status["state"] == State.FINISHED
+    assert len(os.listdir("/proc/self/fd")) == files - 2  # noqa: PTH208
+
+
+def test_parameters_put_in_the_place_of_others_are_seen(tmp_path: Path) -> None:
+    """An optimizer whose parameters were replaced, as many by as many, cannot be clipped, and that is raised."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attach_small(tmp_path, model, optimizer, policy=CLIP)
+    train(model, optimizer, range(2))
+    model[2] = nn.Linear(8, 2)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.zero_grad()
+    backward(loss_of(model, 2))
+    with pytest.raises(RuntimeError, match="that neither it nor the model had at attach"):
+        optimizer.step()
+
+
+def test_a_transfer_that_fails_reaches_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device that answers with an error ends neither a step nor detach, and the run is finished all the same."""
+
+    def fail(self: object, **_: object) -> Any:
+        raise RuntimeError("the device is gone")
+
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    agent = attach_small(tmp_path, model, optimizer)
+    monkeypatch.setattr(Transfer, "arrived", fail)
+    with caplog.at_level(logging.WARNING):
+        train(model, optimizer, range(3))
+        agent.detach()
+    assert agent.errors >= 3
+    assert open_run(agent.path).status["state"] == State.FINISHED
+    assert sum("the device is gone" in (record.exc_text or "") for record in caplog.records) == 1
+
+
+def test_a_model_is_converted_as_without_an_agent(tmp_path: Path) -> None:
+    """Between steps nothing refers to a gradient, so ``Module.to`` may swap tensors."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attach_small(tmp_path, model, optimizer, backward="off")
+    train(model, optimizer, range(2))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_a_scaler_wrapped_by_another_stays_wrapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody else put around GradScaler.step while the agent was there is not taken away by detach."""
+    monkeypatch.setattr(GradScaler, "step", GradScaler.step)  # put back whatever this test leaves
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    agent = attach_small(tmp_path, model, optimizer)
+    ours, calls = GradScaler.step, []
+
+    def theirs(self: GradScaler, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return ours(self, *args, **kwargs)
+
+    monkeypatch.setattr(GradScaler, "step", theirs)
+    agent.detach()
+    scaler = GradScaler("cpu", init_scale=2.0)
+    backward(scaler.scale(loss_of(model, 0)))
+    scaler.step(optimizer)
+    assert calls == [1]
+
+
+def scaled(tmp_path: Path, *, fused: bool, policy: list[Any], overflows: int) -> Run:
+    """Train five steps under a GradScaler, of which the first ``overflows`` hold an Inf."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.01, fused=fused)
+    scaler = GradScaler("cpu", init_scale=4.0)
+    with attach_small(tmp_path, model, optimizer, policy=policy) as agent:
+        for step in range(5):
+            optimizer.zero_grad()
+            backward(scaler.scale(loss_of(model, step)))
+            if step < overflows:
+                next(model.parameters()).grad.view(-1)[0] = torch.inf  # type: ignore[union-attr]
+            scaler.step(optimizer)
+            scaler.update()
+    return open_run(agent.path)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_the_scaler_skips_is_no_clip_event(tmp_path: Path, fused: bool) -> None:
+    """What a GradScaler skips was changed by no policy, whichever the optimizer."""
+    run = scaled(tmp_path, fused=fused, policy=[{"global_norm": {"max_norm": 1e9}}], overflows=2)
+    assert run.skipped.tolist() == [True, True, False, False, False]
+    assert run.clipped.sum() == 0
+    assert run.status["clip_events"].sum() == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaler_skips_count_as_steps_in_a_row(tmp_path: Path, fused: bool) -> None:
+    """``max_consecutive`` counts steps that the GradScaler skipped, alike for every optimizer."""
+    policy = [{"nonfinite": {"max_consecutive": 3}}]
+    assert scaled(tmp_path / "a", fused=fused, policy=policy, overflows=2).skipped.sum() == 2
+    with pytest.raises(NonFiniteGradientError, match="3 step"):
+        scaled(tmp_path / "b", fused=fused, policy=policy, overflows=3)
+
+
+def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
+    """Steps of a child made by fork are clipped, and leave no row in the parent's run."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    agent = attach_small(tmp_path, model, optimizer, policy=CLIP)
+    train(model, optimizer, range(2))
+    child = os.fork()
+    if child == 0:
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        train(model, optimizer, range(1))
+        moved = sum(float((a - b.detach()).square().sum()) for a, b in zip(before, model.parameters(), strict=True))
+        os._exit(0 if moved**0.5 < 2e-3 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    agent.detach()
+    assert len(open_run(agent.path)) == 2
+
+
+def test_zeros_are_not_called_a_skip(tmp_path: Path) -> None:
+    """The error of a policy that zeroes does not claim that nothing moved."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attach_small(tmp_path, model, optimizer, policy=[{"nonfinite": {"action": "zero", "max_consecutive": 1}}])
+    backward(loss_of(model, 0))
+    next(model.parameters()).grad.view(-1)[0] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteGradientError, match="taken with zeros"):
+        optimizer.step()
+
+
+def test_plain_mistakes_are_named(tmp_path: Path) -> None:
+    """Swapped arguments, None and settings of a wrong type are errors that say what was expected."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    mistakes: list[tuple[tuple[Any, Any], dict[str, Any], str]] = [
+        ((optimizer, model), {}, "expected a torch.nn.Module; the optimizer comes second"),
+        ((model, None), {}, "expected a torch.optim.Optimizer"),
+        ((model, optimizer), {"labels": ["a"]}, "labels is a list"),
+        ((model, optimizer), {"ring_bytes": "1M"}, "ring_bytes is '1M'"),
+    ]
+    for arguments, options, said in mistakes:
+        with pytest.raises(TypeError, match=said):
+            attach(*arguments, dir=tmp_path, **options)
+    with pytest.raises(ValueError, match="run_id 3"):
+        attach(model, optimizer, dir=tmp_path, run_id=3)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numpy_scalars_are_numbers(tmp_path: Path) -> None:
+    """A loss that is a NumPy number or an array of one is recorded; a Run shows itself in one line."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with attach_small(tmp_path, model, optimizer) as agent:
+        losses: list[Any] = [np.float32(1.5), np.array([2.5])]
+        for loss in losses:
+            agent.log(loss=loss)
+            train(model, optimizer, range(1))
+    run = open_run(agent.path)
+    assert run.loss.tolist() == [1.5, 2.5]
+    assert repr(run) == f"Run({str(agent.path)!r}: 2 steps, 4 parameters)"
