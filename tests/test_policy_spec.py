@@ -54,7 +54,10 @@ def test_names_default_to_the_kind() -> None:
 
 GLOBAL = "pipeline[0].global_norm"
 WRONG: dict[str, tuple[Any, list[str]]] = {
-    "unknown key": ([{"global_norm": {"max_norm": 1, "max_nrm": 2}}], [f"{GLOBAL}.max_nrm", "is 2", "no such setting; there are"]),
+    "unknown key": (
+        [{"global_norm": {"max_norm": 1, "max_nrm": 2}}],
+        [f"{GLOBAL}.max_nrm", "is 2", "no such setting; there are"],
+    ),
     "missing key": ([{"global_norm": {}}], [f"{GLOBAL}.max_norm", "required"]),
     "wrong type": ([{"global_norm": {"max_norm": "big"}}], [f"{GLOBAL}.max_norm", "is 'big'", "number"]),
     "negative": ([{"global_norm": {"max_norm": -1}}], [f"{GLOBAL}.max_norm", "is -1", "greater than 0"]),
