@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -16,11 +17,19 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD
 
-from gradiometer import NonFiniteGradientError, Run, attach, open_run
+from gradiometer import NonFiniteGradientError, Run, RunInUseError, attach, open_run
 from gradiometer.records import State
 from gradiometer.transfer import Transfer
 from tests._training import attach as attach_small
 from tests._training import backward, loss_of, small_model, train
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """Let go of the agents that a test did not detach."""
+    yield
+    gc.collect()
+
 
 CLIP: list[Any] = [{"global_norm": {"max_norm": 1e-3}}]
 
@@ -201,3 +210,19 @@ def test_numpy_scalars_are_numbers(tmp_path: Path) -> None:
     run = open_run(agent.path)
     assert run.loss.tolist() == [1.5, 2.5]
     assert repr(run) == f"Run({str(agent.path)!r}: 2 steps, 4 parameters)"
+
+
+def test_a_writer_that_cannot_be_looked_up_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run id of a writer in another container or host is free only after a quarter of an hour of silence."""
+    model = small_model()
+    attach_small(tmp_path, model, SGD(model.parameters(), lr=0.1), run_id="shared")
+    monkeypatch.setattr("gradiometer.records.pid_namespace", lambda: "pid:[another]")
+    other = small_model()
+    optimizer = SGD(other.parameters(), lr=0.1)
+    with pytest.raises(RunInUseError, match="'shared', rank 0, is being written by process"):
+        attach_small(tmp_path, other, optimizer, run_id="shared")
+    monkeypatch.setattr("gradiometer.recorder.UNKNOWN_SECONDS", 0.0)
+    with attach_small(tmp_path, other, optimizer, run_id="shared") as agent:
+        train(other, optimizer, range(2))
+    assert len(open_run(agent.path)) == 2
+    assert (tmp_path / "shared" / "rank-00000.1").is_dir()

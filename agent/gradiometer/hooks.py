@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -75,6 +75,7 @@ class StepHooks:
         self._optimizers, self.listener, self.calls = optimizers, listener, 0
         self._handles: list[RemovableHandle] = []
         _wrap_scaler()
+        finalize(self, _unwrap_scaler).atexit = False
         for optimizer in optimizers:
             _attached[optimizer] = ref(self)
             self._handles += [
@@ -118,8 +119,7 @@ class StepHooks:
             if _hooks_of(optimizer) is self:
                 del _attached[optimizer]
         self._optimizers = []
-        if not _attached:
-            _unwrap_scaler()
+        _unwrap_scaler()
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +129,9 @@ def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_scaler() -> None:
-    if _scaler_steps:
+    if _scaler_steps:  # left in somebody's chain of wrappers, or taken out of it since
+        if GradScaler.step is _scaler_steps[0][0]:
+            GradScaler.step = _scaler_steps[0][1]  # type: ignore[method-assign]  # restored by the last detach
         return
     original = GradScaler.step
 
@@ -159,6 +161,7 @@ def _wrap_scaler() -> None:
 
 
 def _unwrap_scaler() -> None:
-    """Put the original back, unless somebody has wrapped ours since: then it stays, and passes everything on."""
-    if _scaler_steps and GradScaler.step is _scaler_steps[0][1]:
+    """Put the original back if no agent is left, unless somebody has wrapped ours since: then it passes all on."""
+    attached = any(hooks() is not None for hooks in _attached.values())
+    if _scaler_steps and not attached and GradScaler.step is _scaler_steps[0][1]:
         GradScaler.step = _scaler_steps.pop()[0]  # type: ignore[method-assign]  # the original goes back

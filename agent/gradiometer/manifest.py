@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.recorder import check_run_id
-from gradiometer.records import FORMAT_VERSION, Manifest, ParameterInfo, RingGeometry
+from gradiometer.records import FORMAT_VERSION, Manifest, ParameterInfo, RingGeometry, pid_namespace
 
 __all__ = ["check_labels", "choose_run_id", "describe", "rank_and_world", "ring_geometry"]
 
@@ -109,6 +109,7 @@ def describe(
         pid=os.getpid(),
         process_start=psutil.Process().create_time(),
         host=socket.gethostname(),
+        pid_namespace=pid_namespace(),
         created_ns=time.time_ns(),
         gradiometer_version=_version(),
         torch_version=torch.__version__,

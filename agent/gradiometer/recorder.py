@@ -46,6 +46,8 @@ EVENTS_BYTES = 16 * 2**20
 """Events beyond this size of ``events.jsonl`` are dropped and counted."""
 
 
+UNKNOWN_SECONDS = 900.0
+"""How long a writer whose process cannot be looked up from here may be silent before its run id is free again."""
 _MASK = 2**64 - 1
 _NONFINITE, _SKIPPED = int(Flag.NONFINITE), int(Flag.SKIPPED)
 _STATUS = struct.Struct(f"<QQq6Qd{POLICY_SLOTS}Q")
@@ -251,11 +253,14 @@ def _refuse_live_writer(path: Path) -> None:
     except RunFormatError:
         return
     status = np.fromfile(path / "steps.ring", STATUS, 1, offset=STATUS_OFFSET)
-    finished = len(status) and status[0]["state"] == State.FINISHED
-    if not finished and process_alive(old):
+    if not len(status) or status[0]["state"] == State.FINISHED:
+        return
+    alive, silent = process_alive(old), time.time() - max(int(status[0]["heartbeat_ns"]), old.created_ns) / 1e9
+    if alive or (alive is None and silent < UNKNOWN_SECONDS):
         raise RunInUseError(
-            f"run_id {old.run_id!r}, rank {old.rank}, is being written by process {old.pid} in {path}: "
-            "choose another run_id, or detach the other agent first"
+            f"run_id {old.run_id!r}, rank {old.rank}, is being written by process {old.pid} of host {old.host} in "
+            f"{path}, last {silent:.0f} s ago: choose another run_id, or detach the other agent first (a writer of "
+            f"another host or container is taken for dead after {UNKNOWN_SECONDS:.0f} s of silence)"
         )
 
 
