@@ -120,6 +120,7 @@ def test_a_taken_port_is_said(tmp_path: Path) -> None:
         done = demo(tmp_path, "--steps", "2", "--port", str(port))
     assert done.returncode == 2
     assert str(port) in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
@@ -136,6 +137,23 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "stopped by Ctrl-C" in output
     assert "Traceback" not in errors
+    assert gradiometer.open_run(tmp_path / "demo").status["state"] == State.FINISHED
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_sigterm_stops_the_monitor_too(tmp_path: Path) -> None:
+    """After SIGTERM the run is finished, the status is 143, and the monitor is gone."""
+    port = free_port()
+    command = [*CLI, "demo", "--dir", str(tmp_path), "--run-id", "demo", "--steps", "100000", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        _await_steps(tmp_path / "demo", 3)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (143, "")
     assert gradiometer.open_run(tmp_path / "demo").status["state"] == State.FINISHED
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
@@ -169,6 +187,7 @@ def test_runs_and_show_read_it_back(tmp_path: Path) -> None:
     assert [layer["layer"] for layer in shown["layers"]] == recorded.layers
     assert sum(layer["share"] for layer in shown["layers"]) == pytest.approx(1.0)
     table = run("show", str(tmp_path / "demo")).stdout
+    assert str(tmp_path / "demo" / "rank-00000") in table.splitlines()
     assert "lstm.l2" in table
     assert "attached to 15 parameters" in table
 
@@ -189,6 +208,25 @@ def test_an_unreadable_run_does_not_hide_the_others(tmp_path: Path) -> None:
     (broken / "manifest.json").write_text("{")
     listed = json.loads(run("runs", "--dir", str(tmp_path), "--json").stdout)
     assert [(each["run_id"], each["state"]) for each in listed] == [("broken", "unreadable"), ("demo", "finished")]
+
+
+def test_a_pipe_gets_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ``runs`` writes to no terminal, its table is not cut to the width of one."""
+    monkeypatch.setitem(ENVIRONMENT, "COLUMNS", "40")
+    name = "a-run-of-a-name-that-is-longer-than-the-terminal-is-wide"
+    assert run("demo", "--dir", str(tmp_path), "--run-id", name, "--steps", "1", "--no-serve").returncode == 0
+    (line,) = [line for line in run("runs", "--dir", str(tmp_path)).stdout.splitlines() if name in line]
+    assert "finished" in line
+    assert "…" not in line
+
+
+def test_help_shows_the_defaults() -> None:
+    """What is in brackets in a help text is in the help."""
+    demo_says, monitor_says = (" ".join(run(command, "--help").stdout.split()) for command in ("demo", "monitor"))
+    assert "[default: 9477]" in demo_says
+    assert "[default: norm 0.2]" in demo_says
+    assert "[default: 9477]" in monitor_says
+    assert "[env: GRADIOMETER_DIR]" in monitor_says
 
 
 def test_version_and_help() -> None:

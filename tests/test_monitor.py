@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import math
@@ -13,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.applications import Starlette
 
 from gradiometer.records import Manifest
 from gradiometer.run import open_run
 from gradiometer_monitor.daemon import Settings, SettingsError, resolve
+from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.http import app
+from gradiometer_monitor.runs import Runs
 
 if TYPE_CHECKING:
     from tests.conftest import MakeManifest, Spawn, WaitUntil, WriteRun
@@ -161,6 +166,47 @@ def test_http_interface(start: Start, train: Train, make_manifest: MakeManifest,
     assert "run-1" in index
     assert "<script" not in index
     assert "/tmp" not in index + json.dumps(described)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:9477", 200), ("127.0.0.1", 200), ("[::1]:9477", 200), ("evil.example:9477", 400), ("", 400)],
+)
+def test_only_requests_to_this_host_are_served(start: Start, host: str, status: int) -> None:
+    """A name that somebody else lets resolve to loopback is refused, on every path."""
+    monitor = start()
+    assert [monitor.get(path, Host=host)[0] for path in ("/metrics", "/api/v1/runs")] == [status] * 2
+
+
+def test_a_stuck_poll_is_not_healthy(tmp_path: Path) -> None:
+    """The probe answers while the lock is held, and says 503 when no poll has been done for too long."""
+    runs = Runs(tmp_path, retention_seconds=900)
+    probe = app(runs, Exposition(runs, series_budget=10_000), host="127.0.0.1", poll_seconds=5.0)
+    with runs.snapshot():
+        assert _asked(probe, "/-/healthy") == 200
+        runs.polled_at -= 45
+        assert _asked(probe, "/-/healthy") == 200
+        runs.polled_at -= 10
+        assert _asked(probe, "/-/healthy") == 503
+    runs.poll()
+    assert _asked(probe, "/-/healthy") == 200
+    runs.close()
+
+
+def _asked(asgi: Starlette, path: str) -> int:
+    """Ask an application for a path, without a server; return the status."""
+    found: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            found.append(message["status"])
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": [(b"host", b"localhost")], "query_string": b""}
+    asyncio.run(asgi(scope, receive, send))
+    return found[0]
 
 
 def test_numbers_that_json_cannot_hold_are_null(
@@ -317,6 +363,30 @@ def test_wrong_setting_is_refused(spawn: Spawn, tmp_path: Path) -> None:
     code, (line,) = _refused(spawn, tmp_path, "--poll-seconds", "0")
     assert code == 2
     assert "poll_seconds 0.0: expected a number from 0.05 to 3600" in line
+
+
+def test_a_file_for_a_directory_is_refused(tmp_path: Path) -> None:
+    """A root that is a file is told at once."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="file, which is not a directory"):
+        resolve(tmp_path / "file")
+
+
+def test_a_missing_directory_is_warned_of(start: Start, tmp_path: Path) -> None:
+    """A root that is not there yet is served, and said to be missing."""
+    tmp_path.rmdir()
+    monitor = start()
+    assert monitor.runs() == {}
+    monitor.process.terminate()
+    assert f"{tmp_path} does not exist yet" in monitor.process.communicate(timeout=20)[1]
+
+
+def test_help_shows_the_defaults(spawn: Spawn) -> None:
+    """What is in brackets in a help text is in the help."""
+    process = spawn(sys.executable, "-m", "gradiometer_monitor", "--help", stdout=subprocess.PIPE)
+    said = " ".join(process.communicate(timeout=60)[0].split())
+    assert "[default: 9477]" in said
+    assert "[env: GRADIOMETER_DIR]" in said
 
 
 def test_settings_are_argument_then_environment_then_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

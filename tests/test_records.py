@@ -30,6 +30,7 @@ from gradiometer.records import (
     default_root,
     find_ranks,
     find_runs,
+    pid_namespace,
     process_alive,
     read_events,
     read_manifest,
@@ -208,6 +209,16 @@ def test_wrong_manifest_is_refused(
     path = write_run(make_manifest(), np.ones((1, 4))).path / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(RunFormatError, match=message):
+        read_manifest(path)
+
+
+def test_a_manifest_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is too large for a manifest is refused, however large it is."""
+    path = tmp_path / "manifest.json"
+    path.touch()
+    os.truncate(path, 2**40)
+    monkeypatch.setattr("gradiometer.records.MANIFEST_BYTES", 2**20)
+    with pytest.raises(RunFormatError, match=r"manifest\.json has more than 1048576 bytes"):
         read_manifest(path)
 
 
@@ -390,6 +401,18 @@ def test_finding_runs(tmp_path: Path, make_manifest: MakeManifest, write_run: Wr
     assert find_runs(tmp_path / "missing") == []
 
 
+def test_a_run_of_somebody_else_is_refused_by_name(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that this user may not read is found, and its ranks are refused with the reason."""
+    write_run(make_manifest(), np.ones((1, 4)))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert find_runs(tmp_path) == [tmp_path / "run"]
+    with pytest.raises(PermissionError, match="runs are for the user who trains") as caught:
+        find_ranks(tmp_path / "run")
+    assert caught.value.filename == str(tmp_path / "run")
+
+
 @pytest.mark.parametrize("run_id", ["", "..", ".x", "a/b", "a b", "ü", "a" * 129, "a\n"])
 def test_unsafe_run_id_is_refused(run_id: str) -> None:
     """A run's name is a directory and a label: it is refused with the rule."""
@@ -411,6 +434,37 @@ def test_process_alive(make_manifest: MakeManifest, spawn: Spawn, wait_until: Wa
     assert process_alive(manifest) is False
     child.wait()
     assert process_alive(manifest) is False
+
+
+def test_a_process_of_another_container_cannot_be_known(
+    make_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both pid namespaces are known and differ, a pid says nothing; where one is not, it is believed."""
+    monkeypatch.setattr("gradiometer.records.pid_namespace", lambda: "pid:[1]")
+    answers = [process_alive(make_manifest(pid_namespace=name)) for name in ("", "pid:[1]", "pid:[2]")]
+    assert answers == [True, True, None]
+    monkeypatch.setattr("gradiometer.records.pid_namespace", lambda: "")
+    assert process_alive(make_manifest(pid_namespace="pid:[2]")) is True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pid namespaces")
+def test_pid_namespace_is_this_process(spawn: Spawn) -> None:
+    """The name is not empty, and that of a child is the same."""
+    code = "from gradiometer.records import pid_namespace; print(pid_namespace())"
+    child = spawn(sys.executable, "-c", code, stdout=subprocess.PIPE).communicate(timeout=60)[0]
+    assert pid_namespace() == child.strip() != ""
+
+
+def test_logged_names_take_no_column(make_manifest: MakeManifest, write_run: WriteRun) -> None:
+    """A scalar that is called like a column of the data frame has its own."""
+    recorder = write_run(make_manifest(), np.ones((2, 4)))
+    recorder.event("scalars", "named", names=["time"])
+    recorder.scalars[0] = 5.0
+    recorder.amend(NAN)
+    run = open_run(recorder.path)
+    frame = run.to_pandas()
+    assert frame["time"].tolist() == run.time.tolist()
+    assert frame["log/time"].tolist()[-1] == 5.0
 
 
 def test_root_is_argument_then_environment_then_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,6 +177,83 @@ def test_rows_lost_in_a_crash_are_passed_over(
     with runs.snapshot() as (run,):
         summary = run.ranks[0].summary
         assert (summary.grad_norm.cumulative[-1], summary.rows_missed, summary.last_seen) == (23, 17, 40)
+    runs.close()
+
+
+def test_history_is_read_before_it_is_shown(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is held back, and the monitor not ready, until its ring has been read; one that comes later unreadies none.
+
+    A rank is added to its run as soon as it was read.
+    """
+    monkeypatch.setattr("gradiometer.tail.POLL_BYTES", 10 * make_manifest().ring.dtype.itemsize)
+    write_run(make_manifest("long", created_ns=time.time_ns()), np.ones((45, 4)))
+    write_run(make_manifest("short", created_ns=time.time_ns()), np.ones((5, 4)))
+    runs = Runs(tmp_path, retention_seconds=900)
+    for _ in range(4):
+        assert _names(runs) == ["short"]
+        assert not runs.ready.is_set()
+    assert _names(runs) == ["long", "short"]
+    assert runs.ready.is_set()
+    write_run(make_manifest("short", rank=1, created_ns=time.time_ns()), np.ones((25, 4)))
+    ranks: list[list[int]] = []
+    while ranks[-1:] != [[0, 1]]:
+        assert len(ranks) < 1000
+        time.sleep(0.005)
+        runs.poll()
+        with runs.snapshot() as (_, short):
+            ranks.append([tail.rank for tail in short.ranks])
+    assert short.ranks[1].summary.grad_norm.cumulative[-1] == 25
+    assert ranks[0] == [0]
+    assert runs.ready.is_set()
+    runs.close()
+
+
+def test_a_heartbeat_that_moves_is_life(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, append: Append
+) -> None:
+    """A process that cannot be found is not lost while it writes."""
+    recorder = write_run(make_manifest(process_start=1.0, created_ns=time.time_ns()), np.ones((3, 4)))
+    runs = Runs(tmp_path, retention_seconds=900)
+    states = []
+    for place in range(4):
+        runs.poll()
+        with runs.snapshot() as (run,):
+            states.append(run.state)
+        if place in (0, 2):
+            append(recorder, np.ones((1, 4)), time_ns=time.time_ns() + place)
+    assert states == ["lost", "running", "running", "running"]
+    runs.close()
+
+
+def test_a_run_of_somebody_else_is_listed(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that this user may not read is named, and disturbs no other."""
+    for run_id in ("mine", "theirs"):
+        write_run(make_manifest(run_id, created_ns=time.time_ns()), np.ones((3, 4)))
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "theirs")
+    runs = Runs(tmp_path, retention_seconds=900)
+    assert _names(runs) == ["mine"]
+    assert not runs.poll_succeeded
+    assert [(Path(name).name, error) for name, error in runs.unreadable().items()] == [("theirs", "PermissionError")]
+    runs.close()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "steps.ring"])
+def test_a_pipe_does_not_stop_the_poll(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, name: str
+) -> None:
+    """A pipe in the place of a file is an unreadable run, not a wait for somebody to write into it."""
+    for run_id in ("good", "odd"):
+        write_run(make_manifest(run_id, created_ns=time.time_ns()), np.ones((3, 4)))
+    file = tmp_path / "odd/rank-00000" / name
+    file.unlink()
+    os.mkfifo(file)
+    runs = Runs(tmp_path, retention_seconds=900)
+    assert _names(runs) == ["good"]
+    assert runs.unreadable() == {"odd/rank-00000": "RunFormatError"}
     runs.close()
 
 

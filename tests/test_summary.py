@@ -21,7 +21,7 @@ from gradiometer.summary import BUCKET_NS, Histogram, RunSummary, WindowMax
 from gradiometer.tail import RankTail
 
 if TYPE_CHECKING:
-    from tests.conftest import MakeManifest, Spawn, WaitUntil
+    from tests.conftest import Append, MakeManifest, Spawn, WaitUntil, WriteRun
 
 INF, NAN = math.inf, math.nan
 STATUS_ZERO = np.zeros(1, STATUS)[0]
@@ -193,6 +193,32 @@ def test_rows_that_were_overtaken_are_missed(make_manifest: MakeManifest) -> Non
     for _ in range(2):
         summary.give_up(20)
     assert (summary.rows_missed, summary.last_seen) == (15, 20)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 100])
+def test_a_late_reader_misses_nothing(
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    append: Append,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+) -> None:
+    """What the ring gave up before it was opened, or while it was first read, is history; what it does later is not."""
+    manifest = make_manifest(capacity=8)
+    monkeypatch.setattr("gradiometer.tail.POLL_BYTES", limit * manifest.ring.dtype.itemsize)
+    recorder = write_run(manifest, np.ones((30, 4)))
+    tail = RankTail(recorder.path)
+    append(recorder, np.ones((2, 4)))
+    assert not tail.caught_up
+    for _ in range(20):
+        tail.poll()
+    assert tail.caught_up
+    assert (tail.summary.grad_norm.cumulative[-1], tail.summary.rows_missed) == (8, 0)
+    append(recorder, np.ones((11, 4)))
+    for _ in range(20):
+        tail.poll()
+    assert (tail.summary.grad_norm.cumulative[-1], tail.summary.rows_missed) == (16, 3)
+    tail.close()
 
 
 WRITER = """

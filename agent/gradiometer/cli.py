@@ -16,7 +16,7 @@ from rich.table import Table
 from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
 from gradiometer.recorder import RunInUseError, check_run_id
 from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs
-from gradiometer.report import render, run_state, summarize
+from gradiometer.report import draw, run_state, summarize
 from gradiometer.run import Run, open_run
 
 __all__ = ["app", "main"]
@@ -24,8 +24,10 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="An instrument that measures gradients: per-layer norms and clip events of live PyTorch runs.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # which would take "[default: 9477]" for a style
     pretty_exceptions_enable=False,
 )
+PIPE_WIDTH = 1000
 Dir = Annotated[
     Path | None,
     typer.Option("--dir", help="Where runs live [env: GRADIOMETER_DIR; default: the user's state directory]."),
@@ -58,7 +60,7 @@ def runs(
     if not rows:
         typer.echo(f"no runs in {root}: 'gradiometer demo' makes one, gradiometer.attach() makes yours")
         return
-    Console().print(_run_table(rows, root))
+    _console().print(_run_table(rows, root))
 
 
 @app.command()
@@ -73,7 +75,7 @@ def show(
     if as_json:
         typer.echo(json.dumps(summarize(found), indent=1))
     else:
-        Console().print(render(found))
+        draw(found, _console())
 
 
 @app.command()
@@ -156,6 +158,11 @@ def _listed(path: Path) -> dict[str, Any]:
     summary = summarize(run)
     keys = ("run_id", "started", "steps", "grad_norm_median", "nonfinite_steps", "skipped_steps", "loss_last")
     return {"state": run_state(run), "ranks": len(find_ranks(path))} | {key: summary[key] for key in keys}
+
+
+def _console() -> Console:
+    """Make the console for tables: in a pipe or a file nothing is cut to the width of a terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
 
 
 _NUMBERS = ("ranks", "steps", "median norm", "non-finite", "skipped", "last loss")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gradiometer.policy.spec import PolicySource
 from gradiometer.records import default_root
-from gradiometer.report import render
+from gradiometer.report import draw
 from gradiometer.run import open_run
 from gradiometer.session import Agent, attach
 from gradiometer.tail import RankTail
@@ -123,21 +123,42 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def run_demo(settings: DemoSettings, console: Console) -> int:
     """Train, serve and sum up; return the exit status: 130 after Ctrl-C, else 0.
 
-    Raises DemoError if the device, the text or the monitor is not to be had.
+    Raises DemoError if the device, the text or the monitor is not to be had, and SystemExit at SIGTERM.
     """
+    with _exit_at_sigterm():
+        return _run(settings, console)
+
+
+@contextlib.contextmanager
+def _exit_at_sigterm() -> Iterator[None]:
+    """Unwind the stack at SIGTERM, which would otherwise leave the monitor behind."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(settings: DemoSettings, console: Console) -> int:
     device = _device(settings.device)
     torch.manual_seed(settings.seed)
     torch.set_num_threads(1)  # the model is small: more threads wait for each other, and on a busy machine for long
+    torch.set_flush_denormal(True)  # the gradients of a run that diverged are full of them, and seven times slower
     text = read_text()
     root = default_root(settings.root)
     model = CharLSTM(len(text.vocabulary)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, fused=device.type in ("cpu", "cuda"))
     status, held_out = 0, math.nan
     with contextlib.ExitStack() as stack:
+        # First the monitor, so that where its port is taken no empty run is left behind.
+        monitor = stack.enter_context(_monitor(root, settings.port, console)) if settings.serve else None
         agent = stack.enter_context(
             attach(model, optimizer, policy=settings.policy, run_id=settings.run_id, dir=root, labels={"job": "demo"})
         )
-        monitor = stack.enter_context(_monitor(root, settings.port, console)) if settings.serve else None
         _introduce(console, text, model, agent, monitor)
         try:
             _train(model, optimizer, agent, text, settings, console)
@@ -148,7 +169,7 @@ def run_demo(settings: DemoSettings, console: Console) -> int:
         held_out = _held_out_loss(model, text, settings.seed, device)
         if monitor is not None:
             _show_scrape(monitor, agent, console)
-    console.print(render(open_run(agent.path)))
+    draw(open_run(agent.path), console)
     console.print(f"held-out loss: [bold]{held_out:.3f}[/bold] nats per character ({_verdict(held_out, text)})")
     console.print(f"look again:    gradiometer show {agent.run_id} --dir {root}", soft_wrap=True)
     console.print(f"serve it:      gradiometer monitor --dir {root}", soft_wrap=True)
@@ -236,10 +257,9 @@ class _Watcher:
             return
         status, summary = self._tail.summary.status, self._tail.summary
         clips = int(status["clip_events"].max()) / max(1, int(status["steps"]))
-        ratio = float(row["grad_norm_preclip"]) / summary.grad_norm_baseline
-        state = (
-            f"loss {row['loss']:.3f}  norm {row['grad_norm_preclip']:.3g} ({ratio:.1f}x normal)  clipped {clips:.0%}"
-        )
+        norm = float(row["grad_norm_preclip"])
+        ratio = norm / summary.grad_norm_baseline
+        state = f"loss {row['loss']:.3f}  norm {norm:.3g} ({ratio:.1f}x its median)  clipped {clips:.0%}"
         self._bar.update(self._task, state=state)
 
 

@@ -20,8 +20,10 @@ import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
+from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +45,7 @@ __all__ = [
     "default_root",
     "find_ranks",
     "find_runs",
+    "pid_namespace",
     "process_alive",
     "read_events",
     "read_manifest",
@@ -58,6 +61,8 @@ SCALAR_SLOTS = 16
 STATS = ("grad_norm_preclip", "grad_norm_postclip", "microbatch_norm")
 """Columns kept per parameter. ``microbatch_norm`` is the root mean square over the step's micro-batches, before any
 reduction between ranks; it is negative zero in steps whose backward hooks were not armed."""
+MANIFEST_BYTES = 64 * 2**20
+"""A manifest is refused beyond this: it is read at once. A parameter takes some 150 bytes."""
 CHECKSUM_FACTOR = 0x9E3779B97F4A7C15
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 Word = npt.NDArray[np.uint64]
@@ -196,6 +201,8 @@ class Manifest(BaseModel):
     process_start: float
     """Creation time of the process in seconds since the epoch: pids are used again."""
     host: str
+    pid_namespace: str = ""
+    """What :func:`pid_namespace` returned: elsewhere ``pid`` is another process, or none. Empty where unknown."""
     created_ns: int
     gradiometer_version: str
     torch_version: str
@@ -260,9 +267,20 @@ def find_ranks(run: Path) -> list[Path]:
     )
 
 
+def pid_namespace() -> str:
+    """Name the namespace in which this process's pid is one, as Linux does; empty where that cannot be known."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
 def process_alive(manifest: Manifest) -> bool | None:
-    """Tell whether the writer's process lives; None when it is not this host's to know."""
+    """Tell whether the writer's process lives; None when it cannot be seen from this host, or from this container."""
     if manifest.host != socket.gethostname():
+        return None
+    own = pid_namespace()
+    if own and manifest.pid_namespace and own != manifest.pid_namespace:
         return None
     try:
         process = psutil.Process(manifest.pid)
@@ -284,10 +302,28 @@ def checksum(words: Word) -> Word:
     return mixed
 
 
+def _open_file(path: Path) -> FileIO:
+    """Open a regular file for reading; raises RunFormatError for a pipe or a device, which could block for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RunFormatError(f"{path} is not a regular file: it was put there by something else than gradiometer")
+    return FileIO(descriptor)
+
+
+def _read_bounded(path: Path, limit: int) -> bytes:
+    with _open_file(path) as file:
+        content = _pread_all(file.fileno(), limit + 1, 0)
+    if len(content) > limit:
+        raise RunFormatError(f"{path} has more than {limit} bytes: it is not a gradiometer manifest")
+    return content
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read and validate a ``manifest.json``; raises :class:`RunFormatError` that says what is wrong with it."""
+    content = _read_bounded(path, MANIFEST_BYTES)
     try:
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunFormatError(
             f"{path} is not JSON ({error}): it was cut short or is not a gradiometer manifest"
@@ -314,7 +350,7 @@ class RingReader:
     def __init__(self, path: Path, geometry: RingGeometry) -> None:
         self.path, self.geometry = path, geometry
         self._dtype = geometry.dtype
-        self._file = path.open("rb", buffering=0)
+        self._file = _open_file(path)
         try:
             self._check_header()
         except RunFormatError:
@@ -405,7 +441,7 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]
     becomes an event of kind ``unreadable``. A missing file has no events.
     """
     try:
-        with path.open("rb") as file:
+        with _open_file(path) as file:
             file.seek(offset)
             text = file.read()
     except FileNotFoundError:

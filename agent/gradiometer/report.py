@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from gradiometer.records import State, process_alive
 from gradiometer.run import Run
 
-__all__ = ["layer_table", "render", "run_state", "summarize"]
+__all__ = ["draw", "layer_table", "run_state", "summarize"]
 
 MAX_LAYERS, MAX_EVENTS = 40, 20
 
@@ -77,13 +77,14 @@ def _layers(run: Run) -> Iterator[dict[str, Any]]:
         }
 
 
-def render(run: Run) -> RenderableType:
-    """Draw a run for a terminal: the facts, the layers, the incidents."""
+def draw(run: Run, console: Console) -> None:
+    """Draw a run: the facts, where it is, in one piece that can be copied, the layers, the incidents."""
     summary = summarize(run)
-    parts: list[RenderableType] = [_facts(summary), layer_table(summary["layers"])]
+    console.print(_facts(summary))
+    console.print(Text(summary["path"]), soft_wrap=True)
+    console.print(layer_table(summary["layers"]))
     if summary["events"]:
-        parts.append(_incidents(summary["events"]))
-    return Group(*parts)
+        console.print(_incidents(summary["events"]))
 
 
 def _facts(summary: dict[str, Any]) -> Table:
@@ -99,7 +100,6 @@ def _facts(summary: dict[str, Any]) -> Table:
         "last loss": _number(summary["loss_last"]),
         "agent": f"{summary['agent_seconds']:.2f} s in hooks, {summary['agent_errors']} errors, "
         f"{summary['rows_dropped']} rows dropped",
-        "where": summary["path"],
     }
     for name, value in facts.items():
         table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))

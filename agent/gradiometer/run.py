@@ -149,7 +149,7 @@ class Run:
         return compose(self.stat(stat), self.manifest.layer_index, len(self.layers))
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return one row a step: the scalars, and a column ``layer/<name>`` with each layer's pre-clip norm.
+        """Return one row a step: its numbers, ``log/<name>`` of what was logged, ``layer/<name>`` of pre-clip norms.
 
         Raises ImportError, saying what to install, where pandas is missing.
         """
@@ -164,7 +164,7 @@ class Run:
                 "loss", "learning_rate", "loss_scale", "step_seconds", "optimizer", "skipped", "nonfinite",
             )
         }  # fmt: skip
-        columns |= self.scalars
+        columns |= {f"log/{name}": values for name, values in self.scalars.items()}
         columns |= dict(zip((f"layer/{name}" for name in self.layers), self.layer_norms().T, strict=True))
         return pd.DataFrame(columns, index=pd.Index(self.steps, name="step"))
 

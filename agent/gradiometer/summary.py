@@ -151,7 +151,8 @@ class RunSummary:
     """What one rank's rows and counters come to; fed by whoever follows the ring.
 
     Counters are the writer's own, so they are exact even if the reader was away; histograms, windows and per-layer
-    counts cover the rows that were read, and :attr:`rows_missed` says how many were not.
+    counts begin with the oldest row that the ring held when the reader came, and :attr:`rows_missed` says how many
+    rows were not read since.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -162,7 +163,7 @@ class RunSummary:
         self.last_seen = 0
         """Sequence of the newest row that was read or given up."""
         self.rows_missed = 0
-        """Rows that the ring had overwritten, or a crash destroyed, before they were read."""
+        """Rows that the ring overwrote while it was followed, or a crash destroyed, before they were read."""
         self.loss: float | None = None
         """Newest loss that was logged, NaN too; None if none was."""
         self.grad_norm = Histogram(GRAD_NORM_BUCKETS)
@@ -199,6 +200,10 @@ class RunSummary:
         self._baseline = np.concatenate([self._baseline, norms[np.isfinite(norms)]])[-BASELINE_STEPS:]
         logged = rows[(rows["flags"] & int(Flag.LOSS)) != 0]
         self.loss = float(logged["loss"][-1]) if len(logged) else self.loss
+
+    def start_after(self, sequence: int) -> None:
+        """Take the rows up to ``sequence`` for history, which the reader came too late for: they are not missed."""
+        self.last_seen = max(self.last_seen, sequence)
 
     def give_up(self, sequence: int) -> None:
         """Count the rows up to ``sequence`` that were not read as missed: they never will be."""

@@ -1,6 +1,7 @@
 """Follow one rank's run directory while it grows, and frame what it says as samples of the catalogue. Needs no torch.
 
-Guarantees: a poll reads a bounded number of bytes; a row is counted once, whole, or not at all and then as missed.
+Guarantees: a poll reads a bounded number of bytes; a row that the ring still held when it was opened, or was written
+since, is counted once, whole, or not at all and then as missed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradiometer.records import POLICY_SLOTS, Flag, RingReader, RunFormatError, State, read_manifest
+from gradiometer.records import POLICY_SLOTS, Flag, RingReader, Rows, RunFormatError, State, read_manifest
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
 __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
@@ -43,7 +44,10 @@ class RankTail:
             )
         self.summary = RunSummary(self.manifest)
         self._ring = RingReader(path / "steps.ring", self.manifest.ring)
-        self.summary.status = self._ring.status()
+        self.summary.status = status = self._ring.status()
+        self.caught_up = False
+        """Every row that was there when the ring was opened has been counted: no counter climbs through history."""
+        self._opened_at = int(status["head"])
         self._limit = max(1, POLL_BYTES // self.manifest.ring.dtype.itemsize)
 
     def poll(self) -> bool:
@@ -51,12 +55,22 @@ class RankTail:
         summary, ring = self.summary, self._ring
         head = int(ring.status()["head"])
         first = max(summary.last_seen, head - self.manifest.ring.capacity)
-        rows = ring.read(summary.last_seen, self._limit)
+        rows, status = ring.read(summary.last_seen, self._limit), ring.status()
+        if not self.caught_up:
+            self._pass_over_history(rows, int(status["head"]))
         # The row at `head` may be amended while it is read, and one after it would then leave a gap.
-        summary.update(rows[rows["begin"] <= head], ring.status())
+        summary.update(rows[rows["begin"] <= head], status)
         # Rows before `head` are final: those that were not whole now never will be.
         summary.give_up(min(head - 1, first + self._limit))
+        self.caught_up |= summary.last_seen + 1 >= self._opened_at
         return summary.last_seen + 1 < head
+
+    def _pass_over_history(self, rows: Rows, head: int) -> None:
+        """Miss none of the rows that the ring had given up before its oldest were read."""
+        overtaken = head + 1 - self.manifest.ring.capacity  # the writer may be at the place of the last of them
+        if len(rows):
+            overtaken = min(overtaken, int(rows["begin"][0]) - 1)
+        self.summary.start_after(min(overtaken, self._opened_at))
 
     def newest(self) -> np.void | None:
         """Copy the newest row as it is now: the job may have logged its loss since it was followed."""

@@ -5,4 +5,6 @@ import typer
 from gradiometer_monitor.cli import monitor
 
 if __name__ == "__main__":
-    typer.run(monitor)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(monitor)
+    app()

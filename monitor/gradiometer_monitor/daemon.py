@@ -157,7 +157,7 @@ def _write_port(path: Path, port: int) -> None:
 def _serve_http(runs: Runs, settings: Settings, listener: socket.socket) -> None:
     exposition = Exposition(runs, series_budget=settings.series_budget)
     config = uvicorn.Config(
-        app(runs, exposition),
+        app(runs, exposition, host=settings.host, poll_seconds=settings.poll_seconds),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -1,6 +1,8 @@
 """The monitor's HTTP interface: /metrics, /-/healthy, /-/ready, /api/v1/runs, and an index of runs at /.
 
-Everything is read-only. Handlers are plain functions, which Starlette runs in its bounded pool of threads.
+Everything is read-only. Handlers that need the lock of the runs are plain functions, which Starlette runs in its
+bounded pool of threads; the probes need neither, so that they answer when everything else waits. A request whose Host
+is not this host's is refused: a page of the web could otherwise read the metrics, by a name that resolves to loopback.
 """
 
 from __future__ import annotations
@@ -8,9 +10,12 @@ from __future__ import annotations
 import gzip
 import html
 import math
+import time
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -24,8 +29,14 @@ GZIP_LEVEL = 1
 """Level 6 makes a scrape of many layers cost eight times its rendering, for little less to send."""
 
 
-def app(runs: Runs, exposition: Exposition) -> Starlette:
-    """Make the ASGI application that serves ``runs``."""
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+HEALTHY_SECONDS, HEALTHY_POLLS = 30.0, 10
+"""A poll that is not done after the first, or after as many pauses between polls, is stuck."""
+
+
+def app(runs: Runs, exposition: Exposition, *, host: str, poll_seconds: float) -> Starlette:
+    """Make the ASGI application that serves ``runs`` on ``host``, polled every ``poll_seconds``."""
+    limit = max(HEALTHY_SECONDS, HEALTHY_POLLS * poll_seconds)
 
     def metrics(request: Request) -> Response:
         content_type = negotiate(request.headers.get("accept", ""))
@@ -36,13 +47,16 @@ def app(runs: Runs, exposition: Exposition) -> Starlette:
             headers["content-encoding"] = "gzip"
         return Response(body, headers=headers)
 
-    def healthy(_: Request) -> Response:
-        return PlainTextResponse("healthy\n")
+    async def healthy(_: Request) -> Response:
+        silent = time.monotonic() - runs.polled_at
+        if silent <= limit:
+            return PlainTextResponse("healthy\n")
+        return PlainTextResponse(f"no poll was done for {silent:.0f} s\n", status_code=503)
 
-    def ready(_: Request) -> Response:
-        if runs.polled.is_set():
+    async def ready(_: Request) -> Response:
+        if runs.ready.is_set():
             return PlainTextResponse("ready\n")
-        return PlainTextResponse("the run directories have not been read yet\n", status_code=503)
+        return PlainTextResponse("the run directories have not been read to their end yet\n", status_code=503)
 
     def list_runs(_: Request) -> Response:
         return JSONResponse({"runs": _describe_all(runs), "unreadable": runs.unreadable()})
@@ -51,7 +65,16 @@ def app(runs: Runs, exposition: Exposition) -> Starlette:
         return HTMLResponse(_index(_describe_all(runs)))
 
     handlers = {"/metrics": metrics, "/-/healthy": healthy, "/-/ready": ready, "/api/v1/runs": list_runs, "/": index}
-    return Starlette(routes=[Route(path, handler) for path, handler in handlers.items()])
+    return Starlette(
+        routes=[Route(path, handler) for path, handler in handlers.items()],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_allowed(host), www_redirect=False)],
+    )
+
+
+def _allowed(host: str) -> list[str]:
+    """Name the hosts, without port, that a request may ask for."""
+    # Older Starlettes cut the port off at the first colon, and leave a bracket of any IPv6 address; no name has one.
+    return [*LOCAL_HOSTS, f"[{host}]" if ":" in host else host, "["]
 
 
 def _accepts_gzip(accept_encoding: str) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from logging import getLogger
 from pathlib import Path
 
@@ -46,13 +46,30 @@ class _Rank:
     state: str = "running"
     scrapes: int = 0
     """Scrapes since the rank was over."""
-    dead: bool = False
-    """The process was seen to be gone: that is final, and need not be asked again."""
+    gone_at: float | None = None
+    """Heartbeat when the process was first seen to be gone, which need not be asked again."""
+    hidden: bool = False
+    """The heartbeat moved after that: somebody writes whom this process cannot see, as from another container."""
 
-    def update(self, now: float) -> None:
+    def poll(self) -> bool:
+        """Read what came, tell whether there is more, and judge the state."""
+        alive = self._alive()  # asked before reading: a process that was gone by now cannot have written after it
+        behind = self.tail.poll()
+        if alive is False and self.gone_at is None:
+            self.gone_at = self.tail.heartbeat
+        elif alive is False and self.gone_at != self.tail.heartbeat:
+            self.hidden, alive = True, None
+        self.judge(alive, time.time())
+        return behind
+
+    def _alive(self) -> bool | None:
+        if self.hidden:
+            return None
+        return False if self.gone_at is not None or self.tail.finished else process_alive(self.tail.manifest)
+
+    def judge(self, alive: bool | None, now: float) -> None:
+        """Choose the state; ``alive`` is what is known of the process."""
         tail = self.tail
-        alive = False if self.dead or tail.finished else process_alive(tail.manifest)
-        self.dead = alive is False
         if tail.finished:
             self.state = "finished"
         elif alive is None:
@@ -103,8 +120,10 @@ class Runs:
     def __init__(self, root: Path, *, retention_seconds: float) -> None:
         self.root = root
         self.retention_seconds = retention_seconds
-        self.polled = threading.Event()
-        """Set once the first poll is done."""
+        self.ready = threading.Event()
+        """Set once every run that was there has been read as far as it goes."""
+        self.polled_at = time.monotonic()
+        """When the last poll was done, or this began."""
         self.poll_seconds, self.poll_succeeded = 0.0, True
         """How long the last poll took, and whether every run could be read."""
         self._ranks: dict[Path, _Rank] = {}
@@ -127,16 +146,23 @@ class Runs:
             self._retire()
         self.poll_seconds = time.perf_counter() - started
         self.poll_succeeded = not self._unreadable and not self._warned
-        self.polled.set()
+        self.polled_at = time.monotonic()
+        if not self._waiting and all(rank.tail.caught_up for rank in self._ranks.values()):
+            self.ready.set()
         return behind
 
     @contextmanager
     def snapshot(self, *, scrape: bool = False) -> Iterator[list[Run]]:
-        """Hold the lock and give the runs, by name; a ``scrape`` counts towards the leaving of those that are over."""
+        """Hold the lock and give the runs, by name; a ``scrape`` counts towards the leaving of those that are over.
+
+        A run is held back until its lowest rank was read as far as it goes, another rank until it was itself:
+        otherwise a scrape would take what happened long ago for an increase of now.
+        """
         with self._lock:
-            for rank in self._ranks.values():
+            shown = [_caught_up(members) for members in self._grouped() if members[0].tail.caught_up]
+            for rank in chain.from_iterable(shown):
                 rank.scrapes += scrape and rank.state != "running"
-            yield [_run(members) for members in self._grouped()]
+            yield [_run(members) for members in shown]
 
     def unreadable(self) -> dict[str, str]:
         """Map ``run_id/rank-…`` of each unreadable directory to the kind of error."""
@@ -222,7 +248,7 @@ class Runs:
                 raise _TooManyRunsError(f"{MAX_RANKS} ranks of running jobs are followed already")
             self._archive(min(over, key=lambda rank: rank.tail.heartbeat).tail.path)
         rank = _Rank(RankTail(path))
-        rank.update(time.time())
+        rank.judge(process_alive(rank.tail.manifest), time.time())
         return rank
 
     def _poll_rank(self, path: Path, rank: _Rank) -> bool:
@@ -230,8 +256,7 @@ class Runs:
             if identity(path) != rank.tail.identity:
                 self._adopt(path)
                 return True
-            behind = rank.tail.poll()
-            rank.update(time.time())
+            behind = rank.poll()
         except FileNotFoundError:
             self._drop(path)
             return False
@@ -287,6 +312,10 @@ class Runs:
 
 class _TooManyRunsError(Exception):
     """The bound on followed directories is reached."""
+
+
+def _caught_up(ranks: list[_Rank]) -> list[_Rank]:
+    return [rank for rank in ranks if rank.tail.caught_up]
 
 
 def _run(ranks: list[_Rank]) -> Run:
