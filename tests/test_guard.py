@@ -173,6 +173,8 @@ def test_detaching_from_a_removed_directory(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     train(model, optimizer, [0])
     agent.detach()
+    assert agent.errors >= 1
+    assert not tmp_path.exists()
 
 
 def test_a_failure_in_acting_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ class BackwardWatch:
     """The backward hooks of one agent. Hooks may run in autograd's own threads; lists take appends from any of them."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], mode: BackwardMode, guard: Guard) -> None:
-        self._parameters, self._mode, self._guard = parameters, check_mode(mode), guard
+        self._parameters, self._mode, self._guard = parameters, mode, guard
         self._handles: list[RemovableHandle] = []
         self._sentinel: RemovableHandle | None = None
         self._bare = [parameter._backward_hooks is None for parameter in parameters]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
 from gradiometer.recorder import RunInUseError, check_run_id
-from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs
+from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs, installed_version
 from gradiometer.report import draw, run_state, summarize
 from gradiometer.run import Run, open_run
 
@@ -43,7 +42,7 @@ def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     if show_version:
-        typer.echo(f"gradiometer {_version()}")
+        typer.echo(f"gradiometer {installed_version()}")
         raise typer.Exit
 
 
@@ -130,13 +129,6 @@ def _add_missing_monitor(name: str) -> None:
 
 
 _add_monitor()
-
-
-def _version() -> str:
-    try:
-        return version("gradiometer")
-    except PackageNotFoundError:
-        return "uninstalled"
 
 
 def _open(run: str, root: Path, rank: int) -> Run:

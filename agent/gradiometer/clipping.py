@@ -84,10 +84,9 @@ def amp_state(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
     return getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
 
 
-def unscale(gradients: Sequence[Tensor], scale: Tensor | None) -> None:
-    """Divide gradients in place by the loss scale they carry."""
-    if scale is not None and gradients:
-        torch._foreach_mul_(list(gradients), transfer.bring(scale, gradients[0].device).reciprocal())
+def unscale(parameters: Sequence[nn.Parameter | None], scale: Tensor) -> None:
+    """Divide the gradients of ``parameters`` in place by the loss scale they carry."""
+    _multiply(_holding(parameters), scale.reciprocal())
 
 
 def prepare_step(optimizer: Optimizer, outcome: Outcome, *, scaled: bool, unscaled: bool) -> Undo:
@@ -151,7 +150,7 @@ def change_gradients(
     factor = outcome.coefficient if multiply and not _known_as_one(outcome.coefficient) else None
     if factor is None and outcome.zero is None and outcome.clamp is None:
         return None
-    held = [(i, p) for i, p in enumerate(parameters) if p is not None and p.grad is not None]
+    held = _holding(parameters)
     if outcome.zero is not None:
         _zero(held, outcome.zero)
     if factor is not None:
@@ -162,6 +161,10 @@ def change_gradients(
 
 
 Held = list[tuple[int, nn.Parameter]]
+
+
+def _holding(parameters: Sequence[nn.Parameter | None]) -> Held:
+    return [(i, p) for i, p in enumerate(parameters) if p is not None and p.grad is not None]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -15,7 +15,6 @@ import platform
 import threading
 import time
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from logging import getLogger
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +25,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from gradiometer.metrics import CATALOGUE, Metric
-from gradiometer.records import RunFormatError
+from gradiometer.records import RunFormatError, installed_version
 from gradiometer.summary import Histogram
 from gradiometer.tail import Frame, RankTail, frame, identity
 
@@ -121,11 +120,7 @@ class RunCollector(Collector):
 
 def build_labels() -> tuple[str, str]:
     """Return the label values of ``gradiometer_build_info``: the version of gradiometer and of Python."""
-    try:
-        own = version("gradiometer")
-    except PackageNotFoundError:  # run from a source tree that was not installed
-        own = "unknown"
-    return own, platform.python_version()
+    return installed_version(), platform.python_version()
 
 
 def _rank_directory(source: RankDirectory) -> Path:

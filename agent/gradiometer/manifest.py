@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.recorder import check_run_id
-from gradiometer.records import FORMAT_VERSION, Manifest, ParameterInfo, RingGeometry, pid_namespace
+from gradiometer.records import FORMAT_VERSION, Manifest, ParameterInfo, RingGeometry, installed_version, pid_namespace
 
 __all__ = ["check_labels", "choose_run_id", "describe", "rank_and_world", "ring_geometry"]
 
@@ -111,7 +110,7 @@ def describe(
         host=socket.gethostname(),
         pid_namespace=pid_namespace(),
         created_ns=time.time_ns(),
-        gradiometer_version=_version(),
+        gradiometer_version=installed_version(),
         torch_version=torch.__version__,
         python_version=platform.python_version(),
         device=_device_name(device),
@@ -122,13 +121,6 @@ def describe(
         policies=policy.names if policy else (),
         labels=check_labels(labels),
     )
-
-
-def _version() -> str:
-    try:
-        return version("gradiometer")
-    except PackageNotFoundError:
-        return "uninstalled"
 
 
 def _device_name(device: torch.device) -> str:

@@ -23,6 +23,7 @@ import socket
 import stat
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
+from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +46,7 @@ __all__ = [
     "default_root",
     "find_ranks",
     "find_runs",
+    "installed_version",
     "pid_namespace",
     "process_alive",
     "read_events",
@@ -226,6 +228,14 @@ class Manifest(BaseModel):
         """For each parameter, the place of its layer in :attr:`layers`; intp[P]."""
         place = {layer: index for index, layer in enumerate(self.layers)}
         return np.array([place[parameter.layer] for parameter in self.parameters], dtype=np.intp)
+
+
+def installed_version() -> str:
+    """Return gradiometer's version; ``uninstalled`` when it runs from a source tree that pip does not know."""
+    try:
+        return version("gradiometer")
+    except PackageNotFoundError:
+        return "uninstalled"
 
 
 def default_root(root: str | os.PathLike[str] | None = None) -> Path:

@@ -272,9 +272,10 @@ class Stepper:
             return None
         kernel = outcome.coefficient is not None and outcome.coefficient.dim() == 0 and outcome.clamp is None
         scaled = not (kernel and all(takes_grad_scale(self._optimizers[member]) for member in members))
-        unscaled = outcome.clamp is not None and scale is not None
-        if unscaled:
-            unscale([gradient for gradient in _gradients(watched) if gradient is not None], scale)
+        unscaled = False
+        if outcome.clamp is not None and scale is not None:
+            unscaled = True
+            unscale(watched, scale)
         clamped = change_gradients(watched, outcome, self._meter, multiply=scaled)
         prints = [_Fingerprint(mine) for mine in self._watched] if len(self._watched) > 1 else []
         done = set(range(len(self._optimizers))).difference(members)
