@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import numpy as np
 import pytest
@@ -150,6 +150,28 @@ def test_scaler_skips_count_as_steps_in_a_row(tmp_path: Path, fused: bool) -> No
     assert scaled(tmp_path / "a", fused=fused, policy=policy, overflows=2).skipped.sum() == 2
     with pytest.raises(NonFiniteGradientError, match="3 step"):
         scaled(tmp_path / "b", fused=fused, policy=policy, overflows=3)
+
+
+def test_a_forgotten_agent_may_be_collected_while_another_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the garbage collector runs in the middle of ``attach``, GradScaler is still wrapped once that returns."""
+
+    def collect_and_finalize(*arguments: Any) -> Any:
+        gc.collect()
+        return finalize(*arguments)
+
+    gc.disable()
+    try:
+        forgotten = small_model()
+        attach_small(tmp_path, forgotten, SGD(forgotten.parameters(), lr=0.1))
+        del forgotten
+        monkeypatch.setattr("gradiometer.hooks.finalize", collect_and_finalize)
+        model = small_model()
+        with attach_small(tmp_path, model, SGD(model.parameters(), lr=0.1)):
+            assert hasattr(GradScaler.step, "__wrapped__")
+    finally:
+        gc.enable()
 
 
 def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:

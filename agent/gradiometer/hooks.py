@@ -74,10 +74,12 @@ class StepHooks:
         check_free(optimizers)
         self._optimizers, self.listener, self.calls = optimizers, listener, 0
         self._handles: list[RemovableHandle] = []
+        for optimizer in optimizers:
+            _attached[optimizer] = ref(self)
+        # After that: a forgotten agent that is collected at any moment takes GradScaler's wrapper off if none is left.
         _wrap_scaler()
         finalize(self, _unwrap_scaler).atexit = False
         for optimizer in optimizers:
-            _attached[optimizer] = ref(self)
             self._handles += [
                 optimizer.register_step_pre_hook(_eager(self._before)),
                 optimizer.register_step_post_hook(_eager(self._after)),

@@ -1,23 +1,17 @@
-"""Observe, decide and act around optimizer steps: which gradients belong to a step, and what is done to them.
+"""Observe, decide and act around optimizer steps.
 
-Several optimizers that step one after another on the same gradients form a round: the first one's step observes and
-decides for all. Where they turn out to have backward passes of their own, or a GradScaler has unscaled only some of
-them, a common norm would be wrong, and from then on each optimizer is a round by itself; that is said once.
+What gradients belong to a step is for :mod:`gradiometer.rounds`, what is done to them for :mod:`gradiometer.clipping`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import is_
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler, OptState
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.weak import TensorWeakRef
 
 from gradiometer.clipping import Clamped, Undo, amp_state, change_gradients, prepare_step, takes_grad_scale, unscale
 from gradiometer.hooks import current_scaler
@@ -26,12 +20,10 @@ from gradiometer.norms import Meter
 from gradiometer.policy.base import Observation
 from gradiometer.policy.pipeline import Outcome, Pipeline, observe
 from gradiometer.policy.spec import NonFiniteSpec, PolicySpec
+from gradiometer.rounds import Rounds, Watched, gradients_of
 from gradiometer.transfer import bring
 
 __all__ = ["NonFiniteGradientError", "Stepper", "Taken"]
-
-logger = logging.getLogger(__name__)
-Watched = list[nn.Parameter | None]
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -59,35 +51,6 @@ class Taken:
         return self.outcome.after if self.clamped is None else self.clamped.after
 
 
-class _Fingerprint:
-    """Which gradients an optimizer would use: the first one's identity and version.
-
-    Held weakly: the ``id`` of a gradient that was freed is soon that of another.
-    """
-
-    __slots__ = ("_gradient", "_version")
-
-    def __init__(self, watched: Watched) -> None:
-        gradient = _first_gradient(watched)
-        self._gradient = None if gradient is None else TensorWeakRef(gradient)
-        self._version = 0 if gradient is None else gradient._version
-
-    def matches(self, watched: Watched) -> bool:
-        gradient = _first_gradient(watched)
-        if gradient is None or self._gradient is None:
-            return gradient is None and self._gradient is None
-        return self._gradient() is gradient and gradient._version == self._version
-
-
-@dataclass(kw_only=True, slots=True)
-class _Round:
-    outcome: Outcome
-    scaled: bool
-    unscaled: bool
-    stepped: set[int] = field(default_factory=set)
-    fingerprints: list[_Fingerprint] = field(default_factory=list)
-
-
 class Stepper:
     """The step path of one agent; ``step`` is the number of the next step."""
 
@@ -104,18 +67,11 @@ class Stepper:
         self.pipeline, self.step = pipeline, 0
         self.notices: list[tuple[str, str]] = []
         """Kind and message of what should be told the user, to be taken by whoever records."""
-        self._parameters, self._optimizers, self._together = parameters, list(optimizers), together
+        self._rounds = Rounds(parameters, optimizers, together=together)
         self._meter = Meter(device)
         self._states = pipeline.init() if pipeline else {}
         self._limit, self._guardian, self._excuse = _raise_limit(spec)
-        self._round: _Round | None = None
-        self._active: int | None = None
-        self._acted_on: _Fingerprint | None = None
         self._undo: dict[int, Undo] = {}
-        self._held: list[list[nn.Parameter]] = []
-        """What each optimizer held when it was last looked through."""
-        self._watched: list[Watched] = []
-        self._watch()
 
     def before_update(self, optimizer: Optimizer) -> Taken | None:
         """Observe, decide and act for a step that is about to be taken.
@@ -123,34 +79,32 @@ class Stepper:
         Returns what the step was, or None if it is part of a step returned already. Raises RuntimeError if the
         optimizer has been given parameters that were not there at attach.
         """
-        index = self._index(optimizer)
+        rounds = self._rounds
+        index = rounds.index(optimizer)
         self.restore(optimizer)
-        held = _held(optimizer)
-        if len(held) != len(self._held[index]) or not all(map(is_, held, self._held[index])):
-            self._watch()
+        rounds.refresh(index)
         with torch.no_grad():
-            again, self._active = self._active == index, index
+            again = rounds.enter(index)
             taken = None
             if not again and self._joins(index):
                 self._prepare(index)
             else:
                 taken = self._take(index, again=again)
-            self._acted_on = _Fingerprint(self._watched[index])
+            rounds.acted(index)
             return taken
 
     def within(self, optimizer: Optimizer) -> bool:
         """Tell whether the optimizer is in a step on the gradients it has now: the step calls its parent's."""
-        index = self._index(optimizer)
-        return self._active == index and self._acted_on is not None and self._acted_on.matches(self._watched[index])
+        return self._rounds.within(self._rounds.index(optimizer))
 
     def observe_skipped(self, optimizer: Optimizer) -> Taken | None:
         """Observe a step that a GradScaler has decided not to take: policies take note of it, and are not asked."""
-        index = self._index(optimizer)
+        index = self._rounds.index(optimizer)
         with torch.no_grad():
-            observation = observe(self._meter(_gradients(self._watched[index])))
+            observation = observe(self._meter(gradients_of(self._rounds.watched[index])))
             if self.pipeline is not None:
                 _, self._states = self.pipeline.decide(self._states, observation, self.step)
-        self._round = None
+        self._rounds.current = None
         return self._taken(index, Outcome(before=observation), by_scaler=True)
 
     def restore(self, optimizer: Optimizer) -> None:
@@ -161,13 +115,11 @@ class Stepper:
 
     def finished(self) -> None:
         """Note that the step in progress is over, or failed; nothing is kept that refers to a gradient."""
-        self._active = self._acted_on = None
-        if self._round is not None and len(self._round.stepped) == len(self._optimizers):
-            self._round = None
+        self._rounds.finished()
 
     def restore_all(self) -> None:
         """Put back what acting changed, on every optimizer."""
-        for optimizer in self._optimizers:
+        for optimizer in self._rounds.optimizers:
             self.restore(optimizer)
 
     def check(self, scalars: Mapping[str, float]) -> None:
@@ -199,64 +151,28 @@ class Stepper:
         }
         self.step = int(state["step"])
 
-    def _index(self, optimizer: Optimizer) -> int:
-        return next(index for index, each in enumerate(self._optimizers) if each is optimizer)
-
-    def _watch(self) -> None:
-        """Find for each optimizer which of the P parameters it holds now."""
-        places = self._parameters.index
-        watched = []
-        for optimizer in self._optimizers:
-            mine: Watched = [None] * len(self._parameters)
-            for tensor in _held(optimizer):
-                if id(tensor) not in places:
-                    raise RuntimeError(
-                        f"{type(optimizer).__name__} was given a parameter of shape {tuple(tensor.shape)} that neither "
-                        "it nor the model had at attach: detach() and attach again"
-                    )
-                mine[places[id(tensor)]] = tensor
-            watched.append(mine)
-        self._watched, self._held = watched, [_held(optimizer) for optimizer in self._optimizers]
-
-    def _members(self, index: int) -> list[int]:
-        """Return the optimizers of the round that ``index`` opens: those whose turn a GradScaler has not ended."""
-        if not self._together:
-            return [index]
-        scaler = current_scaler()
-        done = [_stage(scaler, each) is OptState.STEPPED for each in self._optimizers]
-        return [place for place in range(len(done)) if place == index or not done[place]]
-
     def _joins(self, index: int) -> bool:
         """Tell whether this step belongs to the open round; notice optimizers that do not step together."""
-        current = self._round
-        if current is None or not self._together or index in current.stepped:
-            return False
-        if current.fingerprints[index].matches(self._watched[index]):
-            return True
-        self._part("their gradients changed between the steps")
-        return False
+        joins = self._rounds.joins(index)
+        if not joins and self._rounds.awaits(index):
+            self._part("their gradients changed between the steps")
+        return joins
 
     def _part(self, reason: str) -> None:
-        self._together, self._round = False, None
-        message = (
-            f"the {len(self._optimizers)} optimizers do not step together ({reason}): from step {self.step} on, norms "
-            "and clipping are each optimizer's own; pass together=False to say so from the start"
-        )
-        logger.warning("gradiometer: %s", message)
-        self.notices.append(("optimizers_apart", message))
+        self.notices.append(("optimizers_apart", self._rounds.part(reason, self.step)))
 
     def _take(self, index: int, *, again: bool) -> Taken | None:
-        scale, found_inf = amp_state(self._optimizers[index])
-        others = [self._optimizers[member] for member in self._members(index) if member != index]
-        if not _scaled_alike(current_scaler(), scale, others):
+        scale, found_inf = amp_state(self._rounds.optimizers[index])
+        if not self._rounds.scaled_alike(index, scale):
             self._part("a GradScaler has unscaled only some of them: call scaler.unscale_() on each before stepping")
-        watched = _union([self._watched[member] for member in self._members(index)])
-        norms = self._meter(_gradients(watched))
+        members = self._rounds.members(index)
+        watched = self._rounds.union(members)
+        norms = self._meter(gradients_of(watched))
         observation = observe(norms if scale is None else norms / bring(scale, norms.device))
         outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
-        clamped = self._act(index, watched, outcome, scale)
+        clamped = self._act(index, members, watched, outcome, scale)
         if again:
             return None
         self._states = states
@@ -266,26 +182,25 @@ class Stepper:
             skip = stopped if skip is None else skip | stopped
         return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale)
 
-    def _act(self, index: int, watched: Watched, outcome: Outcome, scale: Tensor | None) -> Clamped | None:
-        members = self._members(index)
+    def _act(
+        self, index: int, members: list[int], watched: Watched, outcome: Outcome, scale: Tensor | None
+    ) -> Clamped | None:
         if self.pipeline is None and len(members) == 1:
             return None
         kernel = outcome.coefficient is not None and outcome.coefficient.dim() == 0 and outcome.clamp is None
-        scaled = not (kernel and all(takes_grad_scale(self._optimizers[member]) for member in members))
+        scaled = not (kernel and all(takes_grad_scale(self._rounds.optimizers[member]) for member in members))
         unscaled = False
         if outcome.clamp is not None and scale is not None:
             unscaled = True
             unscale(watched, scale)
         clamped = change_gradients(watched, outcome, self._meter, multiply=scaled)
-        prints = [_Fingerprint(mine) for mine in self._watched] if len(self._watched) > 1 else []
-        done = set(range(len(self._optimizers))).difference(members)
-        self._round = _Round(outcome=outcome, scaled=scaled, unscaled=unscaled, stepped=done, fingerprints=prints)
+        self._rounds.open(members, outcome, scaled=scaled, unscaled=unscaled)
         self._prepare(index)
         return clamped
 
     def _prepare(self, index: int) -> None:
-        assert self._round is not None
-        optimizer, current = self._optimizers[index], self._round
+        current, optimizer = self._rounds.current, self._rounds.optimizers[index]
+        assert current is not None
         current.stepped.add(index)
         if self.pipeline is not None:
             self._undo[id(optimizer)] = prepare_step(
@@ -313,7 +228,7 @@ class Stepper:
             skip=skip,
             consecutive=state.get("consecutive"),
             loss_scale=scale,
-            learning_rate=self._optimizers[index].param_groups[0]["lr"],
+            learning_rate=self._rounds.optimizers[index].param_groups[0]["lr"],
             by_scaler=by_scaler,
         )
         self.step += 1
@@ -327,36 +242,3 @@ def _raise_limit(spec: PolicySpec | None) -> tuple[int | None, str, str]:
             became = "They were taken with zeros" if stage.action == "zero" else "No parameter was moved by them"
             return (1 if stage.action == "raise" else stage.max_consecutive), stage.name, became
     return None, "", ""
-
-
-def _held(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _gradients(watched: Watched) -> list[Tensor | None]:
-    return [None if parameter is None else parameter.grad for parameter in watched]
-
-
-def _union(watched: list[Watched]) -> Watched:
-    if len(watched) == 1:
-        return watched[0]
-    return [next((parameter for parameter in row if parameter is not None), None) for row in zip(*watched, strict=True)]
-
-
-def _first_gradient(watched: Watched) -> Tensor | None:
-    return next((each.grad for each in watched if each is not None and each.grad is not None), None)
-
-
-def _scaled_alike(scaler: GradScaler | None, scale: Tensor | None, others: list[Optimizer]) -> bool:
-    """Tell whether the other optimizers' gradients carry the same loss scale as those about to be used."""
-    if scaler is None:
-        return True
-    wanted = OptState.READY if scale is not None else OptState.UNSCALED
-    return all(_stage(scaler, other) is wanted for other in others)
-
-
-def _stage(scaler: GradScaler | None, optimizer: Optimizer) -> OptState:
-    """Tell how far a GradScaler is with an optimizer since its last update."""
-    state = {} if scaler is None else scaler._per_optimizer_states.get(id(optimizer), {})
-    stage: OptState = state.get("stage", OptState.READY)
-    return stage
