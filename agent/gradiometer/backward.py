@@ -1,5 +1,8 @@
 """Watch gradients arrive during the backward pass: their order, and each micro-batch's norm before any reduction.
 
+What a sharded parameter is given in a backward pass is reduced already, or never reaches a hook of its own (FSDP2 works
+on tensors of its own making), so only whole parameters are watched.
+
 A hook on every parameter costs a Python call a parameter a backward pass, so in mode ``auto`` the hooks are registered
 only for the first steps, for every hundredth, and for the few after an incident. One hook stays: it tells that a
 backward pass has happened, so that a loss is logged with the step it belongs to.
@@ -7,13 +10,13 @@ backward pass has happened, so that a loss is logged with the step it belongs to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradiometer._guard import Guard
+from gradiometer.layers import Parameters
 from gradiometer.norms import tensor_norm
 
 __all__ = ["MICROBATCHES", "BackwardMode", "BackwardWatch", "check_mode"]
@@ -34,11 +37,17 @@ def check_mode(mode: BackwardMode) -> BackwardMode:
 class BackwardWatch:
     """The backward hooks of one agent. Hooks may run in autograd's own threads; lists take appends from any of them."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], mode: BackwardMode, guard: Guard) -> None:
-        self._parameters, self._mode, self._guard = parameters, mode, guard
+    def __init__(self, parameters: Parameters, mode: BackwardMode, guard: Guard) -> None:
+        self._mode, self._guard, self._limit = mode, guard, MICROBATCHES * len(parameters)
+        self._trainable = [parameter for parameter in parameters.here if parameter.requires_grad]
+        self._parameters = [
+            (index, parameter)
+            for index, (parameter, holding) in enumerate(zip(parameters.tensors, parameters.holdings, strict=True))
+            if parameter is not None and holding is not None and not holding.sharded
+        ]
         self._handles: list[RemovableHandle] = []
         self._sentinel: RemovableHandle | None = None
-        self._bare = [parameter._backward_hooks is None for parameter in parameters]
+        self._bare = [parameter for _, parameter in self._parameters if parameter._backward_hooks is None]
         self._arrivals: list[tuple[int, Tensor]] = []
         self._burst = FIRST_STEPS + 1
         self.seen = False
@@ -78,7 +87,7 @@ class BackwardWatch:
         self._disarm()
 
     def _arm(self) -> None:
-        for index, parameter in enumerate(self._parameters):
+        for index, parameter in self._parameters:
             if parameter.requires_grad:
                 self._handles.append(parameter.register_hook(self._hook(index)))  # type: ignore[no-untyped-call]  # torch
 
@@ -86,18 +95,21 @@ class BackwardWatch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for parameter, bare in zip(self._parameters, self._bare, strict=True):
-            if bare and not parameter._backward_hooks:
+        for parameter in self._bare:
+            if not parameter._backward_hooks:
                 parameter._backward_hooks = None  # autograd would go on calling into an empty table
 
     def _watch_for_backward(self) -> None:
-        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
-        if self._mode == "off" or not trainable:
+        if self._mode == "off" or not self._trainable:
             return
         if self._sentinel is not None:
             self._sentinel.remove()
-        used = [parameter for parameter in trainable if parameter.grad is not None]
-        self._sentinel = (used or trainable)[-1].register_hook(self._mark)  # type: ignore[no-untyped-call]  # torch
+        used = [parameter for parameter in self._trainable if parameter.grad is not None]
+        watched = (used or self._trainable)[-1]
+        if hasattr(watched, "placements"):  # a Tensor hook of a parameter that FSDP2 shards never fires
+            self._sentinel = watched.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
+        else:
+            self._sentinel = watched.register_hook(self._mark)  # type: ignore[no-untyped-call]  # torch
 
     def _mark(self, gradient: Tensor) -> None:
         del gradient
@@ -109,7 +121,7 @@ class BackwardWatch:
     def record(self, index: int, gradient: Tensor) -> None:
         """Note the arrival of one gradient; never raises into the backward pass."""
         with self._guard:
-            if len(self._arrivals) < MICROBATCHES * len(self._parameters):
+            if len(self._arrivals) < self._limit:
                 self._arrivals.append((index, tensor_norm(gradient.detach())))
 
 

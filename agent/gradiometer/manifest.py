@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.recorder import check_run_id
-from gradiometer.records import FORMAT_VERSION, Manifest, ParameterInfo, RingGeometry, installed_version, pid_namespace
+from gradiometer.records import FORMAT_VERSION, Manifest, RingGeometry, installed_version, pid_namespace
 
 __all__ = ["check_labels", "choose_run_id", "describe", "rank_and_world", "ring_geometry"]
 
@@ -35,13 +35,10 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def choose_run_id(run_id: str | None) -> str:
-    """Return the id given, or a new one from the clock; every rank of a distributed job gets that of rank 0."""
+    """Return the id given, or a new one from the clock."""
     if run_id is not None:
         return check_run_id(run_id)
-    chosen = [f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"]
-    if rank_and_world()[1] > 1:
-        torch.distributed.broadcast_object_list(chosen, src=0)
-    return chosen[0]
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def ring_geometry(parameters: int, ring_bytes: int) -> RingGeometry:
@@ -88,17 +85,6 @@ def describe(
 ) -> Manifest:
     """Build the manifest of this process's part in the run."""
     rank, world_size = rank_and_world()
-    infos = tuple(
-        ParameterInfo(
-            name=name,
-            layer=layer,
-            shape=tuple(tensor.shape),
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            numel=tensor.numel(),
-            trainable=tensor.requires_grad,
-        )
-        for name, layer, tensor in zip(parameters.names, parameters.layers, parameters.tensors, strict=True)
-    )
     return Manifest(
         format_version=FORMAT_VERSION,
         run_id=run_id,
@@ -115,7 +101,7 @@ def describe(
         python_version=platform.python_version(),
         device=_device_name(device),
         optimizers=tuple(type(optimizer).__name__ for optimizer in optimizers),
-        parameters=infos,
+        parameters=tuple(parameters.infos),
         ring=ring_geometry(len(parameters), ring_bytes),
         policy=policy.to_dict() if policy else None,
         policies=policy.names if policy else (),

@@ -1,0 +1,489 @@
+"""One rank of the parallel trainings of tests/test_parallel.py: ``python _parallel.py RANK WORLD PORT ROOT CASE…``.
+
+Every case builds the same model from the same seed, trains it under an agent, in its own way of being parallel, and
+leaves what it saw in ``ROOT/<case>-<rank>.json``. The tests compare that with one process that is not parallel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import gradiometer
+
+BATCH, FEATURES, WIDTH, OUTPUTS, STEPS = 8, 6, 12, 3, 4
+POLICY: list[dict[str, Any]] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 0.5}}]
+RING_BYTES = 2**20
+
+
+def build_model() -> nn.Sequential:
+    """Make the model of every case, float64: two ranks' rounding shall not be what the tests see."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Linear(FEATURES, WIDTH), nn.LayerNorm(WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, OUTPUTS)
+    )
+    return layers.double()
+
+
+def inputs(step: int) -> Tensor:
+    """Make the whole batch of one step [8, 6]."""
+    return torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * (step + 1)
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return (output - 1.0).square().mean()
+
+
+def mine(step: int, rank: int, world: int) -> Tensor:
+    return inputs(step).chunk(world)[rank]
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> gradiometer.Agent:
+    settings = {"policy": POLICY, "ring_bytes": RING_BYTES, "dir": os.environ["CASE_DIR"], "run_id": "run"} | options
+    return gradiometer.attach(model, optimizer, **settings)
+
+
+def full_norms(model: nn.Module) -> list[float]:
+    """Return the norm of every gradient, put together from its shards by torch itself."""
+    norms = []
+    for parameter in model.parameters():
+        gradient: Any = parameter.grad
+        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        norms.append(float(whole.double().norm()) if whole is not None else 0.0)
+    return norms
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[int], Tensor],
+    *,
+    norms: list[list[float]] | None = None,
+    steps: Sequence[int] = range(STEPS),
+) -> int:
+    """Train, and return how many collectives the last ``optimizer.step`` made."""
+    counted = 0
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model(batches(step))).backward()  # type: ignore[no-untyped-call]  # torch
+        if norms is not None:
+            norms.append(full_norms(model))
+        with CommDebugMode() as collectives:
+            optimizer.step()
+        counted = collectives.get_total_counts()
+    return counted
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def ddp(rank: int, world: int) -> dict[str, Any]:
+    model = nn.parallel.DistributedDataParallel(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer, backward="every"):
+        return {"collectives": train(model, optimizer, lambda step: mine(step, rank, world))}
+
+
+def zero(rank: int, world: int) -> dict[str, Any]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns where it is imported
+
+    model = nn.parallel.DistributedDataParallel(build_model())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.05)
+    with attach(model, optimizer):
+        train(model, optimizer, lambda step: mine(step, rank, world))
+    return {}
+
+
+def sharded(model: nn.Module, **options: Any) -> nn.Module:
+    for layer in model:  # type: ignore[attr-defined]  # a Sequential
+        if list(layer.parameters()):
+            fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def fsdp2(rank: int, world: int) -> dict[str, Any]:
+    model = sharded(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer):
+        return {"collectives": train(model, optimizer, lambda step: mine(step, rank, world))}
+
+
+def fsdp2_fused(rank: int, world: int) -> dict[str, Any]:
+    model = sharded(build_model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    with attach(model, optimizer):
+        return {"collectives": train(model, optimizer, lambda step: mine(step, rank, world))}
+
+
+def fsdp2_offload(rank: int, world: int) -> dict[str, Any]:
+    model = sharded(build_model(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    optimizer = sgd(model)
+    with attach(model, optimizer):
+        train(model, optimizer, lambda step: mine(step, rank, world))
+    return {}
+
+
+def fsdp2_accumulate(rank: int, world: int) -> dict[str, Any]:
+    """Two micro-batches a step, the first of them without reduction."""
+    model = sharded(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for number, part in enumerate(mine(step, rank, world).chunk(2)):
+                model.set_requires_gradient_sync(number == 1)  # type: ignore[operator]  # fully_shard adds it
+                (loss_of(model(part)) / 2).backward()  # type: ignore[no-untyped-call]  # torch
+            optimizer.step()
+    return {}
+
+
+def fsdp2_bf16(rank: int, world: int) -> dict[str, Any]:
+    """Mixed precision, whose reference is the gradients themselves."""
+    model = sharded(
+        build_model().float(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    )
+    optimizer, norms = sgd(model), list[list[float]]()
+    with attach(model, optimizer):
+        train(model, optimizer, lambda step: mine(step, rank, world).bfloat16(), norms=norms)
+    return {"norms": norms}
+
+
+def hsdp(rank: int, world: int) -> dict[str, Any]:
+    """Replicas of shards: a mesh of two dimensions."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    model = sharded(build_model(), mesh=mesh)
+    optimizer = sgd(model)
+    with attach(model, optimizer):
+        return {"collectives": train(model, optimizer, lambda step: mine(step, rank, world))}
+
+
+def fsdp1(strategy: ShardingStrategy, *, whole: bool) -> Callable[[int, int], dict[str, Any]]:
+    def case(rank: int, world: int) -> dict[str, Any]:
+        inner = build_model()
+        for place in (0, 3):
+            inner[place] = FullyShardedDataParallel(
+                inner[place], sharding_strategy=strategy, use_orig_params=whole, device_id=torch.device("cpu")
+            )
+        model = FullyShardedDataParallel(
+            inner, sharding_strategy=strategy, use_orig_params=whole, device_id=torch.device("cpu")
+        )
+        optimizer = sgd(model)
+        with attach(model, optimizer) as agent:
+            train(model, optimizer, lambda step: mine(step, rank, world))
+        return {"parameters": gradiometer.open_run(agent.path).parameters}
+
+    return case
+
+
+def tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
+    return parallelize_module(model, mesh, {"3": ColwiseParallel(), "4": RowwiseParallel()})
+
+
+def tp(rank: int, world: int) -> dict[str, Any]:
+    """Two layers sharded, the others whole on every rank."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    model = tensor_parallel(build_model(), mesh)
+    optimizer = sgd(model)
+    with attach(model, optimizer):
+        return {"collectives": train(model, optimizer, inputs)}
+
+
+def tp_sequence(rank: int, world: int) -> dict[str, Any]:
+    """A norm layer that works on slices of the batch: its parameters are replicated, its gradients partial sums."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    plan: dict[str, Any] = {
+        "0": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0), use_local_output=False),
+        "1": SequenceParallel(sequence_dim=0),
+        "3": ColwiseParallel(input_layouts=Shard(0)),
+        "4": RowwiseParallel(),
+    }
+    model = parallelize_module(build_model(), mesh, plan)
+    optimizer = sgd(model)
+    with attach(model, optimizer):
+        train(model, optimizer, inputs, steps=[0, 1])
+        loss_of(model(inputs(2))).backward()  # type: ignore[no-untyped-call]  # torch
+        gradients = [parameter.grad for parameter in model[1].parameters()]  # type: ignore[index]
+        optimizer.zero_grad()
+        train(model, optimizer, inputs, steps=[2, 3])
+    return {"gradients": [str(gradient.placements) for gradient in gradients]}  # type: ignore[union-attr]
+
+
+def fsdp_tp(rank: int, world: int) -> dict[str, Any]:
+    """FSDP over tensor parallelism: shards of shards, and layers that only one of the two shards."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    model = sharded(tensor_parallel(build_model(), mesh["tp"]), mesh=mesh["dp"])
+    optimizer = sgd(model)
+    with attach(model, optimizer):
+        return {"collectives": train(model, optimizer, lambda step: mine(step, rank // (world // 2), 2))}
+
+
+def ddp_tp(rank: int, world: int) -> dict[str, Any]:
+    """Tensor parallelism in groups of two, each group a replica that all-reduces its gradients by hand."""
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    model = tensor_parallel(build_model(), mesh["tp"])
+    optimizer, group = sgd(model), mesh["dp"].get_group()
+    with attach(model, optimizer):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(model(mine(step, rank // 2, world // 2))).backward()  # type: ignore[no-untyped-call]  # torch
+            for parameter in model.parameters():
+                gradient: Any = parameter.grad
+                local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+                dist.all_reduce(local, group=group)
+                local /= world // 2
+            optimizer.step()
+    return {}
+
+
+def pipeline(rank: int, world: int) -> dict[str, Any]:
+    """A pipeline of two stages, which name their layers alike: ``parts`` tells them apart."""
+    whole = build_model()
+    module = whole[:3] if rank == 0 else nn.Sequential(*whole[3:])
+    stage = PipelineStage(module, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda output, target: loss_of(output))
+    optimizer = sgd(module)
+    with attach(module, optimizer, parts=f"stage{rank}", backward="every") as agent:
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            if rank == 0:
+                schedule.step(inputs(step))
+            else:
+                schedule.step(target=torch.zeros(BATCH))
+            optimizer.step()
+    return {"parameters": gradiometer.open_run(agent.path).parameters}
+
+
+class Experts(nn.Module):
+    """Three experts' weights in one tensor [3, 12, 12]: two ranks hold unequal parts of it, of four one holds none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(FEATURES, WIDTH, dtype=torch.float64)
+        self.experts = nn.Parameter(torch.randn(3, WIDTH, WIDTH, dtype=torch.float64) / 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.einsum("bi,eij->bej", self.dense(values).tanh(), self.experts)
+
+
+def build_experts() -> Experts:
+    torch.manual_seed(1)
+    return Experts()
+
+
+def experts(rank: int, world: int) -> dict[str, Any]:
+    """Experts as an uneven DTensor, each rank working out its own; the dense layer is whole on all."""
+    model = build_experts()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    model.experts = nn.Parameter(distribute_tensor(model.experts.detach(), mesh, [Shard(0)]))
+    optimizer = sgd(model)
+    share = 1.0 / (BATCH * 3 * WIDTH)
+    with attach(model, optimizer):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            local = model.experts.to_local()  # type: ignore[attr-defined]  # a DTensor
+            output = torch.einsum("bi,eij->bej", model.dense(inputs(step)).tanh(), local)
+            ((output - 1.0).square().sum() * share).backward()
+            for parameter in model.dense.parameters():
+                dist.all_reduce(parameter.grad)
+            optimizer.step()
+    return {"here": list(model.experts.to_local().shape)}  # type: ignore[attr-defined]
+
+
+def own_experts(rank: int, world: int) -> dict[str, Any]:
+    """Each rank has experts of its own in plain tensors of one name; the third poisons one rank's data."""
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"dense": nn.Linear(FEATURES, WIDTH), "experts": nn.Linear(WIDTH, OUTPUTS)}).double()
+    torch.manual_seed(10 + rank)
+    nn.init.normal_(model["experts"].weight)  # type: ignore[arg-type]
+    optimizer, norms = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True), list[float]()
+    with attach(model, optimizer, parts={"experts.*": f"rank{rank}"}):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(model["experts"](model["dense"](inputs(step)).tanh())).backward()  # type: ignore[no-untyped-call]
+            for parameter in model["dense"].parameters():
+                dist.all_reduce(parameter.grad)
+            if step == 2 and rank == 1:
+                model["experts"].weight.grad.view(-1)[0] = torch.nan  # type: ignore[operator, union-attr]
+            norms.append(float(torch.stack([p.grad.square().sum() for p in model["experts"].parameters()]).sum()))  # type: ignore[union-attr]
+            before = [parameter.detach().clone() for parameter in model.parameters()]
+            optimizer.step()
+            moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            norms.append(float(moved))
+    return {"norms": norms}
+
+
+def value(rank: int, world: int) -> dict[str, Any]:
+    """Clamp elements where only one rank's shard has one that is too large."""
+    model = sharded(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer, policy=[{"value": {"max_abs": 0.1}}]):
+        train(model, optimizer, lambda step: mine(step, rank, world))
+    return {}
+
+
+def group_norm(rank: int, world: int) -> dict[str, Any]:
+    model = sharded(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer, policy=[{"group_norm": {"max_norm": 0.1}}]):
+        train(model, optimizer, lambda step: mine(step, rank, world))
+    return {}
+
+
+def nan_on_one_rank(rank: int, world: int) -> dict[str, Any]:
+    """A bad shard on one rank only: corrupt memory, not a bad batch, which the reduction would spread."""
+    model = sharded(build_model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    moved = []
+    with attach(model, optimizer):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(model(mine(step, rank, world))).backward()  # type: ignore[no-untyped-call]  # torch
+            if step == 2 and rank == 1:
+                next(model.parameters()).grad.to_local().view(-1)[0] = torch.inf  # type: ignore[union-attr, operator]
+            before = [parameter.detach().clone() for parameter in model.parameters()]
+            optimizer.step()
+            moved.append(any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
+    return {"moved": moved}
+
+
+def measuring_fails(rank: int, world: int) -> dict[str, Any]:
+    """One rank cannot measure in one step: it counts an error, and the others do not wait for it."""
+    model = sharded(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer, policy=None) as agent:
+        meter: Any = agent._stepper._meter
+        plan = meter._plan
+
+        def fail(*arguments: Any) -> None:
+            raise MemoryError("no room for norms")
+
+        for step in range(3):
+            if rank == 1:
+                meter._signature, meter._plan = [], fail if step == 1 else plan
+            train(model, optimizer, lambda step: mine(step, rank, world), steps=[step])
+        return {"errors": agent.errors}
+
+
+def other_values(rank: int, world: int) -> dict[str, Any]:
+    """Models that were never made alike are refused, everywhere and by name."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(3, 3))
+    return {"error": refused(model, sgd(model))}
+
+
+def refused(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> str:
+    try:
+        attach(model, optimizer, **options)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def bad_arguments_on_one_rank(rank: int, world: int) -> dict[str, Any]:
+    model = build_model()
+    policy = POLICY if rank == 0 else [{"global_norm": {"max_norm": -1}}]
+    return {"error": refused(model, sgd(model), policy=policy)}
+
+
+def other_policies(rank: int, world: int) -> dict[str, Any]:
+    model = build_model()
+    return {"error": refused(model, sgd(model), policy=[{"global_norm": {"max_norm": 1.0 + rank}}])}
+
+
+def groups_of_their_own(rank: int, world: int) -> dict[str, Any]:
+    """Independent trainings in one job, each with its own agent."""
+    group = dist.new_group([rank], use_local_synchronization=True)
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(FEATURES, OUTPUTS)).double()
+    optimizer = sgd(model)
+    with attach(model, optimizer, group=group, run_id=f"alone{rank}"):
+        return {"collectives": train(model, optimizer, inputs)}
+
+
+CASES: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    case.__name__: case
+    for case in (
+        ddp,
+        zero,
+        fsdp2,
+        fsdp2_fused,
+        fsdp2_offload,
+        fsdp2_accumulate,
+        fsdp2_bf16,
+        hsdp,
+        tp,
+        tp_sequence,
+        fsdp_tp,
+        ddp_tp,
+        pipeline,
+        experts,
+        own_experts,
+        value,
+        group_norm,
+        nan_on_one_rank,
+        measuring_fails,
+        other_values,
+        bad_arguments_on_one_rank,
+        other_policies,
+        groups_of_their_own,
+    )
+}
+CASES["fsdp1_full"] = fsdp1(ShardingStrategy.FULL_SHARD, whole=True)
+CASES["fsdp1_grad_op"] = fsdp1(ShardingStrategy.SHARD_GRAD_OP, whole=True)
+CASES["fsdp1_flat"] = fsdp1(ShardingStrategy.FULL_SHARD, whole=False)
+CASES["fsdp1_no_shard"] = fsdp1(ShardingStrategy.NO_SHARD, whole=True)
+
+
+def main() -> None:
+    rank, world, port, root = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    for name in sys.argv[5:]:
+        os.environ["CASE_DIR"] = str(root / name)
+        try:
+            result: dict[str, Any] = CASES[name](rank, world)
+        except Exception:
+            result = {"failed": traceback.format_exc()}
+        (root / f"{name}-{rank}.json").write_text(json.dumps(result))
+        if "failed" in result:
+            os._exit(1)  # the ranks are out of step with one another
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
