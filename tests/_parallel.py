@@ -1,4 +1,4 @@
-"""One rank of the parallel trainings of tests/test_parallel.py: ``python _parallel.py RANK WORLD PORT ROOT CASE…``.
+"""One rank of the parallel trainings of the tests: ``python -m tests._parallel RANK WORLD PORT ROOT CASE…``.
 
 Every case builds the same model from the same seed, trains it under an agent, in its own way of being parallel, and
 leaves what it saw in ``ROOT/<case>-<rank>.json``. The tests compare that with one process that is not parallel.
@@ -6,13 +6,8 @@ leaves what it saw in ``ROOT/<case>-<rank>.json``. The tests compare that with o
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import traceback
-from collections.abc import Callable, Sequence
-from datetime import timedelta
-from pathlib import Path
+import signal
 from typing import Any
 
 import torch
@@ -28,7 +23,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -37,72 +31,24 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gradiometer
-
-BATCH, FEATURES, WIDTH, OUTPUTS, STEPS = 8, 6, 12, 3, 4
-POLICY: list[dict[str, Any]] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 0.5}}]
-RING_BYTES = 2**20
-
-
-def build_model() -> nn.Sequential:
-    """Make the model of every case, float64: two ranks' rounding shall not be what the tests see."""
-    torch.manual_seed(0)
-    layers = nn.Sequential(
-        nn.Linear(FEATURES, WIDTH), nn.LayerNorm(WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, OUTPUTS)
-    )
-    return layers.double()
-
-
-def inputs(step: int) -> Tensor:
-    """Make the whole batch of one step [8, 6]."""
-    return torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * (step + 1)
-
-
-def loss_of(output: Tensor) -> Tensor:
-    return (output - 1.0).square().mean()
-
-
-def mine(step: int, rank: int, world: int) -> Tensor:
-    return inputs(step).chunk(world)[rank]
-
-
-def attach(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> gradiometer.Agent:
-    settings = {"policy": POLICY, "ring_bytes": RING_BYTES, "dir": os.environ["CASE_DIR"], "run_id": "run"} | options
-    return gradiometer.attach(model, optimizer, **settings)
-
-
-def full_norms(model: nn.Module) -> list[float]:
-    """Return the norm of every gradient, put together from its shards by torch itself."""
-    norms = []
-    for parameter in model.parameters():
-        gradient: Any = parameter.grad
-        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-        norms.append(float(whole.double().norm()) if whole is not None else 0.0)
-    return norms
-
-
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Callable[[int], Tensor],
-    *,
-    norms: list[list[float]] | None = None,
-    steps: Sequence[int] = range(STEPS),
-) -> int:
-    """Train, and return how many collectives the last ``optimizer.step`` made."""
-    counted = 0
-    for step in steps:
-        optimizer.zero_grad()
-        loss_of(model(batches(step))).backward()  # type: ignore[no-untyped-call]  # torch
-        if norms is not None:
-            norms.append(full_norms(model))
-        with CommDebugMode() as collectives:
-            optimizer.step()
-        counted = collectives.get_total_counts()
-    return counted
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05)
+from tests._ranks import (
+    BATCH,
+    FEATURES,
+    OUTPUTS,
+    POLICY,
+    STEPS,
+    WIDTH,
+    Case,
+    attach,
+    build_model,
+    inputs,
+    loss_of,
+    mine,
+    run_cases,
+    sgd,
+    train,
+)
+from tests._training import backward
 
 
 def ddp(rank: int, world: int) -> dict[str, Any]:
@@ -122,8 +68,9 @@ def zero(rank: int, world: int) -> dict[str, Any]:
     return {}
 
 
-def sharded(model: nn.Module, **options: Any) -> nn.Module:
-    for layer in model:  # type: ignore[attr-defined]  # a Sequential
+def sharded(model: nn.Module, **options: Any) -> Any:
+    """Apply FSDP2 to every layer and to the whole."""
+    for layer in model.children():
         if list(layer.parameters()):
             fully_shard(layer, **options)
     return fully_shard(model, **options)
@@ -159,8 +106,8 @@ def fsdp2_accumulate(rank: int, world: int) -> dict[str, Any]:
         for step in range(STEPS):
             optimizer.zero_grad()
             for number, part in enumerate(mine(step, rank, world).chunk(2)):
-                model.set_requires_gradient_sync(number == 1)  # type: ignore[operator]  # fully_shard adds it
-                (loss_of(model(part)) / 2).backward()  # type: ignore[no-untyped-call]  # torch
+                model.set_requires_gradient_sync(number == 1)
+                backward(loss_of(model(part)) / 2)
             optimizer.step()
     return {}
 
@@ -185,7 +132,7 @@ def hsdp(rank: int, world: int) -> dict[str, Any]:
         return {"collectives": train(model, optimizer, lambda step: mine(step, rank, world))}
 
 
-def fsdp1(strategy: ShardingStrategy, *, whole: bool) -> Callable[[int, int], dict[str, Any]]:
+def fsdp1(strategy: ShardingStrategy, *, whole: bool) -> Case:
     def case(rank: int, world: int) -> dict[str, Any]:
         inner = build_model()
         for place in (0, 3):
@@ -229,11 +176,11 @@ def tp_sequence(rank: int, world: int) -> dict[str, Any]:
     optimizer = sgd(model)
     with attach(model, optimizer):
         train(model, optimizer, inputs, steps=[0, 1])
-        loss_of(model(inputs(2))).backward()  # type: ignore[no-untyped-call]  # torch
+        backward(loss_of(model(inputs(2))))
         gradients = [parameter.grad for parameter in model[1].parameters()]  # type: ignore[index]
         optimizer.zero_grad()
         train(model, optimizer, inputs, steps=[2, 3])
-    return {"gradients": [str(gradient.placements) for gradient in gradients]}  # type: ignore[union-attr]
+    return {"gradients": [str(gradient.placements) for gradient in gradients]}
 
 
 def fsdp_tp(rank: int, world: int) -> dict[str, Any]:
@@ -253,7 +200,7 @@ def ddp_tp(rank: int, world: int) -> dict[str, Any]:
     with attach(model, optimizer):
         for step in range(STEPS):
             optimizer.zero_grad()
-            loss_of(model(mine(step, rank // 2, world // 2))).backward()  # type: ignore[no-untyped-call]  # torch
+            backward(loss_of(model(mine(step, rank // 2, world // 2))))
             for parameter in model.parameters():
                 gradient: Any = parameter.grad
                 local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
@@ -266,7 +213,7 @@ def ddp_tp(rank: int, world: int) -> dict[str, Any]:
 def pipeline(rank: int, world: int) -> dict[str, Any]:
     """A pipeline of two stages, which name their layers alike: ``parts`` tells them apart."""
     whole = build_model()
-    module = whole[:3] if rank == 0 else nn.Sequential(*whole[3:])
+    module = whole[:3] if rank == 0 else nn.Sequential(*list(whole)[3:])
     stage = PipelineStage(module, rank, 2, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda output, target: loss_of(output))
     optimizer = sgd(module)
@@ -310,7 +257,7 @@ def experts(rank: int, world: int) -> dict[str, Any]:
             optimizer.zero_grad()
             local = model.experts.to_local()  # type: ignore[attr-defined]  # a DTensor
             output = torch.einsum("bi,eij->bej", model.dense(inputs(step)).tanh(), local)
-            ((output - 1.0).square().sum() * share).backward()
+            backward((output - 1.0).square().sum() * share)
             for parameter in model.dense.parameters():
                 dist.all_reduce(parameter.grad)
             optimizer.step()
@@ -327,7 +274,7 @@ def own_experts(rank: int, world: int) -> dict[str, Any]:
     with attach(model, optimizer, parts={"experts.*": f"rank{rank}"}):
         for step in range(STEPS):
             optimizer.zero_grad()
-            loss_of(model["experts"](model["dense"](inputs(step)).tanh())).backward()  # type: ignore[no-untyped-call]
+            backward(loss_of(model["experts"](model["dense"](inputs(step)).tanh())))
             for parameter in model["dense"].parameters():
                 dist.all_reduce(parameter.grad)
             if step == 2 and rank == 1:
@@ -365,13 +312,51 @@ def nan_on_one_rank(rank: int, world: int) -> dict[str, Any]:
     with attach(model, optimizer):
         for step in range(STEPS):
             optimizer.zero_grad()
-            loss_of(model(mine(step, rank, world))).backward()  # type: ignore[no-untyped-call]  # torch
+            backward(loss_of(model(mine(step, rank, world))))
             if step == 2 and rank == 1:
-                next(model.parameters()).grad.to_local().view(-1)[0] = torch.inf  # type: ignore[union-attr, operator]
+                next(model.parameters()).grad.to_local().view(-1)[0] = torch.inf
             before = [parameter.detach().clone() for parameter in model.parameters()]
             optimizer.step()
             moved.append(any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
     return {"moved": moved}
+
+
+def scaler(fused: bool) -> Case:
+    """Make a training under a GradScaler, with an Inf in one rank's shard."""
+
+    def case(rank: int, world: int) -> dict[str, Any]:
+        model = sharded(build_model())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
+        amp, moved, scales = torch.amp.GradScaler("cpu", init_scale=8.0), [], []
+        with attach(model, optimizer):
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                backward(amp.scale(loss_of(model(mine(step, rank, world)))))
+                if step == 2 and rank == 1:
+                    next(model.parameters()).grad.to_local().view(-1)[0] = torch.inf
+                before = [parameter.detach().clone() for parameter in model.parameters()]
+                amp.step(optimizer)
+                amp.update()
+                moved.append(any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
+                scales.append(amp.get_scale())
+        return {"moved": moved, "scales": scales}
+
+    return case
+
+
+def dies(rank: int, world: int) -> dict[str, Any]:
+    """The last rank is killed between two steps; what the others raise is the training's own affair."""
+    model = (
+        nn.parallel.DistributedDataParallel(build_model()) if os.environ.get("WAY") == "ddp" else sharded(build_model())
+    )
+    optimizer = sgd(model)
+    agent = attach(model, optimizer, policy=None)
+    for step in range(STEPS):
+        if step == 2 and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        train(model, optimizer, lambda step: mine(step, rank, world), steps=[step])
+    agent.detach()
+    return {}
 
 
 def measuring_fails(rank: int, world: int) -> dict[str, Any]:
@@ -428,7 +413,7 @@ def groups_of_their_own(rank: int, world: int) -> dict[str, Any]:
         return {"collectives": train(model, optimizer, inputs)}
 
 
-CASES: dict[str, Callable[[int, int], dict[str, Any]]] = {
+CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
         ddp,
@@ -456,34 +441,14 @@ CASES: dict[str, Callable[[int, int], dict[str, Any]]] = {
         groups_of_their_own,
     )
 }
+CASES["dies"] = dies
+CASES["scaler"] = scaler(fused=False)
+CASES["scaler_fused"] = scaler(fused=True)
 CASES["fsdp1_full"] = fsdp1(ShardingStrategy.FULL_SHARD, whole=True)
 CASES["fsdp1_grad_op"] = fsdp1(ShardingStrategy.SHARD_GRAD_OP, whole=True)
 CASES["fsdp1_flat"] = fsdp1(ShardingStrategy.FULL_SHARD, whole=False)
 CASES["fsdp1_no_shard"] = fsdp1(ShardingStrategy.NO_SHARD, whole=True)
 
 
-def main() -> None:
-    rank, world, port, root = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    for name in sys.argv[5:]:
-        os.environ["CASE_DIR"] = str(root / name)
-        try:
-            result: dict[str, Any] = CASES[name](rank, world)
-        except Exception:
-            result = {"failed": traceback.format_exc()}
-        (root / f"{name}-{rank}.json").write_text(json.dumps(result))
-        if "failed" in result:
-            os._exit(1)  # the ranks are out of step with one another
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(CASES)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from torch import nn
 
 import gradiometer
 from gradiometer import Run
-from tests import _parallel as cases
-from tests._training import Floats, check_run, hand_norms
+from tests import _ranks as cases
+from tests._parallel import CASES, build_experts
+from tests._training import Floats, backward, check_run, hand_norms
 
-WORKER = Path(__file__).with_name("_parallel.py")
-ON_TWO = [name for name in cases.CASES if name not in ("hsdp", "fsdp_tp", "ddp_tp")]
+ON_TWO = [name for name in CASES if name not in ("hsdp", "fsdp_tp", "ddp_tp", "dies")]
 ON_FOUR = ["ddp", "fsdp2", "fsdp1_full", "hsdp", "tp", "fsdp_tp", "ddp_tp", "experts"]
 SAME_AS_ONE_PROCESS = [
     "ddp",
@@ -42,15 +43,15 @@ COLLECTIVES = {"ddp": 0, "groups_of_their_own": 0, "fsdp2": 1, "fsdp2_fused": 1,
 class Ranks:
     """What the ranks of one job left behind."""
 
-    def __init__(self, root: Path, world: int, names: Sequence[str]) -> None:
+    def __init__(self, root: Path, world: int, names: Sequence[str], **environment: str) -> None:
         self.root, self.world = root, world
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         workers = [
             subprocess.Popen(
-                [sys.executable, str(WORKER), str(rank), str(world), str(port), str(root), *names],
+                [sys.executable, "-m", "tests._parallel", str(rank), str(world), str(port), str(root), *names],
                 stderr=subprocess.PIPE,
                 text=True,
                 env=environment,
@@ -96,7 +97,7 @@ def one_process(
     norms = []
     for step in range(cases.STEPS):
         optimizer.zero_grad()
-        cases.loss_of(model(cases.inputs(step))).backward()
+        backward(cases.loss_of(model(cases.inputs(step))))
         norms.append(hand_norms(model))
         clip(model)
         optimizer.step()
@@ -197,7 +198,7 @@ def test_pipeline_stages_are_one_model(two: Ranks) -> None:
 def test_uneven_experts(two: Ranks, four: Ranks, world: int) -> None:
     """Three experts over two ranks are two and one, over four one has none; their norm is that of the three."""
     ranks = two if world == 2 else four
-    wanted = one_process(cases.build_experts(), globally)
+    wanted = one_process(build_experts(), globally)
     for run in ranks.runs("experts"):
         assert run.manifest.parameters[0].placement == "shard(0) over ep"
         check_run(run.path, wanted, 0.5)
@@ -253,6 +254,30 @@ def test_a_rank_that_cannot_measure_keeps_nobody_waiting(two: Ranks) -> None:
     assert np.isfinite(healthy.grad_norm_preclip).tolist() == [True, False, True]
     assert len(failing) == 2
     assert np.isfinite(failing.grad_norm_preclip).all()
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_a_dead_rank_hangs_nobody(tmp_path: Path, way: str) -> None:
+    """When a rank is killed the other fails in the training's own collective, long before any timeout of ours."""
+    began = time.monotonic()
+    ranks = Ranks(tmp_path, 2, ["dies"], WAY=way)
+    assert time.monotonic() - began < 45, "the process group's timeout is 60 s"
+    failure = json.loads((tmp_path / "dies-0.json").read_text())["failed"]
+    assert "gradiometer/" not in failure, "the training's error, not ours"
+    assert not (tmp_path / "dies-1.json").exists()
+    assert [len(gradiometer.open_run(tmp_path / "dies" / "run", rank)) for rank in range(2)] == [2, 2]
+    del ranks
+
+
+@pytest.mark.parametrize("case", ["scaler", "scaler_fused"])
+def test_a_grad_scaler_over_shards(two: Ranks, case: str) -> None:
+    """Norms have the loss scale divided out, and a shard that overflows is a skipped step on every rank."""
+    wanted = one_process(cases.build_model(), globally, lambda model: torch.optim.AdamW(model.parameters(), lr=0.05))
+    for run, result in zip(two.runs(case), two.results(case), strict=True):
+        np.testing.assert_allclose(run.parameter_norms[:2], wanted[:2], rtol=1e-6)
+        assert result["moved"] == [True, True, False, True]
+        assert run.skipped.tolist() == run.nonfinite.tolist() == [False, False, True, False]
+        assert run.loss_scale.tolist() == [8.0, 8.0, 8.0, 4.0]
 
 
 def test_what_does_not_go_together_is_refused_on_every_rank(two: Ranks) -> None:
