@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gradiometer
+from gradiometer import ranks
 from tests._ranks import (
     BATCH,
     FEATURES,
@@ -398,6 +399,13 @@ def bad_arguments_on_one_rank(rank: int, world: int) -> dict[str, Any]:
     return {"error": refused(model, sgd(model), policy=policy)}
 
 
+def one_stays_away(rank: int, world: int) -> dict[str, Any]:
+    """Only rank 0 attaches, as some loops do with their loggers."""
+    ranks.PATIENCE_SECONDS = 2.0
+    model = build_model()
+    return {"error": refused(model, sgd(model)) if rank == 0 else "none"}
+
+
 def other_policies(rank: int, world: int) -> dict[str, Any]:
     model = build_model()
     return {"error": refused(model, sgd(model), policy=[{"global_norm": {"max_norm": 1.0 + rank}}])}
@@ -437,6 +445,7 @@ CASES: dict[str, Case] = {
         measuring_fails,
         other_values,
         bad_arguments_on_one_rank,
+        one_stays_away,
         other_policies,
         groups_of_their_own,
     )

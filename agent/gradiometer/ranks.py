@@ -12,10 +12,12 @@ but negative zeros is negative zero again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -31,8 +33,12 @@ __all__ = ["Agreement", "Group", "Parts", "Ranks", "SharedMeter", "label_parts"]
 
 Group = Any  # torch.distributed.ProcessGroup, which is not there in every build of torch
 Parts = str | Mapping[str, str]
+PATIENCE_SECONDS = 300.0
+"""How long ranks wait for each other at attach."""
 SAMPLES, ALIKE = 16, 1e-2
 """Elements of a parameter that are compared between ranks, and how far those of copies may lie apart."""
+_meetings: dict[tuple[int, ...], Iterator[int]] = {}
+"""Numbers the meetings of each group, which its ranks hold in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,9 @@ class _Message:
     parameters: str = ""
     samples: str = ""
     failure: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,20 +98,20 @@ class Ranks:
     def excuse(self, error: Exception) -> None:
         """Tell the other ranks, which wait in :meth:`agree`, that this one cannot attach."""
         if len(self) > 1:
-            self._gather(_Message(failure=f"{type(error).__name__}: {error}"))
+            self._meet(_Message(failure=f"{type(error).__name__}: {error}"))
 
     def agree(self, parameters: Parameters, *, run_id: str, chosen: bool, policy: object) -> Agreement:
         """Settle one run id and one list of parameters. Every rank must call it, and waits for the others.
 
-        ``chosen`` tells that the run id is the user's and not of the clock. Raises RuntimeError if another rank failed,
-        ValueError if run ids, policies or parameters of the ranks do not go together.
+        ``chosen`` tells that the run id is the user's and not of the clock. Raises RuntimeError if another rank failed
+        or has not come after 5 minutes, ValueError if run ids, policies or parameters of the ranks do not go together.
         """
         if len(self) == 1:
             return Agreement(run_id=run_id, parameters=parameters, counted=None)
         samples = _samples(parameters)
-        said = self._gather(
+        said = self._meet(
             _Message(
-                run_id=run_id,
+                run_id=run_id if chosen or self._own == self._members[0] else None,
                 chosen=chosen,
                 policy=_digest(policy),
                 parameters=_digest(_comparable(parameters)),
@@ -117,6 +126,31 @@ class Ranks:
             merged, counted = self._merge(parameters, samples)
         return Agreement(run_id=str(said[0].run_id), parameters=merged, counted=counted)
 
+    def _meet(self, mine: _Message) -> list[_Message]:
+        """Exchange messages through the job's store, which knows a timeout of its own: not every rank may come."""
+        store = _store()
+        if store is None:
+            return self._gather(mine)
+        first, *others = self._members
+        patience = timedelta(seconds=PATIENCE_SECONDS)
+        numbers = _meetings.setdefault(tuple(self._members), itertools.count())
+        house = f"gradiometer/{_digest(self._members)}"
+        room = f"{house}/{next(numbers)}"
+        if self._own == first:
+            said = [mine.to_json(), *(_listen(store, f"{room}/{rank}", patience) for rank in others)]
+            distinct = list(dict.fromkeys(said))  # a thousand ranks mostly say the same
+            store.set(f"{room}/all", json.dumps([distinct, [distinct.index(message) for message in said]]))
+        while self._own != first and store.check([f"{room}/all"]):  # they gave up on this rank: meet them at the next
+            room = f"{house}/{next(numbers)}"
+        if self._own != first:
+            store.set(f"{room}/{self._own}", mine.to_json())
+            try:
+                store.wait([f"{room}/all"], patience + timedelta(seconds=10))
+            except torch.distributed.DistError as error:
+                raise RuntimeError(f"rank {first} {_absent(patience)}") from error
+        distinct, indices = json.loads(store.get(f"{room}/all"))
+        return [_Message(**json.loads(distinct[index])) for index in indices]
+
     def _gather(self, mine: Any) -> list[Any]:
         gathered: list[Any] = [None] * len(self)
         torch.distributed.all_gather_object(gathered, mine, group=self.group)
@@ -126,6 +160,7 @@ class Ranks:
         for rank, message in zip(self._members, said, strict=True):
             if message.failure is not None:
                 raise RuntimeError(f"rank {rank} could not attach, so no rank does: {message.failure}")
+        for rank, message in zip(self._members, said, strict=True):
             if (message.chosen or said[0].chosen) and message.run_id != said[0].run_id:
                 raise ValueError(
                     f"run_id is {said[0].run_id!r} on rank {self._members[0]} and {message.run_id!r} on rank {rank}: "
@@ -177,6 +212,28 @@ class Ranks:
             holding is not None and holding.copy == copy for holding, copy in zip(merged.holdings, first, strict=True)
         ]
         return merged, counted
+
+
+def _store() -> Any:
+    """Return the key-value store through which the ranks of this job found each other, if this torch tells."""
+    find = getattr(torch.distributed.distributed_c10d, "_get_default_store", None)
+    return None if find is None else find()
+
+
+def _absent(patience: timedelta) -> str:
+    return (
+        f"has not called attach() within {patience.total_seconds():g} s: every rank of the group must, "
+        "or pass another group="
+    )
+
+
+def _listen(store: Any, key: str, patience: timedelta) -> str:
+    try:
+        store.wait([key], patience)
+    except torch.distributed.DistError:
+        return _Message(failure=f"it {_absent(patience)}").to_json()
+    message: bytes = store.get(key)
+    return message.decode()
 
 
 def label_parts(parameters: Parameters, parts: Parts | None) -> Parameters:

@@ -78,10 +78,9 @@ def attach(
     or a live process writes the same run or another rank failed, OSError if the run directory cannot be made or its
     disk is full.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module; the optimizer comes second")
     ranks = Ranks(group)
     try:
+        _check_model(model)
         optimizers = _as_list(optimizer)
         check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
         check_mode(backward)
@@ -115,6 +114,11 @@ def attach(
         agent = Agent(stepper, telemetry, watch, optimizers)
         undo.pop_all()
     return agent
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module; the optimizer comes second")
 
 
 def _as_list(optimizer: object) -> list[Optimizer]:
