@@ -268,14 +268,16 @@ def experts(rank: int, world: int) -> dict[str, Any]:
 def own_experts(rank: int, world: int) -> dict[str, Any]:
     """Each rank has experts of its own in plain tensors of one name; the third poisons one rank's data."""
     torch.manual_seed(1)
-    model = nn.ModuleDict({"dense": nn.Linear(FEATURES, WIDTH), "experts": nn.Linear(WIDTH, OUTPUTS)}).double()
+    model = nn.ModuleDict({"dense": nn.Linear(FEATURES, WIDTH), "experts": nn.Linear(WIDTH, OUTPUTS)})
+    device = torch.device(os.environ.get("DEVICE", "cpu"))
+    model = model.to(device, torch.float64)
     torch.manual_seed(10 + rank)
     nn.init.normal_(model["experts"].weight)  # type: ignore[arg-type]
     optimizer, norms = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True), list[float]()
     with attach(model, optimizer, parts={"experts.*": f"rank{rank}"}):
         for step in range(STEPS):
             optimizer.zero_grad()
-            backward(loss_of(model["experts"](model["dense"](inputs(step)).tanh())))
+            backward(loss_of(model["experts"](model["dense"](inputs(step).to(device)).tanh())))
             for parameter in model["dense"].parameters():
                 dist.all_reduce(parameter.grad)
             if step == 2 and rank == 1:

@@ -207,7 +207,19 @@ def test_uneven_experts(two: Ranks, four: Ranks, world: int) -> None:
 
 def test_experts_of_ones_own(two: Ranks) -> None:
     """Plain tensors that share but the name are told apart by ``parts``; a bad one on one rank skips on both."""
-    runs, results = two.runs("own_experts"), two.results("own_experts")
+    check_own_experts(two.runs("own_experts"), two.results("own_experts"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_ranks_on_a_gpu(tmp_path: Path) -> None:
+    """So it is where the gradients, and the one all-reduce, are on a GPU."""
+    ranks = Ranks(tmp_path, 2, ["own_experts"], DEVICE="cuda")
+    check_own_experts(ranks.runs("own_experts"), ranks.results("own_experts"))
+
+
+def check_own_experts(runs: list[Run], results: list[dict[str, Any]]) -> None:
+    """Assert that both ranks know all experts' norms, and that neither moved in the third step."""
     check_same(runs)
     for rank, result in enumerate(results):
         squares = np.square(runs[0].parameter_norms.astype(np.float64))
