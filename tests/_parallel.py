@@ -55,8 +55,8 @@ from tests._training import backward
 def ddp(rank: int, world: int) -> dict[str, Any]:
     model = nn.parallel.DistributedDataParallel(build_model())
     optimizer = sgd(model)
-    with attach(model, optimizer, backward="every"):
-        return {"collectives": train(model, optimizer, lambda step: mine(step, rank, world))}
+    with attach(model, optimizer, backward="every") as agent:
+        return {"collectives": train(agent, model, optimizer, lambda step: mine(step, rank, world))}
 
 
 def zero(rank: int, world: int) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def zero(rank: int, world: int) -> dict[str, Any]:
 
     model = nn.parallel.DistributedDataParallel(build_model())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.05)
-    with attach(model, optimizer):
-        train(model, optimizer, lambda step: mine(step, rank, world))
+    with attach(model, optimizer) as agent:
+        train(agent, model, optimizer, lambda step: mine(step, rank, world))
     return {}
 
 
@@ -80,22 +80,22 @@ def sharded(model: nn.Module, **options: Any) -> Any:
 def fsdp2(rank: int, world: int) -> dict[str, Any]:
     model = sharded(build_model())
     optimizer = sgd(model)
-    with attach(model, optimizer):
-        return {"collectives": train(model, optimizer, lambda step: mine(step, rank, world))}
+    with attach(model, optimizer) as agent:
+        return {"collectives": train(agent, model, optimizer, lambda step: mine(step, rank, world))}
 
 
 def fsdp2_fused(rank: int, world: int) -> dict[str, Any]:
     model = sharded(build_model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
-    with attach(model, optimizer):
-        return {"collectives": train(model, optimizer, lambda step: mine(step, rank, world))}
+    with attach(model, optimizer) as agent:
+        return {"collectives": train(agent, model, optimizer, lambda step: mine(step, rank, world))}
 
 
 def fsdp2_offload(rank: int, world: int) -> dict[str, Any]:
     model = sharded(build_model(), offload_policy=CPUOffloadPolicy(pin_memory=False))
     optimizer = sgd(model)
-    with attach(model, optimizer):
-        train(model, optimizer, lambda step: mine(step, rank, world))
+    with attach(model, optimizer) as agent:
+        train(agent, model, optimizer, lambda step: mine(step, rank, world))
     return {}
 
 
@@ -119,8 +119,8 @@ def fsdp2_bf16(rank: int, world: int) -> dict[str, Any]:
         build_model().float(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     )
     optimizer, norms = sgd(model), list[list[float]]()
-    with attach(model, optimizer):
-        train(model, optimizer, lambda step: mine(step, rank, world).bfloat16(), norms=norms)
+    with attach(model, optimizer) as agent:
+        train(agent, model, optimizer, lambda step: mine(step, rank, world).bfloat16(), norms=norms)
     return {"norms": norms}
 
 
@@ -129,8 +129,8 @@ def hsdp(rank: int, world: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     model = sharded(build_model(), mesh=mesh)
     optimizer = sgd(model)
-    with attach(model, optimizer):
-        return {"collectives": train(model, optimizer, lambda step: mine(step, rank, world))}
+    with attach(model, optimizer) as agent:
+        return {"collectives": train(agent, model, optimizer, lambda step: mine(step, rank, world))}
 
 
 def fsdp1(strategy: ShardingStrategy, *, whole: bool) -> Case:
@@ -145,7 +145,7 @@ def fsdp1(strategy: ShardingStrategy, *, whole: bool) -> Case:
         )
         optimizer = sgd(model)
         with attach(model, optimizer) as agent:
-            train(model, optimizer, lambda step: mine(step, rank, world))
+            train(agent, model, optimizer, lambda step: mine(step, rank, world))
         return {"parameters": gradiometer.open_run(agent.path).parameters}
 
     return case
@@ -160,8 +160,8 @@ def tp(rank: int, world: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
     model = tensor_parallel(build_model(), mesh)
     optimizer = sgd(model)
-    with attach(model, optimizer):
-        return {"collectives": train(model, optimizer, inputs)}
+    with attach(model, optimizer) as agent:
+        return {"collectives": train(agent, model, optimizer, inputs)}
 
 
 def tp_sequence(rank: int, world: int) -> dict[str, Any]:
@@ -175,12 +175,12 @@ def tp_sequence(rank: int, world: int) -> dict[str, Any]:
     }
     model = parallelize_module(build_model(), mesh, plan)
     optimizer = sgd(model)
-    with attach(model, optimizer):
-        train(model, optimizer, inputs, steps=[0, 1])
+    with attach(model, optimizer) as agent:
+        train(agent, model, optimizer, inputs, steps=[0, 1])
         backward(loss_of(model(inputs(2))))
         gradients = [parameter.grad for parameter in model[1].parameters()]  # type: ignore[index]
         optimizer.zero_grad()
-        train(model, optimizer, inputs, steps=[2, 3])
+        train(agent, model, optimizer, inputs, steps=[2, 3])
     return {"gradients": [str(gradient.placements) for gradient in gradients]}
 
 
@@ -189,8 +189,8 @@ def fsdp_tp(rank: int, world: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
     model = sharded(tensor_parallel(build_model(), mesh["tp"]), mesh=mesh["dp"])
     optimizer = sgd(model)
-    with attach(model, optimizer):
-        return {"collectives": train(model, optimizer, lambda step: mine(step, rank // (world // 2), 2))}
+    with attach(model, optimizer) as agent:
+        return {"collectives": train(agent, model, optimizer, lambda step: mine(step, rank // (world // 2), 2))}
 
 
 def ddp_tp(rank: int, world: int) -> dict[str, Any]:
@@ -294,16 +294,16 @@ def value(rank: int, world: int) -> dict[str, Any]:
     """Clamp elements where only one rank's shard has one that is too large."""
     model = sharded(build_model())
     optimizer = sgd(model)
-    with attach(model, optimizer, policy=[{"value": {"max_abs": 0.1}}]):
-        train(model, optimizer, lambda step: mine(step, rank, world))
+    with attach(model, optimizer, policy=[{"value": {"max_abs": 0.1}}]) as agent:
+        train(agent, model, optimizer, lambda step: mine(step, rank, world))
     return {}
 
 
 def group_norm(rank: int, world: int) -> dict[str, Any]:
     model = sharded(build_model())
     optimizer = sgd(model)
-    with attach(model, optimizer, policy=[{"group_norm": {"max_norm": 0.1}}]):
-        train(model, optimizer, lambda step: mine(step, rank, world))
+    with attach(model, optimizer, policy=[{"group_norm": {"max_norm": 0.1}}]) as agent:
+        train(agent, model, optimizer, lambda step: mine(step, rank, world))
     return {}
 
 
@@ -357,7 +357,7 @@ def dies(rank: int, world: int) -> dict[str, Any]:
     for step in range(STEPS):
         if step == 2 and rank == world - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        train(model, optimizer, lambda step: mine(step, rank, world), steps=[step])
+        train(agent, model, optimizer, lambda step: mine(step, rank, world), steps=[step])
     agent.detach()
     return {}
 
@@ -376,7 +376,7 @@ def measuring_fails(rank: int, world: int) -> dict[str, Any]:
         for step in range(3):
             if rank == 1:
                 meter._signature, meter._plan = [], fail if step == 1 else plan
-            train(model, optimizer, lambda step: mine(step, rank, world), steps=[step])
+            train(agent, model, optimizer, lambda step: mine(step, rank, world), steps=[step])
         return {"errors": agent.errors}
 
 
@@ -419,8 +419,8 @@ def groups_of_their_own(rank: int, world: int) -> dict[str, Any]:
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(FEATURES, OUTPUTS)).double()
     optimizer = sgd(model)
-    with attach(model, optimizer, group=group, run_id=f"alone{rank}"):
-        return {"collectives": train(model, optimizer, inputs)}
+    with attach(model, optimizer, group=group, run_id=f"alone{rank}") as agent:
+        return {"collectives": train(agent, model, optimizer, inputs)}
 
 
 CASES: dict[str, Case] = {

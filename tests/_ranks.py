@@ -89,6 +89,7 @@ def full_norms(model: nn.Module) -> list[float]:
 
 
 def train(
+    agent: gradiometer.Agent,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int], Tensor],
@@ -100,9 +101,12 @@ def train(
     counted = 0
     for step in steps:
         optimizer.zero_grad()
-        backward(loss_of(model(batches(step))))
+        loss = loss_of(model(batches(step)))
+        backward(loss)
         if norms is not None:
             norms.append(full_norms(model))
+        if step % 2:
+            agent.log(loss=float(step))
         with CommDebugMode() as collectives:  # type: ignore[no-untyped-call]  # torch
             optimizer.step()
         counted = collectives.get_total_counts()

@@ -123,6 +123,9 @@ def test_two_ranks_are_as_one(two: Ranks, case: str) -> None:
     wanted = one_process(cases.build_model(), globally)
     for run in two.runs(case):
         check_run(run.path, wanted, 0.5)
+        if case != "fsdp2_accumulate":
+            logged = np.isfinite(run.loss).tolist(), run.loss[1::2].tolist()
+            assert logged == ([False, True] * 2, [1.0, 3.0]), "logged before the step, and kept with it"
     check_same(two.runs(case))
 
 

@@ -10,7 +10,7 @@ backward pass has happened, so that a loss is logged with the step it belongs to
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -39,12 +39,14 @@ class BackwardWatch:
 
     def __init__(self, parameters: Parameters, mode: BackwardMode, guard: Guard) -> None:
         self._mode, self._guard, self._limit = mode, guard, MICROBATCHES * len(parameters)
-        self._trainable = [parameter for parameter in parameters.here if parameter.requires_grad]
-        self._parameters = [
-            (index, parameter)
+        held = [
+            (index, parameter, holding)
             for index, (parameter, holding) in enumerate(zip(parameters.tensors, parameters.holdings, strict=True))
-            if parameter is not None and holding is not None and not holding.sharded
+            if parameter is not None and holding is not None
         ]
+        self._parameters = [(i, p) for i, p, holding in held if not holding.sharded and holding.leaf is None]
+        self._leaves = [(p, p if holding.leaf is None else holding.leaf) for _, p, holding in held if p.requires_grad]
+        """Trainable parameters, and the tensor that tells of a backward pass of each."""
         self._handles: list[RemovableHandle] = []
         self._sentinel: RemovableHandle | None = None
         self._bare = [parameter for _, parameter in self._parameters if parameter._backward_hooks is None]
@@ -100,16 +102,16 @@ class BackwardWatch:
                 parameter._backward_hooks = None  # autograd would go on calling into an empty table
 
     def _watch_for_backward(self) -> None:
-        if self._mode == "off" or not self._trainable:
+        if self._mode == "off" or not self._leaves:
             return
         if self._sentinel is not None:
             self._sentinel.remove()
-        used = [parameter for parameter in self._trainable if parameter.grad is not None]
-        watched = (used or self._trainable)[-1]
+        used = [leaf for parameter, leaf in self._leaves if parameter.grad is not None]
+        watched: Any = used[-1] if used else self._leaves[-1][1]
         if hasattr(watched, "placements"):  # a Tensor hook of a parameter that FSDP2 shards never fires
-            self._sentinel = watched.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
+            self._sentinel = watched.register_post_accumulate_grad_hook(self._mark)
         else:
-            self._sentinel = watched.register_hook(self._mark)  # type: ignore[no-untyped-call]  # torch
+            self._sentinel = watched.register_hook(self._mark)
 
     def _mark(self, gradient: Tensor) -> None:
         del gradient

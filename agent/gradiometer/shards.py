@@ -29,6 +29,8 @@ class Holding:
     """Global ranks that hold the same mesh or process group; this one alone for a whole tensor."""
     copy: int
     """Lowest global rank of those that hold the copy this rank has a shard of."""
+    leaf: Tensor | None = None
+    """What autograd accumulates into instead of the parameter: the flat parameter of FSDP1."""
 
     @property
     def sharded(self) -> bool:
@@ -40,6 +42,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
     ``DTensor.to_local()`` is the public way, and makes another tensor each time while gradients are recorded.
     """
+    if type(tensor) is Tensor:  # at each step, for every gradient: a failing getattr takes a microsecond
+        return tensor
     local: Tensor | None = getattr(tensor, "_local_tensor", None)
     return tensor if local is None else local
 
@@ -50,7 +54,11 @@ def gradients_of(parameters: Watched) -> list[Tensor | None]:
     A gradient that lies otherwise than its parameter (sums that are still partial, under tensor parallelism) is
     redistributed, which is a collective: all ranks must ask alike.
     """
-    return [None if parameter is None or parameter.grad is None else _measurable(parameter) for parameter in parameters]
+    gradients = [None if parameter is None else parameter.grad for parameter in parameters]
+    return [
+        gradient if gradient is None or type(gradient) is Tensor else _measurable(parameter)
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    ]
 
 
 def settle(parameters: Watched) -> None:
@@ -112,11 +120,10 @@ def _flat_holdings(model: nn.Module) -> dict[int, Holding]:
         if flat is None or type(module).__name__ != "FullyShardedDataParallel":
             continue
         ranks, copy = _group_ranks(module)
-        if len(ranks) == 1:
-            continue
+        placement = "flat (FSDP1)" if len(ranks) > 1 else "local"
         pieces = list(zip(flat._params or (), flat._shapes, strict=False)) or [(flat, flat._unpadded_unsharded_size)]
         for tensor, shape in [*pieces, (flat, flat._unpadded_unsharded_size)]:
-            found[id(tensor)] = Holding(shape=tuple(shape), placement="flat (FSDP1)", ranks=ranks, copy=copy)
+            found[id(tensor)] = Holding(shape=tuple(shape), placement=placement, ranks=ranks, copy=copy, leaf=flat)
     return found
 
 
