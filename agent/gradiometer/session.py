@@ -123,10 +123,19 @@ def _check_model(model: object) -> None:
 
 def _as_list(optimizer: object) -> list[Optimizer]:
     given: list[object] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    optimizers = [each for each in given if isinstance(each, Optimizer)]
+    optimizers = [_unwrap(each) for each in given if isinstance(each, Optimizer)]
     if not optimizers or len(optimizers) < len(given):
         raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer or a non-empty list of them")
     return optimizers
+
+
+def _unwrap(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that steps: Accelerate and Lightning wrap it in one whose hooks never run, or run as its."""
+    inner = getattr(optimizer, "optimizer", None)
+    if not isinstance(inner, Optimizer):
+        return optimizer
+    own = vars(optimizer).get("_optimizer_step_pre_hooks")
+    return _unwrap(inner) if own is None or own is inner._optimizer_step_pre_hooks else optimizer
 
 
 def _home(parameters: Parameters) -> torch.device:
