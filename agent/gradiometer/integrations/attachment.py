@@ -83,5 +83,5 @@ def _go_on(agent: Agent, kept: Mapping[str, Any], step: int) -> None:
     try:
         agent.load_state_dict(kept)
     except ValueError as error:
-        logger.warning("gradiometer: the policy begins anew at step %d, for the checkpoint's was another: %s", step, error)
+        logger.warning("gradiometer: policies begin anew at step %d, the checkpoint's were others: %s", step, error)
         agent.load_state_dict({**fresh, "step": kept.get("step", step)})

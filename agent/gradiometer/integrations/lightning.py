@@ -28,11 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def _callback_class() -> type:
-    """Return the ``Callback`` of the Lightning in use: of both packages if both have been imported."""
+    """Return the ``Callback`` of whichever Lightning has been imported, else is installed: of both if both are."""
     packages = ("lightning.pytorch", "pytorch_lightning")
     found = [name for name in packages if name in sys.modules]
-    if not found:
-        found = [name for name in packages if find_spec(name.partition(".")[0])][:1]
+    found = found or [name for name in packages if find_spec(name.partition(".")[0])]
     if not found:
         raise ImportError("gradiometer.integrations.lightning needs Lightning: pip install lightning")
     classes = tuple(import_module(name).Callback for name in found)
@@ -97,7 +96,6 @@ class GradiometerCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the loss of the batches that led to the step just taken."""
-        del trainer, batch, batch_idx
         agent = self.agent
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if agent is None or not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
@@ -112,7 +110,6 @@ class GradiometerCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach; what fails here must not hide the exception that ended the training."""
-        del trainer, pl_module, exception
         try:
             self._attachment.stop()
         except Exception:
@@ -120,7 +117,6 @@ class GradiometerCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detach at the end of a fit."""
-        del trainer, pl_module, stage
         self._attachment.stop()
 
     def state_dict(self) -> dict[str, Any]:

@@ -68,17 +68,15 @@ class GradiometerCallback(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         """Attach: model and optimizer are prepared, a checkpoint has been restored."""
         self._stop(args)  # of a training that raised, which a callback is not told of
-        # The Trainer wants the entry to be there when it saves; a checkpoint of a training without us has none.
-        stored = state.stateful_callbacks.setdefault(type(self).__name__, {})
-        attributes = stored.get("attributes", {}) if isinstance(stored, Mapping) else {}
-        self._attachment.state = _from_json(attributes.get("agent_state", {}))
+        assert model is not None
+        assert optimizer is not None  # the Trainer gives both to every event of a training
+        self._attachment.state = _from_json(self._stored(state).get("agent_state", {}))
         self._attachment.start(model, [optimizer], step=state.global_step)
         if args.max_grad_norm > 0:
             self._settle_clipping(args)
@@ -113,6 +111,12 @@ class GradiometerCallback(TrainerCallback, ExportableState):
         }
         attributes = {} if self.agent is None else {"agent_state": _to_json(self.agent.state_dict())}
         return {"args": arguments, "attributes": attributes}
+
+    def _stored(self, state: TrainerState) -> Mapping[str, Any]:
+        """Return what the Trainer's state holds of ours, and see that it holds an entry, which saving wants."""
+        callbacks: Any = state.stateful_callbacks  # declared a list, a mapping from the start
+        stored = callbacks.setdefault(type(self).__name__, {"args": {}, "attributes": {}})
+        return stored["attributes"] if isinstance(stored, Mapping) else {}
 
     def _settle_clipping(self, args: TrainingArguments) -> None:
         if self._attachment.clips:
