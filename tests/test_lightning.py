@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 
 import gradiometer
 from gradiometer.integrations.lightning import GradiometerCallback
-from tests._training import assert_same, attach, batch, hand_norms, small_model
+from tests._training import assert_same, attach, batch, check_run, hand_norms, small_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),  # Lightning's use of torch
@@ -289,6 +290,20 @@ def test_attach_takes_lightnings_own_wrapper(tmp_path: Path) -> None:
         assert agent.errors == 0
 
 
+def test_a_loop_of_fabric(tmp_path: Path) -> None:
+    """Model and optimizer as ``fabric.setup`` returns them can be attached to, and names are the model's own."""
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    inner, noted = small_model(), []
+    model, optimizer = fabric.setup(inner, torch.optim.SGD(inner.parameters(), lr=0.01))
+    with attach(tmp_path, model, optimizer, policy=CLIP) as agent:
+        for step in range(4):
+            optimizer.zero_grad()
+            fabric.backward(model(batch(step)).square().sum())
+            noted.append(hand_norms(model))
+            optimizer.step()
+    assert check_run(agent.path, np.stack(noted), max_norm=0.5).parameters[0] == "0.weight"
+
+
 SCRIPT = """
 import sys, torch
 {first}
@@ -344,6 +359,7 @@ def test_pytorch_lightning_by_its_own_name(tmp_path: Path, first: str) -> None:
     assert np.isfinite(run.loss).all()
 
 
+@pytest.mark.slow
 def test_two_processes_under_lightnings_ddp(tmp_path: Path) -> None:
     """Both ranks of strategy="ddp" record one run, and the norms of the whole batch as one process has them."""
     (tmp_path / "two").mkdir()

@@ -61,7 +61,8 @@ def attach(
 ) -> Agent:
     """Attach to a model and the optimizer that trains it; the training loop stays as it is.
 
-    Attach after the model is on its device. ``policy`` is a YAML file, a dict of the same shape, a list of stages or a
+    Attach after the model is on its device (and prepared, if Accelerate or Fabric does that; the optimizers they return
+    are looked through). ``policy`` is a YAML file, a dict of the same shape, a list of stages or a
     :class:`~gradiometer.policy.spec.PolicySpec`; None observes and touches nothing. ``dir`` is where runs are kept
     (else ``GRADIOMETER_DIR``, else the user's state directory). ``backward`` says when backward hooks are armed:
     ``auto`` (the first steps, every hundredth, after an incident), ``every`` or ``off``. ``labels`` go with the run
