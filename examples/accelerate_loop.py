@@ -29,7 +29,7 @@ def main() -> None:
 
     accelerator = Accelerator(gradient_accumulation_steps=2)
     torch.manual_seed(0)
-    inputs = torch.randn(2 * options.steps * 32, 16)
+    inputs = torch.randn(2 * options.steps * 32 * accelerator.num_processes, 16)
     targets = inputs.square().sum(1, keepdim=True).sqrt()
     model: Any = nn.Sequential(nn.Linear(16, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)

@@ -1,7 +1,7 @@
 """Hugging Face Trainer: one callback measures every optimizer step of ``trainer.train`` and clips by policy.
 
     pip install transformers accelerate
-    python examples/transformers_trainer.py [--steps N]
+    python examples/transformers_trainer.py [--steps N]       (or torchrun, for several processes)
 
 The model is a GPT-2 of two layers made from its configuration, and learns to count: nothing is downloaded.
 """
@@ -57,12 +57,13 @@ def main() -> None:
         trainer = Trainer(model=GPT2LMHeadModel(config), args=arguments, train_dataset=Counting(), callbacks=[callback])
         trainer.train()
 
-    assert callback.path is not None
-    run = gradiometer.open_run(callback.path)
-    print(f"run {run.manifest.run_id} in {callback.path}")
-    clipped = int(run.clipped.any(axis=1).sum())
-    print(f"loss {run.loss[0]:.2f} to {run.loss[-1]:.2f}; {clipped} of {len(run)} steps were clipped")
-    print(f"gradiometer show {callback.path}")
+    if trainer.is_world_process_zero():
+        assert callback.path is not None
+        run = gradiometer.open_run(callback.path)
+        clipped = int(run.clipped.any(axis=1).sum())
+        print(f"run {run.manifest.run_id} in {callback.path}")
+        print(f"loss {run.loss[0]:.2f} to {run.loss[-1]:.2f}; {clipped} of {len(run)} steps were clipped")
+        print(f"gradiometer show {callback.path}")
 
 
 if __name__ == "__main__":

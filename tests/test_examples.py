@@ -26,6 +26,7 @@ def run_example(root: Path, *command: str) -> Path:
         "GRADIOMETER_DIR": str(root),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
     }
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -65,11 +66,13 @@ def test_an_example_trains_and_leaves_its_run(tmp_path: Path, command: str) -> N
 
 
 @pytest.mark.slow
-def test_the_torchtitan_example_in_two_processes(tmp_path: Path) -> None:
-    """Under torchrun the parameters are sharded, and both ranks record the whole model's norms."""
+@pytest.mark.parametrize("name", ["torchtitan_style.py", "transformers_trainer.py", "accelerate_loop.py"])
+def test_an_example_in_two_processes(tmp_path: Path, name: str) -> None:
+    """Under torchrun, sharded by FSDP2 or replicated by DDP, both ranks record the same norms of the whole model."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = run_example(tmp_path, *launch, "examples/torchtitan_style.py", "--steps", str(STEPS))
+    path = run_example(tmp_path, *launch, f"examples/{name}", "--steps", str(STEPS))
     first, second = (gradiometer.open_run(path, rank) for rank in range(2))
     check(first)
+    assert first.manifest.world_size == 2
     np.testing.assert_array_equal(first.grad_norm_preclip, second.grad_norm_preclip)
     np.testing.assert_array_equal(first.parameter_norms, second.parameter_norms)

@@ -134,6 +134,22 @@ def test_max_grad_norm_stays_without_a_policy_that_clips(tmp_path: Path, caplog:
     assert min(logged(trainer, "grad_norm")) > 0.2
 
 
+def test_the_parameter_that_was_infinite_first(tmp_path: Path) -> None:
+    """The Trainer's own norm makes every gradient NaN; hooks on each backward pass still tell where it began."""
+    runs = []
+    for mode in ("every", "off"):
+        callback = callback_in(tmp_path, backward=mode, policy=[{"nonfinite": {}}])
+        trainer = make_trainer(tmp_path, callback, max_grad_norm=0, max_steps=1)
+        assert isinstance(trainer.model, GPT2LMHeadModel)
+        trainer.model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient + float("inf"))
+        trainer.train()
+        runs.append(run_of(callback))
+    assert np.isnan(runs[0].parameter_norms[0]).all()
+    assert runs[0].first_nonfinite == ["transformer.h.0.mlp.c_fc.weight"]
+    assert runs[1].first_nonfinite != runs[0].first_nonfinite
+    assert [run.skipped.tolist() for run in runs] == [[True], [True]]
+
+
 class Poison(Trainer):
     """Multiplies the loss of chosen steps by NaN."""
 

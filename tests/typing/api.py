@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import gradiometer
+from gradiometer.integrations.lightning import GradiometerCallback as LightningCallback
+from gradiometer.integrations.transformers import GradiometerCallback as TrainerCallback
 
 
 def use(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -22,6 +24,14 @@ def use(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) 
     agent.detach()
     with gradiometer.attach(model, [optimizer], policy="policy.yaml", backward="every") as another:
         assert_type(another.step, int)
+
+
+def use_frameworks() -> None:
+    lightning = LightningCallback(policy="policy.yaml", dir=Path("runs"), labels={"team": "a"})
+    hugging_face = TrainerCallback(policy=[{"nonfinite": {}}], run_id="a")
+    for callback in (lightning, hugging_face):
+        assert_type(callback.agent, gradiometer.Agent | None)
+        assert_type(callback.path, Path | None)
 
 
 def read() -> None:

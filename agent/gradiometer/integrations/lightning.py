@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,13 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def _callback_class() -> type:
-    """Return the ``Callback`` of whichever Lightning has been imported, else is installed: of both if both are."""
-    packages = ("lightning.pytorch", "pytorch_lightning")
-    found = [name for name in packages if name in sys.modules]
-    found = found or [name for name in packages if find_spec(name.partition(".")[0])]
-    if not found:
+    """Return the ``Callback`` of Lightning: of both its packages where both are installed, for each knows its own."""
+    packages = [name for name in ("lightning.pytorch", "pytorch_lightning") if find_spec(name.partition(".")[0])]
+    if not packages:
         raise ImportError("gradiometer.integrations.lightning needs Lightning: pip install lightning")
-    classes = tuple(import_module(name).Callback for name in found)
+    classes = tuple(import_module(name).Callback for name in packages)
     return classes[0] if len(classes) == 1 else type("Callback", classes, {})
 
 
