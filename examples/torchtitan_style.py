@@ -122,6 +122,7 @@ def main() -> None:
         )
         print(f"gradiometer show {agent.path}")
     if world_size > 1:
+        dist.barrier()  # gloo's threads must have let go of the last gradients before Python ends
         dist.destroy_process_group()
 
 
