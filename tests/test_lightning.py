@@ -314,6 +314,9 @@ class Model(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = torch.nn.Linear(4, 1)
+    def configure_model(self):
+        if self.device_mesh is not None:
+            torch.distributed.fsdp.fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
     def training_step(self, inputs, index):
         mine = inputs[self.global_rank :: self.trainer.world_size]
         return (self.net(mine) - 3.0).square().mean()
@@ -360,15 +363,19 @@ def test_pytorch_lightning_by_its_own_name(tmp_path: Path, first: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_under_lightnings_ddp(tmp_path: Path) -> None:
-    """Both ranks of strategy="ddp" record one run, and the norms of the whole batch as one process has them."""
-    (tmp_path / "two").mkdir()
-    (tmp_path / "one").mkdir()
-    one = gradiometer.open_run(run_script(tmp_path / "one"))
-    path = run_script(tmp_path / "two", options="devices=2, strategy='ddp'")
-    for rank in range(2):
-        run = gradiometer.open_run(path, rank)
-        assert run.manifest.world_size == 2
-        assert run.parameters == ["net.weight", "net.bias"]
-        np.testing.assert_allclose(run.parameter_norms, one.parameter_norms, rtol=1e-5)
-        np.testing.assert_allclose(run.grad_norm_postclip, 0.5, rtol=1e-5)
+def test_two_processes(tmp_path: Path) -> None:
+    """Under DDP, and sharded by FSDP2, both ranks record one run, with the norms that one process has of all rows."""
+    sharded = "pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)"
+    paths = []
+    ways = {"one": "devices=1", "ddp": "devices=2, strategy='ddp'", "fsdp": f"devices=2, strategy={sharded}"}
+    for name, options in ways.items():
+        (tmp_path / name).mkdir()
+        paths.append(run_script(tmp_path / name, options=options))
+    one = gradiometer.open_run(paths[0])
+    for path in paths[1:]:
+        for rank in range(2):
+            run = gradiometer.open_run(path, rank)
+            assert run.manifest.world_size == 2
+            assert run.parameters == ["net.weight", "net.bias"]
+            np.testing.assert_allclose(run.parameter_norms, one.parameter_norms, rtol=1e-5)
+            np.testing.assert_allclose(run.grad_norm_postclip, 0.5, rtol=1e-5)

@@ -86,7 +86,10 @@ class GradiometerCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: optimizers exist, the model is on its device, a checkpoint has been restored."""
         self._check_clipping(trainer)
-        agent = self._attachment.start(pl_module, trainer.optimizers, step=trainer.global_step)
+        model = (
+            trainer.model or pl_module
+        )  # as the strategy has wrapped it, for FSDP's root knows of its own parameters
+        agent = self._attachment.start(model, trainer.optimizers, step=trainer.global_step)
         self._step, self._losses, self._batches = agent.step, [], 0
 
     def on_train_batch_end(
