@@ -69,8 +69,8 @@ class GradiometerCallback(Callback):
         )
         self._step = 0
         """The agent's step when a loss was last logged."""
-        self._losses: list[Tensor] = []
-        """Sum of the micro-batches' losses since then; empty or one element."""
+        self._loss: Tensor | None = None
+        """Sum of the losses of the batches since then."""
         self._batches = 0
 
     @property
@@ -86,11 +86,10 @@ class GradiometerCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: optimizers exist, the model is on its device, a checkpoint has been restored."""
         self._check_clipping(trainer)
-        model = (
-            trainer.model or pl_module
-        )  # as the strategy has wrapped it, for FSDP's root knows of its own parameters
+        # As the strategy has wrapped it, for FSDP's root knows of parameters of its own.
+        model = pl_module if trainer.model is None else trainer.model
         agent = self._attachment.start(model, trainer.optimizers, step=trainer.global_step)
-        self._step, self._losses, self._batches = agent.step, [], 0
+        self._step, self._loss, self._batches = agent.step, None, 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,13 +99,14 @@ class GradiometerCallback(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if agent is None or not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
             return
-        self._losses = [sum(self._losses, loss.detach().reshape(()))]
+        loss = loss.detach().float()
+        self._loss = loss if self._loss is None else self._loss + loss
         self._batches += 1
         if agent.step != self._step:
             # In automatic optimization Lightning has divided each micro-batch's loss by their number already.
             divisor = 1 if pl_module.automatic_optimization else self._batches
-            agent.log(loss=self._losses[0] / divisor)
-            self._step, self._losses, self._batches = agent.step, [], 0
+            agent.log(loss=self._loss / divisor)
+            self._step, self._loss, self._batches = agent.step, None, 0
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach; what fails here must not hide the exception that ended the training."""
