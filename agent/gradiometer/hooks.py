@@ -17,7 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["StepHooks", "StepListener", "check_free", "current_scaler"]
+__all__ = ["StepHooks", "StepListener", "attached_optimizers", "check_free", "current_scaler", "listener_of"]
 
 
 class StepListener(Protocol):
@@ -49,6 +49,17 @@ _scaler_steps: list[tuple[Any, Any]] = []
 def _hooks_of(optimizer: Optimizer) -> StepHooks | None:
     found = _attached.get(optimizer)
     return None if found is None else found()
+
+
+def listener_of(optimizer: Optimizer) -> StepListener | None:
+    """Return the agent that is attached to an optimizer, if any."""
+    hooks = _hooks_of(optimizer)
+    return None if hooks is None else hooks.listener
+
+
+def attached_optimizers() -> list[Optimizer]:
+    """Return the optimizers that have an agent."""
+    return [optimizer for optimizer, hooks in list(_attached.items()) if hooks() is not None]
 
 
 def current_scaler() -> GradScaler | None:

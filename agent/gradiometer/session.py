@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
-from gradiometer.hooks import StepHooks, check_free
+from gradiometer.hooks import StepHooks, check_free, listener_of
 from gradiometer.layers import Parameters, collect_parameters
 from gradiometer.manifest import choose_run_id, describe
 from gradiometer.norms import Meter
@@ -37,7 +37,7 @@ from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
 from gradiometer.telemetry import Telemetry
 
-__all__ = ["Agent", "NonFiniteGradientError", "attach"]
+__all__ = ["Agent", "NonFiniteGradientError", "attach", "live_agents"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def attach(
     try:
         _check_model(model)
         optimizers = _as_list(optimizer)
+        _make_room(optimizers)
         check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
         check_mode(backward)
         spec = None if policy is None else load_policy(policy)
@@ -129,6 +130,19 @@ def _as_list(optimizer: object) -> list[Optimizer]:
     return optimizers
 
 
+def _make_room(optimizers: list[Optimizer]) -> None:
+    """Detach what ``gradiometer run`` has attached by itself: the program does it on its own after all."""
+    for each in optimizers:
+        holder = listener_of(each)
+        if isinstance(holder, Agent) and holder.gives_way:
+            holder.detach()
+
+
+def live_agents() -> list[Agent]:
+    """Return the agents of this process that have not been detached."""
+    return list(_live)
+
+
 def _home(parameters: Parameters) -> torch.device:
     """Return the device where decisions are made: that of the first trainable parameter on an accelerator, if any."""
     devices = [tensor.device for tensor in parameters.here if tensor.requires_grad]
@@ -147,6 +161,8 @@ class Agent:
     ) -> None:
         self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
         self._detached = False
+        self.gives_way = False
+        """Whether another agent may take this one's place: it was attached by ``gradiometer run``."""
         self._spent = 0.0
         """Host seconds of the agent's own that no row has told of yet."""
         self._hooks = StepHooks(optimizers, self)

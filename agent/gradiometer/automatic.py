@@ -1,0 +1,122 @@
+"""Attach by itself, in a program started by ``gradiometer run``: once an optimizer steps for the first time.
+
+Guarantees: without a policy nothing raises into the program, and what cannot be measured is warned of once; with a
+policy, an agent that cannot be attached stops the program, for acting was asked for. A program that attaches an agent
+of its own is left to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import sys
+from itertools import count
+from pathlib import Path
+from weakref import WeakSet
+
+import torch
+from torch.optim import Optimizer
+
+from gradiometer import session
+from gradiometer.discover import Found, enclosing_optimizers, find_around
+from gradiometer.hooks import attached_optimizers, listener_of
+from gradiometer.launch import LaunchSettings
+from gradiometer.manifest import rank_and_world
+
+__all__ = ["AutomaticAttachError", "before_step"]
+
+logger = logging.getLogger(__name__)
+
+
+class AutomaticAttachError(RuntimeError):
+    """A policy was asked for, and no agent could be attached to carry it out."""
+
+
+_left_alone: WeakSet[Optimizer] = WeakSet()
+"""Optimizers that another one's step calls, or that no agent could be attached to."""
+_numbers = count(1)
+"""Numbers of this process's agents."""
+
+
+def before_step(optimizer: Optimizer) -> bool:
+    """Attach an agent if this optimizer, which is about to step, should have one; return whether it was done now."""
+    if listener_of(optimizer) or optimizer in _left_alone or "_optimizer_step_pre_hooks" not in optimizer.__dict__:
+        return False
+    if any(not agent.gives_way for agent in session.live_agents()):
+        return False  # the program has gradiometer in its own hands
+    if any(each is not optimizer for each in enclosing_optimizers()):
+        _left_alone.add(optimizer)
+        return False
+    return _attach(optimizer)
+
+
+def _attach(optimizer: Optimizer) -> bool:
+    settings = None
+    try:
+        settings = LaunchSettings.from_environment()
+        found = find_around(optimizer, [*_left_alone, *attached_optimizers()])
+        agent = _attach_to(found, settings)
+    except Exception as error:
+        _left_alone.add(optimizer)
+        if settings is not None and settings.policy is not None:
+            raise AutomaticAttachError(f"gradiometer run: the policy cannot be applied: {error}") from error
+        logger.warning("gradiometer run: %s is not measured: %s", type(optimizer).__name__, error)
+        return False
+    agent.gives_way = True
+    if multiprocessing.parent_process() is not None:  # which ends without the interpreter's own exit
+        multiprocessing.util.Finalize(agent, agent.detach, exitpriority=0)
+    if settings.verbose:
+        names = ", ".join(type(each).__name__ for each in found.optimizers)
+        print(f"gradiometer: process {os.getpid()} measures {names} in {agent.path}", file=sys.stderr)  # noqa: T201
+    return True
+
+
+def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
+    root = Path(settings.dir)
+    run_id, claimed = _choose_id(root, settings.run_id)
+    try:
+        return session.attach(
+            found.model,
+            found.optimizers,
+            policy=settings.policy,
+            run_id=run_id,
+            dir=root,
+            backward=settings.backward,
+            labels=settings.labels,
+            together=found.together,
+        )
+    except BaseException:
+        if claimed:
+            with contextlib.suppress(OSError):  # it is not empty: somebody else's by now
+                (root / run_id).rmdir()
+        raise
+
+
+def _choose_id(root: Path, wanted: str) -> tuple[str, bool]:
+    """Return the id of this process's next run, and whether its directory was made to claim it.
+
+    The ranks of one job agree on one id without waiting for each other: a collective here would hang a job in which
+    only some of them have an optimizer.
+    """
+    number = next(_numbers)
+    if rank_and_world()[1] > 1:
+        agreed = _agree(wanted)
+        return agreed if number == 1 else f"{agreed}-{number}", False
+    for attempt in count(1):
+        chosen = wanted if attempt == 1 else f"{wanted}-{attempt}"
+        with contextlib.suppress(FileExistsError):
+            (root / chosen).mkdir(parents=True, mode=0o700)
+            break
+    return chosen, True
+
+
+def _agree(wanted: str) -> str:
+    """Return what the first rank to come here wanted; launches on several hosts have made different ids."""
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        return store.compare_set("gradiometer/run_id", "", wanted).decode()
+    except (AttributeError, NotImplementedError, RuntimeError):  # a job without a store, such as one over MPI
+        return wanted
