@@ -13,16 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.optim import Optimizer
 
 __all__ = ["Found", "enclosing_optimizers", "find_around"]
 
-_WRAPPERS: tuple[tuple[type[nn.Module], str], ...] = (
-    (OptimizedModule, "_orig_mod"),
-    (nn.parallel.DistributedDataParallel, "module"),
-    (nn.DataParallel, "module"),
-)
+_WRAPPED = ("_orig_mod", "module", "_forward_module")
+"""What torch.compile, DistributedDataParallel and its kin, and Lightning's Fabric call the model that they wrap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +86,7 @@ def _roots(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _cover(roots: Sequence[nn.Module], held: set[int]) -> list[nn.Module]:
     """Choose modules that have the parameters ``held``: the one with most of them first, of equals the smallest."""
-    owned = [(root, {id(tensor) for tensor in root.parameters()}) for root in roots]
+    owned = [(root, _ids(root)) for root in roots]
     left, chosen = set(held), []
     while left and owned:
         root, mine = max(owned, key=lambda each: (len(each[1] & left), -len(each[1])))
@@ -102,10 +98,25 @@ def _cover(roots: Sequence[nn.Module], held: set[int]) -> list[nn.Module]:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    for kind, inner in _WRAPPERS:
-        if isinstance(module, kind):
-            return _unwrapped(getattr(module, inner))
+    """Return the model within wrappers, so that parameters have the names that its author knows."""
+    for name in _WRAPPED:
+        inner = getattr(module, "_modules", {}).get(name)  # a module under construction has none yet
+        if inner is not None and _ids(inner) == _ids(module):
+            return _unwrapped(inner)
     return module
+
+
+def _ids(module: nn.Module) -> set[int]:
+    """Return the ``id`` of each parameter; ``parameters()`` is not asked, for a class may have another by that name."""
+    found: set[int] = set()
+    seen, left = {id(module)}, [module]
+    while left:
+        each = left.pop()
+        found.update(id(tensor) for tensor in each._parameters.values() if tensor is not None)
+        parts = [part for part in each._modules.values() if part is not None and id(part) not in seen]
+        seen.update(map(id, parts))
+        left += parts
+    return found
 
 
 def _as_one(roots: Sequence[nn.Module]) -> nn.Module:
@@ -132,7 +143,7 @@ def _variables(modules: Sequence[nn.Module]) -> dict[int, str]:
         owner = variables.get("self")
         for name, value in [*getattr(owner, "__dict__", {}).items(), *variables.items()]:
             inner = _unwrapped(value) if issubclass(type(value), nn.Module) else value
-            if id(inner) in wanted and not name.startswith("_"):
+            if id(inner) in wanted and str(name).isidentifier() and not name.startswith("_"):
                 names[id(inner)] = name
         frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
     return names
@@ -142,7 +153,7 @@ def _step_together(optimizers: Sequence[Optimizer], roots: Sequence[nn.Module]) 
     """Tell whether the optimizers use the gradients of one backward pass: of one model, and all there now."""
     if len(roots) != 1:
         return False
-    model = {id(tensor) for tensor in roots[0].parameters()}
+    model = _ids(roots[0])
     held = [_held(each) for each in optimizers]
     return all(
         any(id(tensor) in model for tensor in mine) and any(tensor.grad is not None for tensor in mine) for mine in held
