@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ import gradiometer
 from gradiometer import Run, open_run
 from gradiometer.launch import INJECTED
 from gradiometer.records import Flag, State, find_runs
+
+if TYPE_CHECKING:
+    from tests.conftest import Spawn
 
 CLI = (sys.executable, "-m", "gradiometer.cli", "run")
 Done = subprocess.CompletedProcess[str]
@@ -347,24 +351,43 @@ for step in range(3):
     optimizer.zero_grad()
     loss_of(model).backward()
     optimizer.step()
-if rank == 1:  # nothing may wait for the other rank, which does not train this one
+if rank == 1:  # the other rank does not train this one
+    import datetime
+    import gradiometer.rendezvous
+    gradiometer.rendezvous.PATIENCE = datetime.timedelta(seconds=1)
     torch.optim.SGD(net().parameters(), lr=0.1).step()
+dist.barrier()
+late = torch.optim.SGD(nn.parallel.DistributedDataParallel(nn.Linear(4, 4)).parameters(), lr=0.1)
+late.step()
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
 def test_every_rank_of_torchrun_attaches(tmp_path: Path, free_port: int) -> None:
-    """The ranks of a job are of one run, and none waits for another that does not step."""
+    """The ranks of a job are of one run; an optimizer that one rank has to itself hangs none, and is warned of."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port}"]
     done = launch(tmp_path, *command, script(tmp_path, RANKS), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("SGD is not measured: only some ranks") == 1
+    assert sorted(path.name for path in find_runs(tmp_path / "runs")) == ["job", "job-2"]
     first, second = (open_run(tmp_path / "runs" / "job", rank) for rank in range(2))
-    other = open_run(tmp_path / "runs" / "job-2", 1)
-    assert (first.manifest.world_size, len(first), len(second), len(other)) == (2, 3, 3, 1)
+    assert (first.manifest.world_size, len(first), len(second)) == (2, 3, 3)
     assert first.manifest.optimizers == ("ZeroRedundancyOptimizer",)
     assert first.parameters == second.parameters == ["0.weight", "0.bias", "2.weight", "2.bias"]
     np.testing.assert_array_equal(first.grad_norm_preclip, second.grad_norm_preclip)
+    assert len(open_run(tmp_path / "runs" / "job-2", 1)) == 1
+
+
+def test_launches_on_two_hosts_are_one_run(tmp_path: Path, free_port: int, spawn: Spawn) -> None:
+    """Ranks that were launched apart, each with a run id of its own making, agree on one."""
+    words = [*CLI, "--dir", tmp_path / "runs", "--", sys.executable, script(tmp_path, RANKS)]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    ranks = [spawn(*words, env=os.environ | job | {"RANK": str(rank)}, stderr=subprocess.PIPE) for rank in range(2)]
+    errors = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    run, _ = find_runs(tmp_path / "runs")
+    assert [len(open_run(run, rank)) for rank in range(2)] == [3, 3]
 
 
 SWEEP = """

@@ -17,7 +17,6 @@ from itertools import count
 from pathlib import Path
 from weakref import WeakSet
 
-import torch
 from torch.optim import Optimizer
 
 from gradiometer import session
@@ -25,6 +24,8 @@ from gradiometer.discover import Found, enclosing_optimizers, find_around
 from gradiometer.hooks import attached_optimizers, listener_of
 from gradiometer.launch import LaunchSettings
 from gradiometer.manifest import rank_and_world
+from gradiometer.rendezvous import PATIENCE, agree_on, all_ranks_come
+from gradiometer.transfer import capturing
 
 __all__ = ["AutomaticAttachError", "before_step"]
 
@@ -76,6 +77,13 @@ def _attach(optimizer: Optimizer) -> bool:
 
 def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
     root = Path(settings.dir)
+    if capturing():
+        raise RuntimeError("its first step is captured into a CUDA graph: take one before the capture")
+    if not all_ranks_come():
+        raise RuntimeError(
+            f"only some ranks of the job stepped an optimizer within {PATIENCE.total_seconds():.0f} s of each other, "
+            "and ranks attach together: call gradiometer.attach(group=...) in the script"
+        )
     run_id, claimed = _choose_id(root, settings.run_id)
     try:
         return session.attach(
@@ -96,14 +104,10 @@ def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
 
 
 def _choose_id(root: Path, wanted: str) -> tuple[str, bool]:
-    """Return the id of this process's next run, and whether its directory was made to claim it.
-
-    The ranks of one job agree on one id without waiting for each other: a collective here would hang a job in which
-    only some of them have an optimizer.
-    """
+    """Return the id of this process's next run, and whether its directory was made to claim it."""
     number = next(_numbers)
     if rank_and_world()[1] > 1:
-        agreed = _agree(wanted)
+        agreed = agree_on(wanted)
         return agreed if number == 1 else f"{agreed}-{number}", False
     for attempt in count(1):
         chosen = wanted if attempt == 1 else f"{wanted}-{attempt}"
@@ -111,12 +115,3 @@ def _choose_id(root: Path, wanted: str) -> tuple[str, bool]:
             (root / chosen).mkdir(parents=True, mode=0o700)
             break
     return chosen, True
-
-
-def _agree(wanted: str) -> str:
-    """Return what the first rank to come here wanted; launches on several hosts have made different ids."""
-    try:
-        store = torch.distributed.distributed_c10d._get_default_store()
-        return store.compare_set("gradiometer/run_id", "", wanted).decode()
-    except (AttributeError, NotImplementedError, RuntimeError):  # a job without a store, such as one over MPI
-        return wanted

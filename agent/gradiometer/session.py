@@ -36,12 +36,19 @@ from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
 from gradiometer.telemetry import Telemetry
+from gradiometer.transfer import capturing
 
 __all__ = ["Agent", "NonFiniteGradientError", "attach", "live_agents"]
 
 logger = logging.getLogger(__name__)
 
 RING_BYTES = 128 * 2**20
+
+
+class CapturedStepError(RuntimeError):
+    """A policy was to act in a step that is captured into a CUDA graph, whose replays it would know nothing of."""
+
+
 _live: WeakSet[Agent] = WeakSet()
 
 
@@ -161,6 +168,7 @@ class Agent:
     ) -> None:
         self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
         self._detached = False
+        self._told_of_capture = False
         self.gives_way = False
         """Whether another agent may take this one's place: it was attached by ``gradiometer run``."""
         self._spent = 0.0
@@ -195,12 +203,12 @@ class Agent:
         reaches the host. A value goes with the step in progress or, if that has not begun its backward pass and the
         last one has no such value, with the step just taken: so it may be called before or after ``optimizer.step()``
         (with ``backward="off"``, where nothing tells of backward passes, after it, or at every step). Raises
-        TypeError for anything else. After :meth:`detach` it does nothing.
+        TypeError for anything else. After :meth:`detach`, and while a CUDA graph is captured, it does nothing.
         """
         named = {f"log.{name}": value for name, value in scalars.items()}
         if loss is not None:
             named["loss"] = loss
-        if named and not self._detached:
+        if named and not self._detached and not capturing():
             self._telemetry.log(named, late_allowed=not self._watch.seen)
 
     def state_dict(self) -> dict[str, Any]:
@@ -275,6 +283,19 @@ class Agent:
         """Put back what acting changed: the step raised."""
         self._stepper.restore(optimizer)
         self._stepper.finished()
+
+    def captured(self, optimizer: Optimizer) -> None:
+        """Stand aside from a step that is being captured into a CUDA graph; raise if a policy should act in it."""
+        message = (
+            f"a step of {type(optimizer).__name__} is captured into a CUDA graph: its replays run no Python, so they "
+            "are neither measured nor clipped"
+        )
+        if self._stepper.pipeline is not None:
+            raise CapturedStepError(f"{message}. Step outside of the graph, or attach without a policy")
+        if not self._told_of_capture:
+            self._told_of_capture = True
+            logger.warning("gradiometer: %s", message)
+            self._telemetry.notice("step_captured", message)
 
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """Record a step that a GradScaler skipped before the optimizer saw it."""
