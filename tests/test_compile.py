@@ -39,11 +39,17 @@ pytestmark = [
 CLIP = [{"global_norm": {"max_norm": 2.0}}]
 MAX_NORM = 2.0
 STEPS = range(10)
-BACKENDS = [
-    "eager",
-    pytest.param(
-        "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+WHAT = ["model", "step", "model and step", "all of it"]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+CASES = [
+    *(
+        pytest.param("eager", what, how, policy)
+        for what in WHAT
+        for how in ("foreach", "fused")
+        for policy in (None, CLIP)
     ),
+    *(pytest.param("inductor", what, "foreach", CLIP, marks=needs_compiler) for what in ("model", "all of it")),
+    pytest.param("inductor", "model and step", "fused", CLIP, marks=needs_compiler),
 ]
 
 
@@ -67,7 +73,10 @@ def make(how: str, model: nn.Module) -> Optimizer:
 def step_function(model: nn.Module, optimizer: Optimizer, what: str, backend: str) -> Callable[[Tensor], None]:
     """Make the function of one training step, of which ``what`` is compiled."""
     compiled: Any = torch.compile(model, backend=backend) if what in ("model", "model and step") else model
-    update = lambda: optimizer.step()  # noqa: E731  # torch.compile takes no bound method that others have wrapped
+
+    def update() -> None:
+        optimizer.step()
+
     if what in ("step", "model and step"):
         update = torch.compile(update, backend=backend)
 
@@ -79,10 +88,7 @@ def step_function(model: nn.Module, optimizer: Optimizer, what: str, backend: st
     return torch.compile(whole, backend=backend) if what == "all of it" else whole
 
 
-@pytest.mark.parametrize("policy", [None, CLIP])
-@pytest.mark.parametrize("how", ["foreach", "fused"])
-@pytest.mark.parametrize("what", ["model", "step", "model and step", "all of it"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "what", "how", "policy"), CASES)
 def test_compiled_training(tmp_path: Path, backend: str, what: str, how: str, policy: Any) -> None:
     """Whatever is compiled, the numbers are those of a loop that is not, and no step but the first two compiles."""
     model = small_model()
@@ -160,11 +166,11 @@ def test_compiled_autograd(tmp_path: Path, mode: str) -> None:
     np.testing.assert_allclose(run.stat("microbatch_norm")[hooked], norms[hooked], rtol=1e-5)
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     """Note every operation on tensors."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -174,7 +180,8 @@ class Operations(TorchDispatchMode):
 
 def operations_of(step: Callable[[], Any]) -> list[str]:
     """Return the operations that a call does."""
-    with Operations() as seen:
+    seen = Operations()
+    with seen:
         step()
     return seen.names
 
@@ -224,7 +231,7 @@ def test_a_cuda_graph_of_a_whole_step(tmp_path: Path) -> None:
     """On a GPU a whole step is captured and replayed with an agent attached, which measures the steps around it."""
     model = small_model().cuda()
     optimizer = Adam(model.parameters(), capturable=True)
-    inputs, side = batch(0).cuda(), torch.cuda.Stream()
+    inputs, side = batch(0).cuda(), torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -259,7 +266,7 @@ def test_cuda_graphs_of_the_model_alone(tmp_path: Path, policy: Any) -> None:
     optimizer, reference, wanted = SGD(model.parameters(), lr=0.01), SGD(twin.parameters(), lr=0.01), []
     with attach(tmp_path, model, optimizer, policy=policy) as agent:
         for number in range(8):
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch
             for each, its_optimizer in ((twin, reference), (compiled, optimizer)):
                 its_optimizer.zero_grad()
                 backward(each(batch(number).cuda()).square().sum())

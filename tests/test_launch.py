@@ -318,6 +318,39 @@ def test_wrappers_copies_and_closures(tmp_path: Path, policy: bool) -> None:
     assert "asked" not in done.stdout
 
 
+COMPILED = """
+class Own(torch.optim.Optimizer):  # of those whose step can be compiled whole
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+    def step(self, closure=None):
+        with torch.no_grad():
+            for each in self.param_groups[0]["params"]:
+                each.sub_(each.grad * 0.1)
+
+whole = "whole" in sys.argv
+model = net()
+optimizer = Own(model.parameters()) if whole else torch.optim.SGD(model.parameters(), lr=0.1)
+step = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=whole)
+for _ in range(3):
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    print(norm(model))
+    step()
+"""
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_step(tmp_path: Path, whole: bool) -> None:
+    """The first step is measured though it is being compiled; one that may not leave its graph is left alone."""
+    words = [sys.executable, script(tmp_path, COMPILED), *(["whole"] if whole else [])]
+    done = launch(tmp_path, *words)
+    assert (done.returncode, done.stdout) == (0, execute(*words).stdout), done.stderr
+    if whole:
+        assert recorded(tmp_path) == {}
+    else:
+        np.testing.assert_allclose(the_run(tmp_path).grad_norm_preclip, numbers(done.stdout), rtol=1e-6)
+
+
 SCALED = """
 model = net()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

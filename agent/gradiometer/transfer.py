@@ -34,7 +34,8 @@ def capturing() -> bool:
 
     Asking for an event then, as much as reading a tensor, would spoil the capture.
     """
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    initialised: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch
+    return initialised and torch.cuda.is_current_stream_capturing()
 
 
 def bring(tensor: Tensor, device: torch.device) -> Tensor:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 _HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120  # pathlib would have to be imported
 _MARK = "gradiometer_run_watch"
+_REASON = "gradiometer run measures and clips at optimizer steps, outside of compiled graphs"
 _said: set[str] = set()
+_eager: list[Callable[[Any], bool]] = []
+"""What :func:`_announce` calls, once there is a torch to wrap it."""
 
 
 class _ImportWatch:
@@ -59,14 +62,15 @@ def _guarded(function: Callable[..., None], *arguments: Any) -> None:
 def _watch_steps(module: Any) -> None:
     """Have every optimizer's step announced; torch calls this hook before the optimizer's own hooks."""
 
-    def before_step(optimizer: Any, *_: Any) -> None:
-        _announce(optimizer)
+    must_act = bool(_settings().get("policy"))
 
-    # What torch.compiler.disable sets; calling that would import all of dynamo, in every process.
-    before_step._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch's own mark
-    before_step._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # as above
-        "gradiometer run measures at optimizer steps, outside of compiled graphs"
-    )
+    def before_step(optimizer: Any, *_: Any) -> None:
+        import torch
+
+        # Compiled with fullgraph=True, only a step of somebody else's optimizer works: torch's own break the graph too.
+        if must_act or not torch.compiler.is_compiling() or type(optimizer).__module__.startswith("torch.optim."):
+            _announce(optimizer)
+
     module.register_optimizer_step_pre_hook(before_step)
 
 
@@ -87,7 +91,21 @@ def _watch_scaler(module: Any) -> None:
 
 
 def _announce(optimizer: Any) -> bool:
-    """Return whether the step of this optimizer has led to an agent being attached."""
+    """Return whether the step of this optimizer has led to an agent being attached. Never part of a compiled graph."""
+    if not _eager:
+        import torch
+
+        _eager.append(torch.compiler.disable(_announce_now))  # type: ignore[no-untyped-call]  # torch
+    done: bool = _eager[0](optimizer)
+    return done
+
+
+# The mark that torch.compiler.disable sets on what it returns; calling it before now would have imported all of dynamo.
+_announce._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch's own
+_announce._torchdynamo_disable_msg = _REASON  # type: ignore[attr-defined]  # torch's own
+
+
+def _announce_now(optimizer: Any) -> bool:
     try:
         from gradiometer.automatic import before_step
     except (ImportError, SyntaxError) as error:  # a Python too old for it gives the latter
@@ -96,13 +114,19 @@ def _announce(optimizer: Any) -> bool:
     return before_step(optimizer)
 
 
+def _settings() -> dict[str, Any]:
+    import json
+
+    settings: dict[str, Any] = json.loads(os.environ["GRADIOMETER_RUN"])
+    return settings
+
+
 def _refuse(reason: str) -> None:
     """Say once that nothing is measured here; with a policy, stop."""
-    import json
     import logging
 
     message = f"gradiometer run: nothing is measured in process {os.getpid()}: {reason}"
-    if json.loads(os.environ.get("GRADIOMETER_RUN") or "{}").get("policy"):
+    if _settings().get("policy"):
         raise RuntimeError(f"{message}. The policy cannot be applied")
     if message not in _said:
         _said.add(message)
