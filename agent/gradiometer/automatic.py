@@ -8,11 +8,13 @@ of its own is left to it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import multiprocessing.util
 import os
 import sys
+import threading
 from itertools import count
 from pathlib import Path
 from weakref import WeakSet
@@ -38,6 +40,7 @@ class AutomaticAttachError(RuntimeError):
 
 _left_alone: WeakSet[Optimizer] = WeakSet()
 """Optimizers that another one's step calls, or that no agent could be attached to."""
+_one_at_a_time = threading.Lock()
 _numbers = count(1)
 """Numbers of this process's agents."""
 
@@ -51,7 +54,8 @@ def before_step(optimizer: Optimizer) -> bool:
     if any(each is not optimizer for each in enclosing_optimizers()):
         _left_alone.add(optimizer)
         return False
-    return _attach(optimizer)
+    with _one_at_a_time:
+        return listener_of(optimizer) is None and _attach(optimizer)
 
 
 def _attach(optimizer: Optimizer) -> bool:
@@ -68,11 +72,22 @@ def _attach(optimizer: Optimizer) -> bool:
         return False
     agent.gives_way = True
     if multiprocessing.parent_process() is not None:  # which ends without the interpreter's own exit
-        multiprocessing.util.Finalize(agent, agent.detach, exitpriority=0)
+        _detach_at_the_end_of(os.getpid())
     if settings.verbose:
         names = ", ".join(type(each).__name__ for each in found.optimizers)
         print(f"gradiometer: process {os.getpid()} measures {names} in {agent.path}", file=sys.stderr)  # noqa: T201
     return True
+
+
+@functools.cache
+def _detach_at_the_end_of(process: int) -> None:
+    del process  # in whose place a child that it forks is another
+    multiprocessing.util.Finalize(None, _detach_all, exitpriority=0)
+
+
+def _detach_all() -> None:
+    for agent in session.live_agents():
+        agent.detach()
 
 
 def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
