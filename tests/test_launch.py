@@ -451,6 +451,33 @@ def test_processes_of_a_sweep_have_runs_of_their_own(tmp_path: Path) -> None:
     assert len({run.manifest.pid for run in runs.values()}) == 3
 
 
+THREADS = """
+import threading
+
+def work():
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ready.wait()  # all optimizers are there when the first of them steps
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+
+ready = threading.Barrier(4)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for each in threads: each.start()
+for each in threads: each.join()
+"""
+
+
+def test_threads_that_train_have_runs_of_their_own(tmp_path: Path) -> None:
+    """Models that are trained in threads side by side are recorded apart: an agent is for one thread."""
+    train(tmp_path, THREADS)
+    runs = recorded(tmp_path)
+    assert sorted(runs) == ["job", "job-2", "job-3", "job-4"]
+    assert {len(run) for run in runs.values()} == {20}
+
+
 OWN = """
 import gradiometer
 model, other = net(), net()

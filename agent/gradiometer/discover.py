@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,9 +35,12 @@ def find_around(first: Optimizer, taken: Iterable[Optimizer]) -> Found:
     """Find what trains beside ``first``, an optimizer about to step for the first time.
 
     ``taken`` have an agent already. An optimizer that shares parameters with one found before it is left out: it is
-    either within that one, or trains another phase and will step on its own.
+    either within that one, or trains another phase and will step on its own. In a thread beside the main one ``first``
+    is alone: other optimizers may be other threads', and an agent is for one thread.
     """
     modules, optimizers = _alive()
+    if threading.current_thread() is not threading.main_thread():
+        optimizers = []
     chosen, held, gone = [first], set(map(id, _held(first))), {id(each) for each in taken}
     for each in optimizers:
         mine = set(map(id, _held(each)))
