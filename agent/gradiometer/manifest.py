@@ -15,15 +15,15 @@ import psutil
 import torch
 from torch.optim import Optimizer
 
+from gradiometer.labels import check_labels
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.recorder import check_run_id
 from gradiometer.records import FORMAT_VERSION, Manifest, RingGeometry, installed_version, pid_namespace
 
-__all__ = ["check_labels", "choose_run_id", "describe", "rank_and_world", "ring_geometry"]
+__all__ = ["choose_run_id", "describe", "rank_and_world", "ring_geometry"]
 
 MAX_ROWS, MIN_ROWS = 100_000, 256
-MAX_LABELS, MAX_LABEL_LENGTH = 16, 128
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -52,25 +52,6 @@ def ring_geometry(parameters: int, ring_bytes: int) -> RingGeometry:
             f"and a ring of at least {MIN_ROWS} steps: pass ring_bytes={MIN_ROWS * row} or more"
         )
     return RingGeometry(capacity=min(MAX_ROWS, ring_bytes // row), parameters=parameters)
-
-
-def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the labels as strings; raises ValueError for a name or a number of them that metrics cannot carry."""
-    if not isinstance(labels, Mapping | None):
-        raise TypeError(f"labels is a {type(labels).__name__}, expected a mapping of names to strings")
-    labels = dict(labels or {})
-    if len(labels) > MAX_LABELS:
-        raise ValueError(f"labels has {len(labels)} entries, expected at most {MAX_LABELS}")
-    for name, value in labels.items():
-        if not isinstance(name, str) or not (name.isascii() and name.isidentifier()) or name.startswith("__"):
-            raise ValueError(
-                f"label name {name!r}: expected letters, digits and '_', not starting with a digit or '__'"
-            )
-        if not isinstance(value, str) or len(value) > MAX_LABEL_LENGTH:
-            raise ValueError(
-                f"label {name} is {value!r:.40}, expected a string of at most {MAX_LABEL_LENGTH} characters"
-            )
-    return labels
 
 
 def describe(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
-from gradiometer.hooks import StepHooks, check_free
+from gradiometer.hooks import StepHooks, check_free, listener_of
 from gradiometer.layers import Parameters, collect_parameters
 from gradiometer.manifest import choose_run_id, describe
 from gradiometer.norms import Meter
@@ -36,12 +36,19 @@ from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
 from gradiometer.telemetry import Telemetry
+from gradiometer.transfer import capturing
 
-__all__ = ["Agent", "NonFiniteGradientError", "attach"]
+__all__ = ["Agent", "NonFiniteGradientError", "attach", "live_agents"]
 
 logger = logging.getLogger(__name__)
 
 RING_BYTES = 128 * 2**20
+
+
+class CapturedStepError(RuntimeError):
+    """A policy was to act in a step that is captured into a CUDA graph, whose replays it would know nothing of."""
+
+
 _live: WeakSet[Agent] = WeakSet()
 
 
@@ -83,6 +90,7 @@ def attach(
     try:
         _check_model(model)
         optimizers = _as_list(optimizer)
+        _make_room(optimizers)
         check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
         check_mode(backward)
         spec = None if policy is None else load_policy(policy)
@@ -139,6 +147,19 @@ def _unwrap(optimizer: Optimizer) -> Optimizer:
     return _unwrap(inner) if own is None or own is inner._optimizer_step_pre_hooks else optimizer
 
 
+def _make_room(optimizers: list[Optimizer]) -> None:
+    """Detach what ``gradiometer run`` has attached by itself: the program does it on its own after all."""
+    for each in optimizers:
+        holder = listener_of(each)
+        if isinstance(holder, Agent) and holder.gives_way:
+            holder.detach()
+
+
+def live_agents() -> list[Agent]:
+    """Return the agents of this process that have not been detached."""
+    return list(_live)
+
+
 def _home(parameters: Parameters) -> torch.device:
     """Return the device where decisions are made: that of the first trainable parameter on an accelerator, if any."""
     devices = [tensor.device for tensor in parameters.here if tensor.requires_grad]
@@ -157,6 +178,9 @@ class Agent:
     ) -> None:
         self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
         self._detached = False
+        self._told_of_capture = False
+        self.gives_way = False
+        """Whether another agent may take this one's place: it was attached by ``gradiometer run``."""
         self._spent = 0.0
         """Host seconds of the agent's own that no row has told of yet."""
         self._hooks = StepHooks(optimizers, self)
@@ -189,12 +213,12 @@ class Agent:
         reaches the host. A value goes with the step in progress or, if that has not begun its backward pass and the
         last one has no such value, with the step just taken: so it may be called before or after ``optimizer.step()``
         (with ``backward="off"``, where nothing tells of backward passes, after it, or at every step). Raises
-        TypeError for anything else. After :meth:`detach` it does nothing.
+        TypeError for anything else. After :meth:`detach`, and while a CUDA graph is captured, it does nothing.
         """
         named = {f"log.{name}": value for name, value in scalars.items()}
         if loss is not None:
             named["loss"] = loss
-        if named and not self._detached:
+        if named and not self._detached and not capturing():
             self._telemetry.log(named, late_allowed=not self._watch.seen)
 
     def state_dict(self) -> dict[str, Any]:
@@ -269,6 +293,19 @@ class Agent:
         """Put back what acting changed: the step raised."""
         self._stepper.restore(optimizer)
         self._stepper.finished()
+
+    def captured(self, optimizer: Optimizer) -> None:
+        """Stand aside from a step that is being captured into a CUDA graph; raise if a policy should act in it."""
+        message = (
+            f"a step of {type(optimizer).__name__} is captured into a CUDA graph: its replays run no Python, so they "
+            "are neither measured nor clipped"
+        )
+        if self._stepper.pipeline is not None:
+            raise CapturedStepError(f"{message}. Step outside of the graph, or attach without a policy")
+        if not self._told_of_capture:
+            self._told_of_capture = True
+            logger.warning("gradiometer: %s", message)
+            self._telemetry.notice("step_captured", message)
 
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """Record a step that a GradScaler skipped before the optimizer saw it."""
