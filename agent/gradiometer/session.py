@@ -97,6 +97,7 @@ def attach(
         watch = BackwardWatch(parameters.tensors, backward, telemetry.guard)
         undo.callback(watch.remove)
         agent = Agent(stepper, telemetry, watch, optimizers)
+        stepper.own.listen(telemetry.guard)
         undo.pop_all()
     return agent
 
@@ -190,6 +191,7 @@ class Agent:
         _live.discard(self)
         self._hooks.remove()
         self._watch.remove()
+        self._stepper.own.close()
         self._stepper.restore_all()
         self._telemetry.close(self._watch.order)
 
@@ -225,6 +227,8 @@ class Agent:
         began = time.perf_counter()
         self._stepper.restore(optimizer)
         self._stepper.finished()
+        with self._telemetry.guard:
+            self._stepper.stepped(optimizer)
         if self._telemetry.pending:
             seconds, self._spent = self._spent + time.perf_counter() - began, 0.0
             began = time.perf_counter()
