@@ -114,8 +114,9 @@ class OwnClipping:
         self._clips: list[OwnClip] = []
         self._marks: dict[int, _Mark] = {}
         """For each first parameter of a clip, its gradient as clipping left it."""
-        self._used: dict[int, tuple[int, _Mark]] = {}
-        """For each optimizer its first gradient, and as its last step left it."""
+        self._used: dict[int, tuple[int, int, int]] = {}
+        """For each optimizer the place, ``id`` and version of its first gradient, as its last step left it. No mark: a
+        gradient that is referred to, be it weakly, cannot be converted along with its module between two steps."""
         self._in_vain: dict[int, str] = {}
         """Optimizers none of whose parameters had a gradient when something was to clip them."""
         self._scaler: ref[GradScaler] | None = None
@@ -176,7 +177,7 @@ class OwnClipping:
         if first is not None:
             gradient = self._tensors[first].grad
             assert gradient is not None
-            self._used[owner] = first, _Mark(gradient)
+            self._used[owner] = first, id(gradient), gradient._version
 
     def _covered(self, parameters: Sequence[Tensor]) -> _Coverage:
         if self._watched is not self._rounds.watched or len(self._coverages) > MAX_COVERAGES:
@@ -338,8 +339,16 @@ class OwnClipping:
         return next((place for place in places if self._tensors[place].grad is not None), None)
 
     def _is_used(self, owner: int) -> bool:
-        first, mark = self._used.get(owner, (0, None))
-        return mark is not None and mark.matches(self._tensors[first].grad)
+        """Tell whether the optimizer's gradients are those of its last step.
+
+        Another may have the ``id`` of one that was freed: a good clip is then taken for late, and nothing is said of
+        that unless its gradients are thrown away, too.
+        """
+        if owner not in self._used:
+            return False
+        first, identity, version = self._used[owner]
+        gradient = self._tensors[first].grad
+        return gradient is not None and id(gradient) == identity and gradient._version == version
 
     def _still_scaled(self, owners: Iterable[int]) -> bool:
         scaler = None if self._scaler is None else self._scaler()

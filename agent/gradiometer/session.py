@@ -219,7 +219,7 @@ class Agent:
             if taken is not None:
                 self._telemetry.begin(taken, self._watch.take())
             while self._stepper.notices:
-                self._telemetry.notice(*self._stepper.notices.pop())
+                self._telemetry.notice(*self._stepper.notices.pop(0))
         self._spent += time.perf_counter() - began
 
     def after_step(self, optimizer: Optimizer) -> None:
