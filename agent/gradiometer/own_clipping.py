@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +106,8 @@ class OwnClipping:
         *,
         policy_clips: bool,
     ) -> None:
+        self.spent = 0.0
+        """Host seconds that following the loop's clipping has cost; whoever records them sets this back."""
         self._notices = notices
         self._tensors, self._index, self._rounds, self._device = parameters.tensors, parameters.index, rounds, device
         self._policy_clips = policy_clips
@@ -137,17 +140,20 @@ class OwnClipping:
         """Note a call that is about to be carried out."""
         if self._guard is None:
             return None
+        began, token = time.perf_counter(), None
         with self._guard:
             coverage = self._covered(heard.parameters)
             if coverage.owned:
-                return self._begin(heard, coverage)
-        return None
+                token = self._begin(heard, coverage)
+        self.spent += time.perf_counter() - began
+        return token
 
     def end(self, token: tuple[list[int], OwnClip | None] | None) -> None:
         """Note that it was: the gradients it has changed are still those that were clipped before."""
         if token is None or self._guard is None:
             return
         unchanged, clip = token
+        began = time.perf_counter()
         with self._guard:
             for place in {*unchanged, *(clip.firsts.values() if clip is not None else ())}:
                 gradient = self._tensors[place].grad
@@ -159,6 +165,7 @@ class OwnClipping:
                         f"more than {len(self._tensors)} calls clip in one step: this one is not recorded"
                     )
                 self._clips.append(clip)
+        self.spent += time.perf_counter() - began
 
     def take(self, members: Iterable[int], *, again: bool = False) -> tuple[OwnClip, ...]:
         """Return what was done to the gradients that these optimizers are about to use, oldest first; forget it.

@@ -230,7 +230,8 @@ class Agent:
         with self._telemetry.guard:
             self._stepper.stepped(optimizer)
         if self._telemetry.pending:
-            seconds, self._spent = self._spent + time.perf_counter() - began, 0.0
+            seconds = self._spent + self._stepper.own.spent + time.perf_counter() - began
+            self._spent = self._stepper.own.spent = 0.0
             began = time.perf_counter()
             incident = self._telemetry.finish(self._watch.order, seconds)
             with self._telemetry.guard:
