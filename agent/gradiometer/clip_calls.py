@@ -83,9 +83,14 @@ def undo(calls: Sequence[ClipCall], seen: Norms, scalars: Mapping[str, float], t
     for call, strength in zip(calls, reversed(strengths), strict=True):
         slot = OWN_CLIPPING[call.function]
         limit, least = undone.columns.get(slot, (math.inf, math.nan))
-        undone.columns[slot] = min(limit, call.limit), float(np.fmin(least, strength))
+        undone.columns[slot] = min(limit, call.limit), _least(least, strength)
     undone.misuses = _misuses(calls, scalars)
     return undone
+
+
+def _least(first: float, second: float) -> float:
+    """Return the smaller of two numbers, either of which may be NaN for unknown."""
+    return second if math.isnan(first) or second < first else first
 
 
 def _coefficient(call: ClipCall, scalars: Mapping[str, float], number: int) -> float:
@@ -102,7 +107,7 @@ def _unscale(norms: npt.NDArray[np.float64], call: ClipCall, before: Norms, coef
             known = call.measured >= 0
             norms[call.measured[known]] = before[known]
     elif coefficient > 0:  # by zero, nothing is left to tell what was there
-        norms[call.places] /= coefficient
+        norms[slice(None) if len(call.places) == len(norms) else call.places] /= coefficient
     return coefficient
 
 
