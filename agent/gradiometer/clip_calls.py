@@ -112,6 +112,8 @@ def _unscale(norms: npt.NDArray[np.float64], call: ClipCall, before: Norms, coef
 
 
 def _unclamp(norms: npt.NDArray[np.float64], call: ClipCall, before: Norms) -> float:
+    if call.measured is None:
+        return math.nan
     after = math.sqrt(float(np.square(norms[call.places]).sum()))
     norms[call.places] = before
     whole = math.sqrt(float(np.square(norms[call.places]).sum()))

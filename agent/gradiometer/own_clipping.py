@@ -257,9 +257,12 @@ class OwnClipping:
         coverage = clip.coverage
         if len(coverage.places) > self._room():
             raise RuntimeError("gradients were clamped more than once in a step: this clamp is not recorded")
+        gradients = [self._tensors[place].grad for place in coverage.places.tolist()]
+        if any(hasattr(gradient, "placements") for gradient in gradients):
+            return  # the norm of a shard is not the norm, and the ranks should not have to talk for a clamp
         coverage.meter = coverage.meter or Meter(self._device)
         with torch.no_grad():
-            clip.norms = coverage.meter([self._tensors[place].grad for place in coverage.places.tolist()])
+            clip.norms = coverage.meter(gradients)
         clip.call.measured = coverage.places
 
     def _room(self) -> int:
