@@ -292,16 +292,20 @@ def test_the_culprit_of_a_non_finite_step(tmp_path: Path, bad: float, halves: bo
 
 
 def test_torch_raises_as_it_does(tmp_path: Path) -> None:
-    """With error_if_nonfinite torch's own error is raised, and nothing is recorded as clipped."""
+    """With error_if_nonfinite torch's own error is raised, and an event names the gradient that it is about."""
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.01)
-    with attach(tmp_path, model, optimizer):
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, math.nan)
+    with attach(tmp_path, model, optimizer) as agent:
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.full_like(parameter, math.nan if name == "2.weight" else 1.0)
         with pytest.raises(RuntimeError, match="is non-finite, so it cannot be clipped"):
             clip_grad_norm_(model.parameters(), MAX_NORM, error_if_nonfinite=True)
         with pytest.raises(ValueError, match="abc"):
             clip_grad_norm_(model.parameters(), "abc")  # type: ignore[arg-type]
+    run = open_run(agent.path)
+    (event,) = [event for event in run.events if event["kind"] == "nonfinite"]
+    assert event["message"] == "the gradient of 2.weight went non-finite; clip_grad_norm_ was told to raise for it"
+    assert agent.errors == 0
 
 
 def test_other_models_are_none_of_its_business(tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ class ClipListener(Protocol):
     def end(self, token: Any) -> None:
         """They have been; ``token`` is what :meth:`begin` returned. Not called if clipping raised."""
 
+    def refused(self, gradients: Sequence[Tensor], norms: Tensor | None) -> None:
+        """Gradients, of these norms if they are known, were not finite, and torch raises for it, as it was told to."""
+
 
 _listeners: WeakSet[ClipListener] = WeakSet()
 _newest = threading.local()
@@ -191,6 +194,9 @@ def _total_norm(original: FunctionType) -> Callable[..., Tensor]:
             watched = FunctionType(original.__code__, {**original.__globals__, "torch": spy})
             total = watched(tensors, norm_type, error_if_nonfinite, foreach)
         except Exception:  # torch's own error comes again from torch's own function
+            if error_if_nonfinite:
+                for listener in list(_listeners):
+                    listener.refused(*spy.measured)
             total = original(tensors, norm_type, error_if_nonfinite, foreach)
         else:
             _newest.norms = spy.norms_of(total) if norm_type == 2 else None
@@ -216,6 +222,11 @@ class _Torch:
     def stack(self, tensors: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self._norms = torch.stack(tensors, *args, **kwargs)
         return self._norms
+
+    @property
+    def measured(self) -> tuple[list[Tensor], Tensor | None]:
+        """What was measured, and its norms."""
+        return [tensor for group in self._groups for tensor in group], self._norms
 
     def norms_of(self, total: Tensor) -> TorchNorms | None:
         """Return what was worked out, with no reference to a gradient; None if it is not known of which."""

@@ -109,7 +109,8 @@ class OwnClipping:
         self.spent = 0.0
         """Host seconds that following the loop's clipping has cost; whoever records them sets this back."""
         self._notices = notices
-        self._tensors, self._index, self._rounds, self._device = parameters.tensors, parameters.index, rounds, device
+        self._names, self._tensors, self._index = parameters.names, parameters.tensors, parameters.index
+        self._rounds, self._device = rounds, device
         self._policy_clips = policy_clips
         self._guard: Guard | None = None
         self._watched: list[Watched] = []
@@ -166,6 +167,19 @@ class OwnClipping:
                     )
                 self._clips.append(clip)
         self.spent += time.perf_counter() - began
+
+    def refused(self, gradients: Sequence[Tensor], norms: Tensor | None) -> None:
+        """Name the gradients for which torch is about to raise; it has waited for their norms, so they can be read."""
+        if self._guard is None or norms is None:
+            return
+        with self._guard:
+            bad = {id(gradients[at]) for at in torch.nonzero(~torch.isfinite(norms)).flatten().tolist()}
+            names = [name for name, each in zip(self._names, self._tensors, strict=True) if id(each.grad) in bad]
+            if names and "refused" not in self._announced:
+                self._announced.add("refused")
+                more = f" and {len(names) - 1} more" * (len(names) > 1)
+                message = f"the gradient of {names[0]}{more} went non-finite; clip_grad_norm_ was told to raise for it"
+                self._notices.append(("nonfinite", message))
 
     def take(self, members: Iterable[int], *, again: bool = False) -> tuple[OwnClip, ...]:
         """Return what was done to the gradients that these optimizers are about to use, oldest first; forget it.

@@ -86,7 +86,7 @@ class Flag(IntFlag):
 
     NONFINITE = 1  # some gradient held NaN or Inf
     SKIPPED = 2  # the optimizer did not move the parameters
-    CLIPPED = 4  # some policy changed the gradients
+    CLIPPED = 4  # some policy, or the loop itself, clipped the gradients
     ZEROED = 8  # non-finite gradients were replaced by zeros
     SCALER = 16  # a GradScaler skipped the step before the optimizer saw it
     HOOKED = 32  # backward hooks were armed: microbatch_norm is there

@@ -192,6 +192,7 @@ class Agent:
         self._hooks.remove()
         self._watch.remove()
         self._stepper.own.close()
+        self._write_notices()
         self._stepper.restore_all()
         self._telemetry.close(self._watch.order)
 
@@ -202,6 +203,10 @@ class Agent:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    def _write_notices(self) -> None:
+        while self._stepper.notices:
+            self._telemetry.notice(*self._stepper.notices.pop(0))
 
     # What the hooks call.
 
@@ -218,8 +223,7 @@ class Agent:
             taken = self._stepper.before_update(optimizer)
             if taken is not None:
                 self._telemetry.begin(taken, self._watch.take())
-            while self._stepper.notices:
-                self._telemetry.notice(*self._stepper.notices.pop(0))
+            self._write_notices()
         self._spent += time.perf_counter() - began
 
     def after_step(self, optimizer: Optimizer) -> None:
