@@ -325,7 +325,7 @@ def test_more_calls_than_parameters(tmp_path: Path) -> None:
     optimizer = SGD(model.parameters(), lr=1e-3)
     with attach(tmp_path, model, optimizer) as agent:
         backward(loss_of(model, 0))
-        for _ in range(7):
+        for _ in range(14):
             clip(model)
         optimizer.step()
     assert agent.errors == 2

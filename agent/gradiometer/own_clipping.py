@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.weak import TensorWeakRef
 
-from gradiometer import clip_seams
+from gradiometer import clip_seams, transfer
 from gradiometer._guard import Guard
 from gradiometer.clip_calls import ClipCall, Places
 from gradiometer.clip_seams import Heard, TorchNorms
@@ -31,14 +31,17 @@ from gradiometer.layers import Parameters
 from gradiometer.norms import Meter
 from gradiometer.records import CLIP_GRAD_NORM
 from gradiometer.rounds import Rounds, Watched
-from gradiometer.transfer import reads_are_free
 
-__all__ = ["OwnClip", "OwnClipping"]
+__all__ = ["OwnClip", "OwnClipping", "row_width"]
 
 logger = logging.getLogger(__name__)
 
 MAX_COVERAGES = 4096
 """Sets of parameters that are remembered; a loop clips the same few again and again."""
+NORMS = 3
+"""Norms from before a clip that a row has room for, for each parameter: by layer, by the whole, and before a clamp."""
+MORE_CALLS = 8
+"""Calls beyond one for each parameter that a row has room for."""
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -161,10 +164,8 @@ class OwnClipping:
                 if gradient is not None:
                     self._marks[place] = _Mark(gradient)
             if clip is not None:
-                if len(self._clips) > len(self._tensors):
-                    raise RuntimeError(
-                        f"more than {len(self._tensors)} calls clip in one step: this one is not recorded"
-                    )
+                if len(self._clips) >= len(self._tensors) + MORE_CALLS:
+                    raise RuntimeError(f"more than {len(self._clips)} calls clip in one step: this one is not recorded")
                 self._clips.append(clip)
         self.spent += time.perf_counter() - began
 
@@ -249,7 +250,7 @@ class OwnClipping:
         total = clip.total = heard.total
         assert total is not None
         norms = heard.torch_norms
-        if reads_are_free(total.device):
+        if transfer.reads_are_free(total.device):
             clip.total = float(total)
             if math.isfinite(clip.total):
                 norms = None
@@ -270,7 +271,7 @@ class OwnClipping:
     def _measure(self, clip: OwnClip) -> None:
         coverage = clip.coverage
         if len(coverage.places) > self._room():
-            raise RuntimeError("gradients were clamped more than once in a step: this clamp is not recorded")
+            raise RuntimeError("gradients were clamped again and again in one step: this clamp is not recorded")
         gradients = [self._tensors[place].grad for place in coverage.places.tolist()]
         if any(hasattr(gradient, "placements") for gradient in gradients):
             return  # the norm of a shard is not the norm, and the ranks should not have to talk for a clamp
@@ -281,7 +282,7 @@ class OwnClipping:
 
     def _room(self) -> int:
         """Return how many norms may still travel with the row."""
-        return len(self._tensors) - sum(clip.norms.numel() for clip in self._clips if clip.norms is not None)
+        return NORMS * len(self._tensors) - sum(clip.norms.numel() for clip in self._clips if clip.norms is not None)
 
     def _note_in_vain(self, heard: Heard, coverage: _Coverage) -> None:
         for owner in coverage.owned:
@@ -377,6 +378,11 @@ class OwnClipping:
     def _still_scaled(self, owners: Iterable[int]) -> bool:
         scaler = None if self._scaler is None else self._scaler()
         return scaler is not None and any(self._rounds.still_scaled(owner, scaler) for owner in owners)
+
+
+def row_width(parameters: int) -> int:
+    """Return how many values may travel with a row: the norms, and a total and a factor for every call."""
+    return NORMS * parameters + 2 * (parameters + MORE_CALLS)
 
 
 def _first(watched: Watched) -> int | None:

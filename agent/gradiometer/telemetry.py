@@ -17,6 +17,7 @@ from gradiometer import transfer
 from gradiometer._guard import Guard
 from gradiometer.backward import MICROBATCHES
 from gradiometer.journal import Journal, StepRecord
+from gradiometer.own_clipping import row_width
 from gradiometer.recorder import Recorder
 from gradiometer.records import POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
 from gradiometer.stepper import Taken
@@ -37,7 +38,8 @@ class Telemetry:
         self.newest_scalars: Mapping[str, float] = {}
         """Scalars of the newest row that reached the host."""
         self._device, self._pid = device, os.getpid()
-        width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 3) + (5 + MICROBATCHES) * len(manifest.parameters)
+        width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2)
+        width += (2 + MICROBATCHES) * len(manifest.parameters) + row_width(len(manifest.parameters))
         self._transfer: transfer.Transfer[StepRecord] = transfer.Transfer(width, device)
         self._journal = Journal(recorder, manifest)
         self._current: StepRecord | None = None
