@@ -291,6 +291,22 @@ def test_the_culprit_of_a_non_finite_step(tmp_path: Path, bad: float, halves: bo
     assert not run.own_clipping["clip_grad_norm_"].any()
 
 
+def test_a_norm_that_overflows_in_half_precision(tmp_path: Path) -> None:
+    """Torch's norm of large float16 gradients is Inf, and its clip makes zeros of all: the row says what happened."""
+    model = nn.Linear(4, 2, dtype=torch.float16)
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with attach(tmp_path, model, optimizer, backward="off") as agent:
+        model.weight.grad = torch.full_like(model.weight, 6e4)
+        model.bias.grad = torch.ones_like(model.bias)
+        clip_grad_norm_(model.parameters(), MAX_NORM)
+        assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+        optimizer.step()
+    run = open_run(agent.path)
+    assert run.nonfinite.tolist() == [True]
+    assert run.first_nonfinite == ["weight"]
+    assert run.grad_norm_postclip.tolist() == [0.0]
+
+
 def test_torch_raises_as_it_does(tmp_path: Path) -> None:
     """With error_if_nonfinite torch's own error is raised, and an event names the gradient that it is about."""
     model = small_model()

@@ -96,8 +96,9 @@ def attach(
         telemetry = Telemetry(recorder, manifest, device)
         watch = BackwardWatch(parameters.tensors, backward, telemetry.guard)
         undo.callback(watch.remove)
-        agent = Agent(stepper, telemetry, watch, optimizers)
         stepper.own.listen(telemetry.guard)
+        undo.callback(stepper.own.close)
+        agent = Agent(stepper, telemetry, watch, optimizers)
         undo.pop_all()
     return agent
 
