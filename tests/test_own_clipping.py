@@ -239,8 +239,9 @@ def record_policy(tmp_path: Path, policy: list[dict[str, Any]]) -> tuple[Run, Fl
     return open_run(agent.path), norms
 
 
+@pytest.mark.parametrize("function", [clip_grad_norm_, clip_grad_value_])
 @pytest.mark.parametrize("together", [True, False])
-def test_several_optimizers(tmp_path: Path, together: bool) -> None:
+def test_several_optimizers(tmp_path: Path, together: bool, function: Callable[..., object]) -> None:
     """One clip over the parameters of two optimizers is in the row, or the rows, of both."""
     model = small_model()
     optimizers: list[Optimizer] = [SGD(layer.parameters(), lr=0.01) for layer in (model[0], model[2])]
@@ -251,7 +252,7 @@ def test_several_optimizers(tmp_path: Path, together: bool) -> None:
                 optimizer.zero_grad()
             backward(loss_of(model, step))
             norms.append(hand_norms(model))
-            clip_grad_norm_(model.parameters(), MAX_NORM)
+            function(model.parameters(), 0.1)
             for optimizer in optimizers:
                 optimizer.step()
     run = open_run(agent.path)
@@ -261,7 +262,9 @@ def test_several_optimizers(tmp_path: Path, together: bool) -> None:
     else:
         np.testing.assert_allclose(run.parameter_norms[0::2, :2], wanted[:, :2], rtol=1e-6)
         np.testing.assert_allclose(run.parameter_norms[1::2, 2:], wanted[:, 2:], rtol=1e-6)
-    assert run.own_clipping["clip_grad_norm_"].all()
+        assert np.signbit(run.parameter_norms[0::2, 2:]).all()
+        assert np.signbit(run.parameter_norms[1::2, :2]).all()
+    assert run.own_clipping[function.__name__].all()
     assert kinds(run) == ["own_clipping"]
 
 

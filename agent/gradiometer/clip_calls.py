@@ -62,6 +62,7 @@ def undo(calls: Sequence[ClipCall], seen: Norms, scalars: Mapping[str, float], t
     ``scalars`` are the row's; ``travelled`` ends with the norms of all calls' ``measured``, one after another.
     """
     norms, nonfinite, strengths = seen.astype(np.float64), False, []
+    absent = (seen == 0) & np.signbit(seen)  # of an optimizer whose step is another row
     scale = scalars.get("loss_scale", math.nan)
     for number in range(len(calls) - 1, -1, -1):
         call = calls[number]
@@ -70,10 +71,11 @@ def undo(calls: Sequence[ClipCall], seen: Norms, scalars: Mapping[str, float], t
         if call.scaled:
             before = before / np.float32(scale)
         if call.function == CLIP_GRAD_VALUE:
-            strengths.append(_unclamp(norms, call, before))
+            strengths.append(_unclamp(norms, call, before, absent))
         else:
             strengths.append(_unscale(norms, call, before, _coefficient(call, scalars, number)))
             nonfinite |= math.isnan(strengths[-1])
+    norms[absent] = -0.0
     changed = any(strength != 1.0 for strength in strengths)
     undone = Undone(
         norms=norms.astype(np.float32),
@@ -111,11 +113,11 @@ def _unscale(norms: npt.NDArray[np.float64], call: ClipCall, before: Norms, coef
     return coefficient
 
 
-def _unclamp(norms: npt.NDArray[np.float64], call: ClipCall, before: Norms) -> float:
+def _unclamp(norms: npt.NDArray[np.float64], call: ClipCall, before: Norms, absent: npt.NDArray[np.bool_]) -> float:
     if call.measured is None:
         return math.nan
     after = math.sqrt(float(np.square(norms[call.places]).sum()))
-    norms[call.places] = before
+    norms[call.places] = np.where(absent[call.places], -0.0, before)
     whole = math.sqrt(float(np.square(norms[call.places]).sum()))
     strength = after / whole if whole > 0 else 1.0
     return 1.0 if strength > UNCHANGED else strength

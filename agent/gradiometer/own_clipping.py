@@ -71,8 +71,10 @@ class _Coverage:
         held = {owner: [place for place in places if mine[place] is not None] for owner, mine in enumerate(watched)}
         self.owned = {owner: mine for owner, mine in held.items() if mine}
         """The covered parameters of each optimizer that holds any."""
-        self.members = frozenset(places)
+        self.members = set(places)
         self.meter: Meter | None = None
+        self.newest: OwnClip | None = None
+        """The newest call by norm."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -119,6 +121,8 @@ class OwnClipping:
         self._watched: list[Watched] = []
         self._coverages: dict[tuple[int, ...], _Coverage] = {}
         self._clips: list[OwnClip] = []
+        self._held = 0
+        """Norms that are to travel with them."""
         self._marks: dict[int, _Mark] = {}
         """For each first parameter of a clip, its gradient as clipping left it."""
         self._used: dict[int, tuple[int, int, int]] = {}
@@ -167,6 +171,9 @@ class OwnClipping:
                 if len(self._clips) >= len(self._tensors) + MORE_CALLS:
                     raise RuntimeError(f"more than {len(self._clips)} calls clip in one step: this one is not recorded")
                 self._clips.append(clip)
+                self._held += 0 if clip.norms is None else clip.norms.numel()
+                if clip.call.function == CLIP_GRAD_NORM:
+                    clip.coverage.newest = clip
         self.spent += time.perf_counter() - began
 
     def refused(self, gradients: Sequence[Tensor], norms: Tensor | None) -> None:
@@ -216,10 +223,10 @@ class OwnClipping:
         if not firsts:
             self._note_in_vain(heard, coverage)
             return [], None
-        marked = [place for place in self._marks if place in coverage.members]
+        marked = self._marks.keys() & coverage.members
         unchanged = [place for place in marked if self._marks[place].matches(self._tensors[place].grad)]
         if len(unchanged) < len(marked):
-            self._drop(set(marked).difference(unchanged))
+            self._drop(marked.difference(unchanged))
         if not math.isfinite(heard.limit):
             return unchanged, None  # torch has no other function that only measures
         return unchanged, self._clip(heard, coverage, firsts)
@@ -232,8 +239,7 @@ class OwnClipping:
                 limit=heard.limit,
                 places=coverage.places,
                 scaled=self._still_scaled(firsts),
-                again=by_norm
-                and any(c.coverage is coverage and c.call.function == CLIP_GRAD_NORM for c in self._clips),
+                again=by_norm and coverage.newest is not None and bool(coverage.newest.waiting),
             ),
             coverage=coverage,
             firsts=firsts,
@@ -282,7 +288,7 @@ class OwnClipping:
 
     def _room(self) -> int:
         """Return how many norms may still travel with the row."""
-        return NORMS * len(self._tensors) - sum(clip.norms.numel() for clip in self._clips if clip.norms is not None)
+        return NORMS * len(self._tensors) - self._held
 
     def _note_in_vain(self, heard: Heard, coverage: _Coverage) -> None:
         for owner in coverage.owned:
@@ -303,7 +309,7 @@ class OwnClipping:
             clip.waiting -= members
         for member in members:
             self._in_vain.pop(member, None)
-        self._clips = [clip for clip in self._clips if clip.waiting]
+        self._keep_waiting()
         if not self._clips:
             self._marks = {}
         return () if again else tuple(valid)
@@ -356,9 +362,13 @@ class OwnClipping:
         """Forget the clips of gradients that something else has changed since."""
         for clip in self._clips:
             clip.waiting -= {owner for owner, place in clip.firsts.items() if place in changed}
-        self._clips = [clip for clip in self._clips if clip.waiting]
+        self._keep_waiting()
         for place in changed:
             del self._marks[place]
+
+    def _keep_waiting(self) -> None:
+        self._clips = [clip for clip in self._clips if clip.waiting]
+        self._held = sum(clip.norms.numel() for clip in self._clips if clip.norms is not None)
 
     def _first_of(self, places: list[int]) -> int | None:
         return next((place for place in places if self._tensors[place].grad is not None), None)
