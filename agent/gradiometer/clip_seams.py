@@ -260,16 +260,16 @@ def _number(limit: object) -> float:
 
 def _replicated(total: Any) -> Any:
     """Reduce the norm of a sharded model here, once, so that torch need not when it divides by it."""
-    if not hasattr(total, "placements"):
+    if all(placement.is_replicate() for placement in getattr(total, "placements", ())):
         return total
     from torch.distributed.tensor import Replicate
 
     return total.redistribute(placements=[Replicate()] * total.device_mesh.ndim)
 
 
-def _local(total: Any) -> Tensor:
-    whole: Tensor = total.to_local() if hasattr(total, "placements") else total
-    return whole.detach()
+def _local(total: Any) -> Tensor | None:
+    whole = total.to_local() if hasattr(total, "placements") else total
+    return whole.detach() if isinstance(whole, Tensor) else None
 
 
 def _begin(heard: Heard) -> list[tuple[ClipListener, Any]]:

@@ -253,8 +253,9 @@ class OwnClipping:
         return clip
 
     def _keep_total(self, clip: OwnClip, heard: Heard) -> None:
-        total = clip.total = heard.total
-        assert total is not None
+        if heard.total is None:
+            raise TypeError("the total norm is no tensor: torch takes no other")
+        total = clip.total = heard.total.reshape(())
         norms = heard.torch_norms
         if transfer.reads_are_free(total.device):
             clip.total = float(total)
