@@ -345,7 +345,7 @@ class SharedMeter(Meter):
         try:
             own = super().__call__(gradients).double()
         except Exception:
-            self._sum(torch.full((len(gradients),), math.nan, dtype=torch.float64, device=self._device))
+            self._sum(torch.full((len(gradients),), math.nan, dtype=torch.float64, device=self.device))
             raise
         squares = torch.copysign(own.square(), own)
         # A copy that is not counted still speaks up when it is not finite.
@@ -362,7 +362,7 @@ class SharedMeter(Meter):
     def _sum(self, squares: Tensor) -> Tensor:
         wire = squares.to(self._wire)
         torch.distributed.all_reduce(wire, group=self._group)
-        return bring(wire, self._device)
+        return bring(wire, self.device)
 
 
 def _wire(group: Group, device: torch.device) -> torch.device:

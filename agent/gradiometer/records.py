@@ -47,6 +47,7 @@ __all__ = [
     "find_ranks",
     "find_runs",
     "installed_version",
+    "own_clipping",
     "pid_namespace",
     "process_alive",
     "read_events",
@@ -57,7 +58,12 @@ FORMAT_VERSION = 1
 MAGIC = b"GRADRING"
 HEADER_BYTES = 4096
 POLICY_SLOTS = 16
-"""Policies a pipeline may hold: each has a bit in ``clipped`` and a place in the policy columns."""
+"""Places in the policy columns, and bits in ``clipped``: the pipeline's policies, then the loop's own clipping."""
+CLIP_GRAD_NORM, CLIP_GRAD_VALUE = "clip_grad_norm_", "clip_grad_value_"
+OWN_CLIPPING = {CLIP_GRAD_NORM: POLICY_SLOTS - 2, CLIP_GRAD_VALUE: POLICY_SLOTS - 1}
+"""Slots of torch's own functions, by their names; used where the loop has called them."""
+PIPELINE_SLOTS = POLICY_SLOTS - len(OWN_CLIPPING)
+"""Policies a pipeline may hold."""
 SCALAR_SLOTS = 16
 """Scalars beside the loss that ``Agent.log`` may name in one run."""
 STATS = ("grad_norm_preclip", "grad_norm_postclip", "microbatch_norm")
@@ -80,7 +86,7 @@ class Flag(IntFlag):
 
     NONFINITE = 1  # some gradient held NaN or Inf
     SKIPPED = 2  # the optimizer did not move the parameters
-    CLIPPED = 4  # some policy changed the gradients
+    CLIPPED = 4  # some policy, or the loop itself, clipped the gradients
     ZEROED = 8  # non-finite gradients were replaced by zeros
     SCALER = 16  # a GradScaler skipped the step before the optimizer saw it
     HOOKED = 32  # backward hooks were armed: microbatch_norm is there
@@ -214,7 +220,7 @@ class Manifest(BaseModel):
     parameters: tuple[ParameterInfo, ...]
     ring: RingGeometry
     policy: dict[str, Any] | None = None
-    policies: Annotated[tuple[str, ...], Field(max_length=POLICY_SLOTS)] = ()
+    policies: Annotated[tuple[str, ...], Field(max_length=PIPELINE_SLOTS)] = ()
     """Names of the pipeline's policies, in the order of the policy columns."""
     labels: dict[str, str] = {}
 
@@ -310,6 +316,12 @@ def checksum(words: Word) -> Word:
     """
     mixed: Word = words[..., 2:-1].sum(axis=-1, dtype=np.uint64) + words[..., 0] * np.uint64(CHECKSUM_FACTOR)
     return mixed
+
+
+def own_clipping(rows: Rows, status: np.void) -> set[str]:
+    """Return which of torch's own clipping functions the loop has called, as far as rows and counters tell."""
+    thresholds, events = rows["policy_threshold"], status["clip_events"]
+    return {name for name, slot in OWN_CLIPPING.items() if events[slot] or (thresholds[:, slot] > 0).any()}
 
 
 def _open_file(path: Path) -> FileIO:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradiometer.records import State, process_alive
+from gradiometer.records import OWN_CLIPPING, State, process_alive
 from gradiometer.run import Run
 
 __all__ = ["draw", "layer_table", "run_state", "summarize"]
@@ -43,7 +43,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "steps_in_ring": len(run),
         "parameters": len(run.parameters),
         "policy": manifest.policy,
-        "clip_events": dict(zip(manifest.policies, run.status["clip_events"].tolist(), strict=False)),
+        "clip_events": dict(zip(manifest.policies, run.status["clip_events"].tolist(), strict=False))
+        | {name: int(run.status["clip_events"][OWN_CLIPPING[name]]) for name in run.own_clipping},
         "nonfinite_steps": int(run.status["nonfinite_steps"]),
         "skipped_steps": int(run.status["skipped_steps"]),
         "rows_dropped": int(run.status["rows_dropped"]),

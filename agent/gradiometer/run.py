@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gradiometer.records import STATS, Flag, Manifest, RingReader, Rows, read_events, read_manifest
+from gradiometer.records import (
+    OWN_CLIPPING,
+    STATS,
+    Flag,
+    Manifest,
+    RingReader,
+    Rows,
+    own_clipping,
+    read_events,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +73,7 @@ class Run:
 
     @property
     def grad_norm_preclip(self) -> Floats:
-        """Global L2 norm before any policy, loss scale divided out, float64[T]."""
+        """Global L2 norm before any clipping, the loop's own included, loss scale divided out, float64[T]."""
         return self._floats("grad_norm_preclip")
 
     @property
@@ -73,7 +83,7 @@ class Run:
 
     @property
     def coefficient(self) -> Floats:
-        """Ratio of the global norms after and before the policies, float64[T]; 1 when nothing was clipped,
+        """Ratio of the global norms after and before clipping, float64[T]; 1 when nothing was clipped,
         0 for a skipped step, NaN where zeros took the place of non-finite gradients."""
         return self._floats("coefficient")
 
@@ -123,6 +133,15 @@ class Run:
         """For each policy of the pipeline, the steps in which it changed the gradients, bool[T, policies]."""
         bits = np.arange(len(self.manifest.policies), dtype=np.uint32)
         return (self._column("clipped")[:, None] >> bits & 1).astype(np.bool_)
+
+    @property
+    def own_clipping(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """The steps in which the loop's own ``clip_grad_norm_`` or ``clip_grad_value_`` changed the gradients, bool[T];
+        only of those that it calls."""
+        bits, used = self._column("clipped"), own_clipping(self.rows, self.status)
+        return {
+            name: (bits >> np.uint32(slot) & 1).astype(np.bool_) for name, slot in OWN_CLIPPING.items() if name in used
+        }
 
     @property
     def parameter_norms(self) -> npt.NDArray[np.float32]:

@@ -120,6 +120,8 @@ def attach(
         telemetry = Telemetry(recorder, manifest, device)
         watch = BackwardWatch(parameters, backward, telemetry.guard)
         undo.callback(watch.remove)
+        stepper.own.listen(telemetry.guard)
+        undo.callback(stepper.own.close)
         agent = Agent(stepper, telemetry, watch, optimizers)
         undo.pop_all()
     return agent
@@ -244,6 +246,8 @@ class Agent:
         _live.discard(self)
         self._hooks.remove()
         self._watch.remove()
+        self._stepper.own.close()
+        self._write_notices()
         self._stepper.restore_all()
         self._telemetry.close(self._watch.order)
 
@@ -254,6 +258,10 @@ class Agent:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    def _write_notices(self) -> None:
+        while self._stepper.notices:
+            self._telemetry.notice(*self._stepper.notices.pop(0))
 
     # What the hooks call.
 
@@ -270,8 +278,7 @@ class Agent:
             taken = self._stepper.before_update(optimizer)
             if taken is not None:
                 self._telemetry.begin(taken, self._watch.take())
-            while self._stepper.notices:
-                self._telemetry.notice(*self._stepper.notices.pop())
+            self._write_notices()
         self._spent += time.perf_counter() - began
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -279,8 +286,11 @@ class Agent:
         began = time.perf_counter()
         self._stepper.restore(optimizer)
         self._stepper.finished()
+        with self._telemetry.guard:
+            self._stepper.stepped(optimizer)
         if self._telemetry.pending:
-            seconds, self._spent = self._spent + time.perf_counter() - began, 0.0
+            seconds = self._spent + self._stepper.own.spent + time.perf_counter() - began
+            self._spent = self._stepper.own.spent = 0.0
             began = time.perf_counter()
             incident = self._telemetry.finish(self._watch.order, seconds)
             with self._telemetry.guard:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS, WINDOW_SECONDS
-from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows
+from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows, own_clipping
 
 __all__ = ["LAYER_METRICS", "Histogram", "LayerSummary", "RunSummary", "WindowMax"]
 
@@ -166,6 +166,8 @@ class RunSummary:
         """Rows that the ring overwrote while it was followed, or a crash destroyed, before they were read."""
         self.loss: float | None = None
         """Newest loss that was logged, NaN too; None if none was."""
+        self.own_clipping: set[str] = set()
+        """Which of torch's own clipping functions the loop calls."""
         self.grad_norm = Histogram(GRAD_NORM_BUCKETS)
         self.step_seconds = Histogram(STEP_SECONDS_BUCKETS)
         self.layers = LayerSummary(manifest)
@@ -190,6 +192,7 @@ class RunSummary:
         self.rows_missed += newest - self.last_seen - len(rows)
         self.last_seen, self.newest = newest, rows[-1].copy()
         time_ns, norms = rows["time_ns"].astype(np.int64), rows["grad_norm_preclip"].astype(np.float64)
+        self.own_clipping |= own_clipping(rows, status)
         self._update_scalars(rows, time_ns, norms)
         self.layers.update(time_ns, rows["parameters"][:, _PRECLIP, :])
 

@@ -41,5 +41,6 @@ def read() -> None:
     assert_type(run.parameter_norms, npt.NDArray[np.float32])
     assert_type(run.layer_norms(), npt.NDArray[np.float64])
     assert_type(run.skipped, npt.NDArray[np.bool_])
+    assert_type(run.own_clipping, dict[str, npt.NDArray[np.bool_]])
     assert_type(run.events, list[dict[str, Any]])
     assert_type(run.parameters, list[str])
