@@ -124,6 +124,19 @@ def fsdp2_bf16(rank: int, world: int) -> dict[str, Any]:
     return {"norms": norms}
 
 
+def fsdp2_own_clip(rank: int, world: int) -> dict[str, Any]:
+    """The loop clips by itself, as loops do, and the agent looks on."""
+    model = sharded(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer, policy=None):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            backward(loss_of(model(mine(step, rank, world))))
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    return {}
+
+
 def hsdp(rank: int, world: int) -> dict[str, Any]:
     """Replicas of shards: a mesh of two dimensions."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -433,6 +446,7 @@ CASES: dict[str, Case] = {
         fsdp2_offload,
         fsdp2_accumulate,
         fsdp2_bf16,
+        fsdp2_own_clip,
         hsdp,
         tp,
         tp_sequence,

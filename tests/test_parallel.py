@@ -156,6 +156,14 @@ def test_a_fused_optimizer_on_shards(two: Ranks) -> None:
         check_run(run.path, wanted, 0.5)
 
 
+def test_own_clipping_of_shards(two: Ranks) -> None:
+    """Where the loop itself clips sharded gradients, the norms before it are those of one process."""
+    wanted = one_process(cases.build_model(), globally)
+    for run in two.runs("fsdp2_own_clip"):
+        check_run(run.path, wanted, 0.5)
+        assert [event["kind"] for event in run.events].count("own_clipping") == 1
+
+
 def test_mixed_precision(two: Ranks) -> None:
     """Under bfloat16 compute the norms are those of the gradients that torch puts together from the shards."""
     for run, result in zip(two.runs("fsdp2_bf16"), two.results("fsdp2_bf16"), strict=True):
