@@ -31,7 +31,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gradiometer
-from gradiometer import ranks
 from tests._ranks import (
     BATCH,
     FEATURES,
@@ -415,10 +414,13 @@ def bad_arguments_on_one_rank(rank: int, world: int) -> dict[str, Any]:
 
 
 def one_stays_away(rank: int, world: int) -> dict[str, Any]:
-    """Only rank 0 attaches, as some loops do with their loggers."""
-    ranks.PATIENCE_SECONDS = 2.0
-    model = build_model()
-    return {"error": refused(model, sgd(model)) if rank == 0 else "none"}
+    """Only one rank attaches, as some loops do with their loggers; then the other; then both."""
+    model, said = build_model(), "none"
+    for who in range(world):
+        if who == rank:
+            said = refused(model, sgd(model), patience=1.0)
+        dist.barrier()
+    return {"error": said, "then": refused(model, sgd(model))}
 
 
 def other_policies(rank: int, world: int) -> dict[str, Any]:

@@ -385,9 +385,8 @@ for step in range(3):
     loss_of(model).backward()
     optimizer.step()
 if rank == 1:  # the other rank does not train this one
-    import datetime
-    import gradiometer.rendezvous
-    gradiometer.rendezvous.PATIENCE = datetime.timedelta(seconds=1)
+    import gradiometer.automatic
+    gradiometer.automatic.PATIENCE = 1.0
     torch.optim.SGD(net().parameters(), lr=0.1).step()
 dist.barrier()
 late = torch.optim.SGD(nn.parallel.DistributedDataParallel(nn.Linear(4, 4)).parameters(), lr=0.1)
@@ -402,7 +401,7 @@ def test_every_rank_of_torchrun_attaches(tmp_path: Path, free_port: int) -> None
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port}"]
     done = launch(tmp_path, *command, script(tmp_path, RANKS), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("SGD is not measured: only some ranks") == 1
+    assert done.stderr.count("SGD is not measured: rank 0 did not call attach() within 1 s") == 1
     assert sorted(path.name for path in find_runs(tmp_path / "runs")) == ["job", "job-2"]
     first, second = (open_run(tmp_path / "runs" / "job", rank) for rank in range(2))
     assert (first.manifest.world_size, len(first), len(second)) == (2, 3, 3)

@@ -308,12 +308,13 @@ def test_what_does_not_go_together_is_refused_on_every_rank(two: Ranks) -> None:
     said = {
         "other_values": ["ValueError: parameter '0.weight' has other values on rank 1 than on rank 0"] * 2,
         "other_policies": ["ValueError: ranks 0 and 1 were given different policies"] * 2,
-        "one_stays_away": ["RuntimeError: rank 1 could not attach, so no rank does: it has not called", "none"],
+        "one_stays_away": [f"AbsentError: rank {rank} did not call attach() within 1 s" for rank in (1, 0)],
         "bad_arguments_on_one_rank": ["RuntimeError: rank 1 could not attach", "PolicyError: policy: pipeline[0]"],
     }
     for case, beginnings in said.items():
         for result, beginning in zip(two.results(case), beginnings, strict=True):
             assert result["error"].startswith(beginning)
+    assert [result["then"] for result in two.results("one_stays_away")] == ["none", "none"], "a failure passes"
     assert "parts='stage1'" in two.results("other_values")[0]["error"]
 
 

@@ -26,7 +26,7 @@ from gradiometer.discover import Found, enclosing_optimizers, find_around
 from gradiometer.hooks import attached_optimizers, listener_of
 from gradiometer.launch import LaunchSettings
 from gradiometer.manifest import rank_and_world
-from gradiometer.rendezvous import PATIENCE, agree_on, all_ranks_come
+from gradiometer.rendezvous import agree_on
 from gradiometer.transfer import capturing
 
 __all__ = ["AutomaticAttachError", "before_step"]
@@ -41,6 +41,8 @@ class AutomaticAttachError(RuntimeError):
 _left_alone: WeakSet[Optimizer] = WeakSet()
 """Optimizers that another one's step calls, or that no agent could be attached to."""
 _one_at_a_time = threading.Lock()
+PATIENCE = 60.0
+"""Seconds that ranks wait for each other: those that train together step within moments of one another."""
 _numbers = count(1)
 """Numbers of this process's agents."""
 
@@ -94,11 +96,6 @@ def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
     root = Path(settings.dir)
     if capturing():
         raise RuntimeError("its first step is captured into a CUDA graph: take one before the capture")
-    if not all_ranks_come():
-        raise RuntimeError(
-            f"only some ranks of the job stepped an optimizer within {PATIENCE.total_seconds():.0f} s of each other, "
-            "and ranks attach together: call gradiometer.attach(group=...) in the script"
-        )
     run_id, claimed = _choose_id(root, settings.run_id)
     try:
         return session.attach(
@@ -110,6 +107,7 @@ def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
             backward=settings.backward,
             labels=settings.labels,
             together=found.together,
+            patience=PATIENCE,
         )
     except BaseException:
         if claimed:

@@ -64,6 +64,7 @@ def attach(
     together: bool = True,
     group: Group | None = None,
     parts: Parts | None = None,
+    patience: float = 300.0,
     ring_bytes: int = RING_BYTES,
 ) -> Agent:
     """Attach to a model and the optimizer that trains it; the training loop stays as it is.
@@ -78,15 +79,15 @@ def attach(
     (a GAN), and every optimizer's step is a row of its own. ``ring_bytes`` bounds the ring file.
 
     In a distributed job every rank of ``group`` (a process group; all ranks unless given) attaches, in the same order:
-    the ranks settle one run id and one list of parameters, which waits for the last of them. Sharded parameters
-    (DTensor, FSDP1) are measured whole. Where ranks hold different parameters under the same names, ``parts`` names
-    this rank's: one name for all (``"stage1"``), or patterns and names (``{"*experts*": "rank1"}``).
+    the ranks settle one run id and one list of parameters, for which they wait ``patience`` seconds at most. Sharded
+    parameters (DTensor, FSDP1) are measured whole. Where ranks hold different parameters under the same names,
+    ``parts`` names this rank's: one name for all (``"stage1"``), or patterns and names (``{"*experts*": "rank1"}``).
 
     Raises ValueError (PolicyError for the policy) for bad arguments, RuntimeError if an optimizer has an agent already
-    or a live process writes the same run or another rank failed, OSError if the run directory cannot be made or its
-    disk is full.
+    or a live process writes the same run or another rank failed or did not come, OSError if the run directory cannot be
+    made or its disk is full.
     """
-    ranks = Ranks(group)
+    ranks = Ranks(group, patience)
     try:
         _check_model(model)
         optimizers = _as_list(optimizer)
