@@ -562,6 +562,15 @@ def test_an_interpreter_without_gradiometer_is_warned_of(tmp_path: Path) -> None
     assert "The policy cannot be applied" in stopped.stderr.splitlines()[-1]
 
 
+def test_settings_that_cannot_be_read_are_warned_of(tmp_path: Path) -> None:
+    """A program whose settings are another version's, or no settings at all, runs unharmed and unmeasured."""
+    path = os.pathsep.join([str(INJECTED), os.environ.get("PYTHONPATH", "")])
+    done = execute(sys.executable, script(tmp_path, PLAIN), PYTHONPATH=path, GRADIOMETER_RUN="1")
+    assert done.returncode == 3
+    assert len(numbers(done.stdout)) == 4
+    assert done.stderr.count("Adam is not measured: GRADIOMETER_RUN is '1'") == 1
+
+
 WAIT = """
 import signal, time
 model = net()

@@ -62,7 +62,7 @@ def _guarded(function: Callable[..., None], *arguments: Any) -> None:
 def _watch_steps(module: Any) -> None:
     """Have every optimizer's step announced; torch calls this hook before the optimizer's own hooks."""
 
-    must_act = bool(_settings().get("policy"))
+    must_act = _must_act()
 
     def before_step(optimizer: Any, *_: Any) -> None:
         import torch
@@ -114,11 +114,15 @@ def _announce_now(optimizer: Any) -> bool:
     return before_step(optimizer)
 
 
-def _settings() -> dict[str, Any]:
+def _must_act() -> bool:
+    """Tell whether there is a policy; settings that cannot be read are for gradiometer to complain of."""
     import json
 
-    settings: dict[str, Any] = json.loads(os.environ["GRADIOMETER_RUN"])
-    return settings
+    try:
+        settings = json.loads(os.environ.get("GRADIOMETER_RUN", ""))
+    except ValueError:
+        return False
+    return isinstance(settings, dict) and bool(settings.get("policy"))
 
 
 def _refuse(reason: str) -> None:
@@ -126,7 +130,7 @@ def _refuse(reason: str) -> None:
     import logging
 
     message = f"gradiometer run: nothing is measured in process {os.getpid()}: {reason}"
-    if _settings().get("policy"):
+    if _must_act():
         raise RuntimeError(f"{message}. The policy cannot be applied")
     if message not in _said:
         _said.add(message)
