@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -209,15 +208,14 @@ def test_two_clippers_are_refused(tmp_path: Path, make_trainer: Callable[..., pl
     assert not (tmp_path / "runs").exists()
 
 
-def test_lightnings_own_clipping_is_told_of(
-    tmp_path: Path, make_trainer: Callable[..., pl.Trainer], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Without a policy that clips gradient_clip_val stays, and a warning says what the norms then are."""
-    callback = callback_in(tmp_path, policy=[{"nonfinite": {}}])
-    with caplog.at_level(logging.WARNING, "gradiometer"):
-        make_trainer(callback, gradient_clip_val=0.5).fit(Plain(), batches())
-    assert "gradient_clip_val=0.5" in caplog.text
-    np.testing.assert_allclose(run_of(callback).grad_norm_postclip, 0.5, rtol=1e-5)
+def test_lightnings_own_clipping_is_recorded(tmp_path: Path, make_trainer: Callable[..., pl.Trainer]) -> None:
+    """Without a policy that clips gradient_clip_val stays, and the norms before and after it are recorded."""
+    model, callback = Plain(), callback_in(tmp_path, policy=[{"nonfinite": {}}])
+    make_trainer(callback, gradient_clip_val=0.5).fit(model, batches())
+    run = run_of(callback)
+    np.testing.assert_allclose(run.parameter_norms, np.stack(model.noted), rtol=1e-5)
+    np.testing.assert_allclose(run.grad_norm_postclip, 0.5, rtol=1e-5)
+    assert run.own_clipping["clip_grad_norm_"].all()
 
 
 class Failing(Plain):

@@ -128,16 +128,9 @@ class GradiometerCallback(Callback):
         self._attachment.state = state_dict
 
     def _check_clipping(self, trainer: Trainer) -> None:
-        value = trainer.gradient_clip_val
-        if not value:
-            return
-        if self._attachment.clips:
+        if trainer.gradient_clip_val and self._attachment.clips:
             raise ValueError(
-                f"Trainer(gradient_clip_val={value!r}) clips and so does the policy, which would see gradients that "
-                "are clipped already: leave gradient_clip_val out, or take clipping out of the policy"
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) clips and so does the policy, which would "
+                "see gradients that are clipped already: leave gradient_clip_val out, or take clipping out of the "
+                "policy"
             )
-        logger.warning(
-            "gradiometer: Trainer(gradient_clip_val=%r) clips before the optimizer steps: the norms recorded are those "
-            "after its clipping; a policy with global_norm clips as it does, and records both",
-            value,
-        )

@@ -1,7 +1,7 @@
 """A callback for the Hugging Face Trainer: measures, and clips by policy, every optimizer step of ``trainer.train``.
 
 The Trainer clips at a norm of 1 unless told otherwise. Under a policy that clips, that is turned off for the length of
-the training and a warning says so; under any other, or none, it stays, and the norms recorded are those after it.
+the training and a warning says so; under any other, or none, it stays, and is recorded as the loop's own clipping.
 """
 
 from __future__ import annotations
@@ -78,8 +78,13 @@ class GradiometerCallback(TrainerCallback, ExportableState):
         assert optimizer is not None  # the Trainer gives both to every event of a training
         self._attachment.state = _from_json(self._stored(state).get("agent_state", {}))
         self._attachment.start(model, [optimizer], step=state.global_step)
-        if args.max_grad_norm > 0:
-            self._settle_clipping(args)
+        if self._attachment.clips and args.max_grad_norm > 0:
+            logger.warning(
+                "gradiometer: the policy clips, so the Trainer's own clipping (max_grad_norm=%g) is turned off for "
+                "this training; pass max_grad_norm=0 to say so yourself",
+                args.max_grad_norm,
+            )
+            self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
     def on_log(
         self,
@@ -117,21 +122,6 @@ class GradiometerCallback(TrainerCallback, ExportableState):
         callbacks: Any = state.stateful_callbacks  # declared a list, a mapping from the start
         stored = callbacks.setdefault(type(self).__name__, {"args": {}, "attributes": {}})
         return stored["attributes"] if isinstance(stored, Mapping) else {}
-
-    def _settle_clipping(self, args: TrainingArguments) -> None:
-        if self._attachment.clips:
-            logger.warning(
-                "gradiometer: the policy clips, so the Trainer's own clipping (max_grad_norm=%g) is turned off for "
-                "this training; pass max_grad_norm=0 to say so yourself",
-                args.max_grad_norm,
-            )
-            self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
-        else:
-            logger.warning(
-                "gradiometer: the Trainer clips (max_grad_norm=%g) before the optimizer steps: the norms recorded are "
-                "those after its clipping; a policy with global_norm clips as it does, and records both",
-                args.max_grad_norm,
-            )
 
     def _stop(self, args: TrainingArguments) -> None:
         if self._max_grad_norm is not None:
