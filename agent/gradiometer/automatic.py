@@ -43,8 +43,8 @@ _left_alone: WeakSet[Optimizer] = WeakSet()
 _one_at_a_time = threading.Lock()
 PATIENCE = 60.0
 """Seconds that ranks wait for each other: those that train together step within moments of one another."""
-_numbers = count(1)
-"""Numbers of this process's agents."""
+_attached: list[str] = []
+"""Run ids of this process's agents. Ranks attach together or not at all, so each has as many."""
 
 
 def before_step(optimizer: Optimizer) -> bool:
@@ -98,7 +98,7 @@ def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
         raise RuntimeError("its first step is captured into a CUDA graph: take one before the capture")
     run_id, claimed = _choose_id(root, settings.run_id)
     try:
-        return session.attach(
+        agent = session.attach(
             found.model,
             found.optimizers,
             policy=settings.policy,
@@ -114,14 +114,15 @@ def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
             with contextlib.suppress(OSError):  # it is not empty: somebody else's by now
                 (root / run_id).rmdir()
         raise
+    _attached.append(run_id)
+    return agent
 
 
 def _choose_id(root: Path, wanted: str) -> tuple[str, bool]:
     """Return the id of this process's next run, and whether its directory was made to claim it."""
-    number = next(_numbers)
     if rank_and_world()[1] > 1:
         agreed = agree_on(wanted)
-        return agreed if number == 1 else f"{agreed}-{number}", False
+        return agreed if not _attached else f"{agreed}-{len(_attached) + 1}", False
     for attempt in count(1):
         chosen = wanted if attempt == 1 else f"{wanted}-{attempt}"
         with contextlib.suppress(FileExistsError):
