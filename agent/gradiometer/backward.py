@@ -2,7 +2,9 @@
 
 A hook on every parameter costs a Python call a parameter a backward pass, so in mode ``auto`` the hooks are registered
 only for the first steps, for every hundredth, and for the few after an incident. One hook stays: it tells that a
-backward pass has happened, so that a loss is logged with the step it belongs to.
+backward pass has happened, so that a loss is logged with the step it belongs to. In a distributed job a second one
+stays: it looks, at every step, at one small gradient of this rank's own before the ranks' gradients are reduced. NaN
+that the loss or a layer sends backwards reaches the layers before it, so it is put where gradients arrive last.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradiometer._guard import Guard
 from gradiometer.norms import tensor_norm
+from gradiometer.updates import local_part
 
 __all__ = ["MICROBATCHES", "BackwardMode", "BackwardWatch", "check_mode"]
 
@@ -22,6 +25,8 @@ BackwardMode = Literal["auto", "every", "off"]
 MICROBATCHES = 8
 """Micro-batches of a step whose norms are kept; the arrivals of later ones are not recorded."""
 FIRST_STEPS, EVERY, BURST = 3, 100, 3
+PROBE_ELEMENTS = 65_536
+"""A parameter with more elements is not looked at in every step."""
 
 
 def check_mode(mode: BackwardMode) -> BackwardMode:
@@ -34,18 +39,29 @@ def check_mode(mode: BackwardMode) -> BackwardMode:
 class BackwardWatch:
     """The backward hooks of one agent. Hooks may run in autograd's own threads; lists take appends from any of them."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], mode: BackwardMode, guard: Guard) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], mode: BackwardMode, guard: Guard, *, distributed: bool = False
+    ) -> None:
         self._parameters, self._mode, self._guard = parameters, mode, guard
         self._handles: list[RemovableHandle] = []
         self._sentinel: RemovableHandle | None = None
+        self._probe: RemovableHandle | None = None
+        self._probed = -1
+        self._probing = distributed and mode != "off"
         self._bare = [parameter._backward_hooks is None for parameter in parameters]
         self._arrivals: list[tuple[int, Tensor]] = []
         self._burst = FIRST_STEPS + 1
+        self.passes = 0
+        """Backward passes of this step, as the parameter that is always watched has seen them."""
+        self.own: Tensor | None = None
+        """Sum over this step's backward passes of one small gradient's norm before any reduction, 0-dim; None where it
+        was not looked at, as in a process that trains by itself."""
         self.seen = False
         """Whether a backward pass has reached the agent since the last :meth:`prepare`."""
         self.order: tuple[int, ...] = ()
         """Parameters in the order in which their gradients last arrived."""
         self._watch_for_backward()
+        self._place_probe()
 
     @property
     def armed(self) -> bool:
@@ -55,7 +71,7 @@ class BackwardWatch:
         """Get ready for the backward passes of ``step``: arm or disarm, as the mode says."""
         if self._sentinel is not None and not self.seen:
             self._watch_for_backward()  # what was watched had no gradient
-        self._arrivals, self.seen = [], False
+        self._arrivals, self.seen, self.passes, self.own = [], False, 0, None
         self._burst = BURST if incident else max(0, self._burst - 1)
         wanted = self._mode == "every" or (self._mode == "auto" and (self._burst > 0 or step % EVERY == 0))
         if wanted and not self._handles:
@@ -68,6 +84,7 @@ class BackwardWatch:
         arrivals, self._arrivals = self._arrivals, []
         if arrivals:
             self.order = tuple(dict.fromkeys(index for index, _ in arrivals))
+            self._place_probe()
         return arrivals
 
     def remove(self) -> None:
@@ -75,6 +92,9 @@ class BackwardWatch:
         if self._sentinel is not None:
             self._sentinel.remove()
             self._sentinel = None
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
         self._disarm()
 
     def _arm(self) -> None:
@@ -102,6 +122,29 @@ class BackwardWatch:
     def _mark(self, gradient: Tensor) -> None:
         del gradient
         self.seen = True
+        self.passes += 1
+
+    def _place_probe(self) -> None:
+        """Look at the last small gradient to arrive; until that is known, at the model's first small parameter."""
+        if not self._probing:
+            return
+        order = (*reversed(self.order), *range(len(self._parameters)))
+        index = next((place for place in order if self._may_probe(self._parameters[place])), -1)
+        if index == self._probed:
+            return
+        if self._probe is not None:
+            self._probe.remove()
+        self._probed = index
+        self._probe = self._parameters[index].register_hook(self._look)  # type: ignore[no-untyped-call]  # torch
+
+    @staticmethod
+    def _may_probe(parameter: nn.Parameter) -> bool:
+        return parameter.requires_grad and parameter.numel() <= PROBE_ELEMENTS
+
+    def _look(self, gradient: Tensor) -> None:
+        with self._guard:
+            norm = tensor_norm(local_part(gradient.detach()))
+            self.own = norm if self.own is None else self.own + norm
 
     def _hook(self, index: int) -> _ArrivalHook:
         return _ArrivalHook(self, index)

@@ -13,16 +13,35 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.recorder import check_run_id
-from gradiometer.records import FORMAT_VERSION, Manifest, ParameterInfo, RingGeometry, installed_version, pid_namespace
+from gradiometer.records import (
+    COSINE_SAMPLES,
+    FORMAT_VERSION,
+    SAMPLES,
+    Manifest,
+    ParameterInfo,
+    RingGeometry,
+    SampleInfo,
+    installed_version,
+    pid_namespace,
+)
 
-__all__ = ["check_labels", "choose_run_id", "describe", "rank_and_world", "ring_geometry"]
+__all__ = [
+    "check_labels",
+    "choose_run_id",
+    "data_parallel_size",
+    "describe",
+    "rank_and_world",
+    "ring_geometry",
+    "sample_info",
+]
 
-MAX_ROWS, MIN_ROWS = 100_000, 256
+MAX_ROWS, MIN_ROWS, MIN_SAMPLES = 100_000, 256, 64
 MAX_LABELS, MAX_LABEL_LENGTH = 16, 128
 
 
@@ -57,6 +76,40 @@ def ring_geometry(parameters: int, ring_bytes: int) -> RingGeometry:
     return RingGeometry(capacity=min(MAX_ROWS, ring_bytes // row), parameters=parameters)
 
 
+def sample_info(ring: RingGeometry, every: int, *, cosine: bool) -> SampleInfo | None:
+    """Plan the ring of what is measured every so many steps: it reaches as far back as the ring of steps.
+
+    Raises TypeError or ValueError for an interval that is none; None if it is 0, which is off.
+    """
+    if not isinstance(every, int):
+        raise TypeError(f"updates_every is {every!r}, expected a number of steps")
+    if every < 0:
+        raise ValueError(f"updates_every is {every}, expected a number of steps, or 0 to measure no updates")
+    if not every and cosine:
+        raise ValueError("cosine is measured in the steps that updates_every names, which is 0: give it a number")
+    if not every:
+        return None
+    columns = (*SAMPLES, *COSINE_SAMPLES) if cosine else SAMPLES
+    capacity = max(MIN_SAMPLES, ring.capacity // every)
+    return SampleInfo(
+        every=every,
+        columns=columns,
+        ring=RingGeometry(capacity=capacity, parameters=ring.parameters, stats=len(columns)),
+    )
+
+
+def data_parallel_size(model: nn.Module) -> int | None:
+    """Return how many ranks average their gradients: the size of DistributedDataParallel's group.
+
+    None where that cannot be seen: in a distributed job whose model is not wrapped, or is wrapped by something else.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            size: int = module.process_group.size()
+            return size
+    return 1 if rank_and_world()[1] == 1 else None
+
+
 def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
     """Return the labels as strings; raises ValueError for a name or a number of them that metrics cannot carry."""
     if not isinstance(labels, Mapping | None):
@@ -85,6 +138,9 @@ def describe(
     ring_bytes: int,
     policy: PolicySpec | None,
     labels: Mapping[str, str] | None,
+    data_parallel: int | None = None,
+    updates_every: int = 0,
+    cosine: bool = False,
 ) -> Manifest:
     """Build the manifest of this process's part in the run."""
     rank, world_size = rank_and_world()
@@ -99,6 +155,7 @@ def describe(
         )
         for name, layer, tensor in zip(parameters.names, parameters.layers, parameters.tensors, strict=True)
     )
+    ring = ring_geometry(len(parameters), ring_bytes)
     return Manifest(
         format_version=FORMAT_VERSION,
         run_id=run_id,
@@ -116,10 +173,12 @@ def describe(
         device=_device_name(device),
         optimizers=tuple(type(optimizer).__name__ for optimizer in optimizers),
         parameters=infos,
-        ring=ring_geometry(len(parameters), ring_bytes),
+        ring=ring,
         policy=policy.to_dict() if policy else None,
         policies=policy.names if policy else (),
         labels=check_labels(labels),
+        data_parallel=data_parallel,
+        samples=sample_info(ring, updates_every, cosine=cosine),
     )
 
 

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
 from gradiometer.hooks import StepHooks, check_free
 from gradiometer.layers import Parameters, collect_parameters
-from gradiometer.manifest import choose_run_id, describe
+from gradiometer.manifest import choose_run_id, data_parallel_size, describe
 from gradiometer.policy.base import Layout
 from gradiometer.policy.pipeline import build_pipeline
 from gradiometer.policy.spec import PolicySource, load_policy
@@ -34,6 +34,7 @@ from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
 from gradiometer.telemetry import Telemetry
+from gradiometer.updates import Updates
 
 __all__ = ["Agent", "NonFiniteGradientError", "attach"]
 
@@ -54,6 +55,9 @@ def attach(
     labels: Mapping[str, str] | None = None,
     together: bool = True,
     ring_bytes: int = RING_BYTES,
+    updates_every: int = 100,
+    cosine: bool = False,
+    data_parallel: int | None = None,
 ) -> Agent:
     """Attach to a model and the optimizer that trains it; the training loop stays as it is.
 
@@ -64,6 +68,11 @@ def attach(
     into its metrics. Several optimizers are taken to step one after another on the gradients of the same backward
     passes, so that norms and clipping span them all; pass ``together=False`` where each has a backward pass of its own
     (a GAN), and every optimizer's step is a row of its own. ``ring_bytes`` bounds the ring file.
+
+    ``updates_every`` says in which steps it is measured by how much they move the weights, 0 for none;
+    ``cosine`` adds, in the same steps, the cosine between the gradients and those of the step before.
+    ``data_parallel`` is the number of ranks whose gradients are averaged, which is found out under
+    DistributedDataParallel; say it where the model given is not the wrapped one.
 
     In a distributed job every rank attaches, in the same order, for the run id comes from rank 0.
 
@@ -88,13 +97,20 @@ def attach(
         ring_bytes=ring_bytes,
         policy=spec,
         labels=labels,
+        data_parallel=data_parallel or data_parallel_size(model),
+        updates_every=updates_every,
+        cosine=cosine,
     )
     with contextlib.ExitStack() as undo:
         stepper = Stepper(parameters, optimizers, pipeline, spec, device, together=together)
         recorder = Recorder(default_root(dir), manifest)
         undo.callback(recorder.close)
         telemetry = Telemetry(recorder, manifest, device)
-        watch = BackwardWatch(parameters.tensors, backward, telemetry.guard)
+        if manifest.samples is not None and recorder.samples is not None:
+            tensors, guard = parameters.tensors, telemetry.guard
+            stepper.updates = Updates(tensors, device, manifest.samples, recorder.samples, guard)
+        distributed = manifest.world_size > 1
+        watch = BackwardWatch(parameters.tensors, backward, telemetry.guard, distributed=distributed)
         undo.callback(watch.remove)
         agent = Agent(stepper, telemetry, watch, optimizers)
         undo.pop_all()
@@ -181,6 +197,7 @@ class Agent:
     def flush(self) -> None:
         """Wait for the rows under way and write them."""
         self._telemetry.flush(self._watch.order)
+        self._write_updates(wait=True)
 
     def detach(self) -> None:
         """Write what is under way, remove every hook and restore model and optimizer exactly. Idempotent."""
@@ -191,6 +208,7 @@ class Agent:
         self._hooks.remove()
         self._watch.remove()
         self._stepper.restore_all()
+        self._write_updates(wait=True)
         self._telemetry.close(self._watch.order)
 
     def __enter__(self) -> Self:
@@ -215,7 +233,7 @@ class Agent:
         with self._telemetry.guard if self._stepper.pipeline is None else contextlib.nullcontext():
             taken = self._stepper.before_update(optimizer)
             if taken is not None:
-                self._telemetry.begin(taken, self._watch.take())
+                self._telemetry.begin(taken, self._watch)
             while self._stepper.notices:
                 self._telemetry.notice(*self._stepper.notices.pop())
         self._spent += time.perf_counter() - began
@@ -225,6 +243,7 @@ class Agent:
         began = time.perf_counter()
         self._stepper.restore(optimizer)
         self._stepper.finished()
+        self._write_updates()
         if self._telemetry.pending:
             seconds, self._spent = self._spent + time.perf_counter() - began, 0.0
             began = time.perf_counter()
@@ -237,15 +256,24 @@ class Agent:
 
     def step_failed(self, optimizer: Optimizer) -> None:
         """Put back what acting changed: the step raised."""
+        if self._telemetry.pending and self._stepper.updates is not None:
+            self._stepper.updates.drop()
         self._stepper.restore(optimizer)
         self._stepper.finished()
+
+    def _write_updates(self, *, wait: bool = False) -> None:
+        updates = self._stepper.updates
+        if updates is not None:
+            if wait or not self._stepper.midway:
+                updates.finish()
+            updates.write(wait=wait)
 
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """Record a step that a GradScaler skipped before the optimizer saw it."""
         with self._telemetry.guard:
             taken = self._stepper.observe_skipped(optimizer)
             if taken is not None:
-                self._telemetry.begin(taken, self._watch.take())
+                self._telemetry.begin(taken, self._watch)
         self.after_step(optimizer)
 
 

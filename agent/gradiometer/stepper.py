@@ -22,6 +22,7 @@ from gradiometer.policy.pipeline import Outcome, Pipeline, observe
 from gradiometer.policy.spec import NonFiniteSpec, PolicySpec
 from gradiometer.rounds import Rounds, Watched, gradients_of
 from gradiometer.transfer import bring
+from gradiometer.updates import Updates
 
 __all__ = ["NonFiniteGradientError", "Stepper", "Taken"]
 
@@ -72,6 +73,13 @@ class Stepper:
         self._states = pipeline.init() if pipeline else {}
         self._limit, self._guardian, self._excuse = _raise_limit(spec)
         self._undo: dict[int, Undo] = {}
+        self.updates: Updates | None = None
+        """Shown every step's gradients before they are changed; it raises nothing."""
+
+    @property
+    def midway(self) -> bool:
+        """Whether some optimizer has yet to step on the decision in force."""
+        return self._rounds.current is not None
 
     def before_update(self, optimizer: Optimizer) -> Taken | None:
         """Observe, decide and act for a step that is about to be taken.
@@ -101,7 +109,9 @@ class Stepper:
         """Observe a step that a GradScaler has decided not to take: policies take note of it, and are not asked."""
         index = self._rounds.index(optimizer)
         with torch.no_grad():
-            observation = observe(self._meter(gradients_of(self._rounds.watched[index])))
+            watched = self._rounds.watched[index]
+            observation = observe(self._meter(gradients_of(watched)))
+            self._show(index, watched, observation)
             if self.pipeline is not None:
                 _, self._states = self.pipeline.decide(self._states, observation, self.step)
         self._rounds.current = None
@@ -172,6 +182,8 @@ class Stepper:
         outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
+        if not again:
+            self._show(index, watched, observation)
         clamped = self._act(index, members, watched, outcome, scale)
         if again:
             return None
@@ -181,6 +193,10 @@ class Stepper:
             stopped = bring(found_inf, norms.device) > 0
             skip = stopped if skip is None else skip | stopped
         return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale)
+
+    def _show(self, index: int, watched: Watched, observation: Observation) -> None:
+        if self.updates is not None:
+            self.updates.begin(self.step, index, watched, observation.norms)
 
     def _act(
         self, index: int, members: list[int], watched: Watched, outcome: Outcome, scale: Tensor | None
