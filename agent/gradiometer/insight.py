@@ -6,7 +6,7 @@ docs/insight.md has the formulas, where they come from, and what cannot be said.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gradiometer.records import STATS, Flag, Manifest, RingReader, Rows, SampleInfo, find_ranks, read_events
-from gradiometer.records import read_manifest as _read_manifest
+from gradiometer.records import (
+    STATS,
+    Flag,
+    Manifest,
+    RingReader,
+    Rows,
+    SampleInfo,
+    find_ranks,
+    read_events,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +34,7 @@ __all__ = [
     "NoiseAverage",
     "NoiseScale",
     "Samples",
+    "average_noise",
     "bad_episodes",
     "compose",
     "microbatch_norms",
@@ -49,7 +59,8 @@ _UNUSABLE = int(Flag.NONFINITE | Flag.SKIPPED | Flag.FAILED)
 
 def compose(norms: npt.NDArray[np.floating[Any]], index: npt.NDArray[np.intp], groups: int) -> Floats:
     """Compose parameters' L2 norms [T, P] into those of the groups they belong to, float64[T, groups]."""
-    return np.sqrt(_sums(np.square(norms.astype(np.float64)), index, groups))
+    composed: Floats = np.sqrt(_sums(np.square(norms.astype(np.float64)), index, groups))
+    return composed
 
 
 def _sums(values: Floats, index: npt.NDArray[np.intp], groups: int) -> Floats:
@@ -108,8 +119,6 @@ class NoiseAverage:
 
     def update(self, rows: Rows, replicas: int | None) -> None:
         """Take in rows that follow those seen before."""
-        if not (rows["flags"] & np.uint32(Flag.HOOKED)).any():
-            return
         signal, noise = noise_terms(rows, replicas)
         signal, noise = signal[~np.isnan(signal)], noise[~np.isnan(noise)]
         weights, decay = DECAY ** np.arange(len(signal) - 1, -1, -1.0), DECAY ** len(signal)
@@ -280,27 +289,30 @@ def microbatch_norms(rows: Rows) -> Floats:
 
 
 def rank_ratios(run: Path) -> dict[int, float]:
-    """Compare the ranks' gradients before the reduction: each one's norm over the median of all, median over steps.
+    """Compare the ranks' gradients before the reduction: each one's norm over the median of the others', over steps.
 
-    Of the newest 256 steps of each rank, those count whose backward hooks were armed on all ranks. Ranks are left out
-    where there is none.
+    The median over those of the newest 256 steps whose backward hooks were armed on every rank and whose gradients were
+    finite on each; empty where there is none.
     """
     found = {rank: _own_norms(path) for rank, path in _ranks(run).items()}
     common = set.intersection(*(set(norms) for norms in found.values())) if len(found) > 1 else set()
     if not common:
         return {}
     table = np.array([[norms[step] for step in sorted(common)] for norms in found.values()])
-    middle = np.median(table, axis=0)
-    ratios = np.median(table[:, middle > 0] / middle[middle > 0], axis=1) if (middle > 0).any() else []
-    return dict(zip(found, map(float, ratios), strict=False))
+    return {rank: _ratio_to_others(table, place) for place, rank in enumerate(found)}
+
+
+def _ratio_to_others(table: Floats, place: int) -> float:
+    others = np.median(np.delete(table, place, axis=0), axis=0)
+    ratios = np.divide(table[place], others, where=others > 0, out=np.full_like(others, np.nan))
+    return float(np.median(ratios))
 
 
 def _own_norms(path: Path) -> dict[int, float]:
-    ring = RingReader(path / "steps.ring", _read_manifest(path / "manifest.json").ring)
+    ring = RingReader(path / "steps.ring", read_manifest(path / "manifest.json").ring)
     try:
         rows = ring.read(after=max(0, int(ring.status()["head"]) - RANK_ROWS))
     finally:
         ring.close()
     norms = microbatch_norms(rows)
-    known: Sequence[bool] = np.isfinite(norms).tolist()
-    return {int(step): float(norm) for step, norm, use in zip(rows["step"], norms, known, strict=True) if use}
+    return {int(step): float(norm) for step, norm in zip(rows["step"], norms, strict=True) if np.isfinite(norm)}
