@@ -20,6 +20,7 @@ from gradiometer.records import (
     Manifest,
     RingReader,
     Rows,
+    RunFormatError,
     SampleInfo,
     find_ranks,
     read_events,
@@ -73,7 +74,9 @@ def shares(norms: Floats) -> Floats:
     """Return the share of each of the norms [T, L] in their sum of squares, [T, L]; NaN where that is 0 or not finite."""
     squares = np.square(norms)
     totals = squares.sum(axis=1, keepdims=True)
-    return np.divide(squares, totals, where=np.isfinite(totals) & (totals > 0), out=np.full_like(squares, np.nan))
+    known = np.isfinite(totals) & (totals > 0)
+    found: Floats = np.divide(squares, totals, where=known, out=np.full_like(squares, np.nan))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,6 +284,14 @@ def _ranks(run: Path) -> Mapping[int, Path]:
     return {int(path.name.removeprefix("rank-")): path for path in find_ranks(run)}
 
 
+def _readable(path: Path) -> dict[int, float]:
+    """Return a rank's own norms by step; none where its files cannot be read."""
+    try:
+        return _own_norms(path)
+    except (OSError, RunFormatError):
+        return {}
+
+
 def microbatch_norms(rows: Rows) -> Floats:
     """Global L2 norm, root mean square over a rank's own micro-batches, float64[T]; NaN where hooks were not armed."""
     hooked = (rows["flags"] & np.uint32(Flag.HOOKED)) != 0
@@ -291,10 +302,10 @@ def microbatch_norms(rows: Rows) -> Floats:
 def rank_ratios(run: Path) -> dict[int, float]:
     """Compare the ranks' gradients before the reduction: each one's norm over the median of the others', over steps.
 
-    The median over those of the newest 256 steps whose backward hooks were armed on every rank and whose gradients were
-    finite on each; empty where there is none.
+    The median over those of the newest 256 steps whose backward hooks were armed and whose gradients were finite on
+    every rank that can be read; empty where there is none.
     """
-    found = {rank: _own_norms(path) for rank, path in _ranks(run).items()}
+    found = {rank: norms for rank, path in _ranks(run).items() if (norms := _readable(path))}
     common = set.intersection(*(set(norms) for norms in found.values())) if len(found) > 1 else set()
     if not common:
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,12 @@ def run_state(run: Run) -> str:
     return {True: "running", False: "lost", None: "unknown"}[process_alive(run.manifest)]
 
 
-def summarize(run: Run) -> dict[str, Any]:
-    """Return what there is to say about a run as JSON values; unknown numbers are None."""
+def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
+    """Return what there is to say about a run as JSON values; unknown numbers are None.
+
+    To ``compare_ranks`` is to read the files of all of them.
+    """
+    siblings = run.path.parent if compare_ranks and run.manifest.world_size > 1 else None
     manifest, norms = run.manifest, run.grad_norm_preclip
     finite = norms[np.isfinite(norms)]
     return {
@@ -59,25 +64,20 @@ def summarize(run: Run) -> dict[str, Any]:
         "learning_rate_last": _last(run.learning_rate),
         "noise_scale": _known(run.noise_scale().scale),
         "grad_cosine_median": None if run.samples is None else _median(run.samples.total_cosine),
-        "bad_ranks": [_episode(episode) for episode in _episodes(run)],
-        "large_ranks": _large_ranks(run),
+        "bad_ranks": [] if siblings is None else [_episode(each) for each in bad_episodes(siblings)],
+        "large_ranks": {} if siblings is None else _large_ranks(siblings),
         "layers": list(_layers(run)),
         "events": run.events,
     }
-
-
-def _episodes(run: Run) -> list[Episode]:
-    return bad_episodes(run.path.parent) if run.manifest.world_size > 1 else []
 
 
 def _episode(episode: Episode) -> dict[str, Any]:
     return {"step": episode.step, "parameter": episode.parameter, "ranks": list(episode.ranks)}
 
 
-def _large_ranks(run: Run) -> dict[str, float]:
+def _large_ranks(run: Path) -> dict[str, float]:
     """Map the ranks whose own gradients are much larger than the others' to how many times."""
-    found = rank_ratios(run.path.parent) if run.manifest.world_size > 1 else {}
-    return {str(rank): ratio for rank, ratio in found.items() if ratio >= LARGE_RATIO}
+    return {str(rank): ratio for rank, ratio in rank_ratios(run).items() if ratio >= LARGE_RATIO}
 
 
 def _layers(run: Run) -> Iterator[dict[str, Any]]:

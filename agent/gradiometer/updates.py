@@ -66,7 +66,7 @@ class Sampler:
         for row, tensor, stride in zip(matrix.unbind(), tensors, self._strides, strict=True):
             sample = None if tensor is None or tensor.layout is not torch.strided else _strided(_values(tensor), stride)
             if sample is not None:
-                places.append(row[: len(sample)])
+                places.append(row[: sample.numel()])
                 samples.append(sample)
         if samples:
             torch._foreach_copy_(places, samples, non_blocking=self._device.type != "cpu")
