@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 
 import gradiometer
 from gradiometer.exporter import collector
-from gradiometer.insight import MIN_STEPS, SETTLING, NoiseAverage, noise_scale, noise_terms, shares
+from gradiometer.insight import MIN_STEPS, SETTLING, NoiseAverage, noise_scale, noise_terms, rank_ratios, shares
 from gradiometer.records import Flag
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.runs import Runs
@@ -259,7 +259,7 @@ def test_ranks_are_counted_and_compared(make_manifest: MakeManifest, write_run: 
         manifest = make_manifest(rank=rank, world_size=4, data_parallel=4)
         flags = [watched | int(Flag.OWN_NONFINITE) * (rank == 2 and step == 1) for step in range(3)]
         write_run(manifest, factor * np.ones((3, 4)), flags=flags)
-    ratios = gradiometer.insight.rank_ratios(tmp_path / "run")
+    ratios = rank_ratios(tmp_path / "run")
     assert ratios[1] == pytest.approx(10.0)
     assert max(ratios[rank] for rank in (0, 2, 3)) < 1.2
     for rank in range(4):
