@@ -45,6 +45,18 @@ def test_step_overhead_prints_both_views_with_aims(tmp_path: Path) -> None:
         assert f"{name}: not installed" in done.stdout
 
 
+def test_parallel_counts_collectives(tmp_path: Path) -> None:
+    """The parallel benchmark counts one collective a step where parameters are sharded, and none under DDP."""
+    path = tmp_path / "parallel.json"
+    done = run("benchmarks.parallel", "--quick", "--json", path)
+    assert done.returncode == 0, done.stderr
+    body = results_of(path)
+    assert body["collectives"].keys() == body["results"].keys()
+    for name, counts in body["collectives"].items():
+        agent = {count for call, count in counts.items() if call.startswith("agent")}
+        assert agent == ({0} if name.endswith("DDP") else {1})
+
+
 def test_gpu_dry_run_covers_every_variant(tmp_path: Path) -> None:
     """A dry run of the GPU benchmark goes through every variant, its host waits and its kernels, on the CPU."""
     path = tmp_path / "gpu.json"

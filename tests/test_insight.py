@@ -49,7 +49,8 @@ class Regression:
     def loss(self) -> Tensor:
         inputs = torch.randn(SAMPLES, WIDTH, generator=self._generator)
         targets = NOISE * torch.randn(SAMPLES, 1, generator=self._generator)
-        return 0.5 * (self.model(inputs) - targets).square().mean()
+        loss: Tensor = 0.5 * (self.model(inputs) - targets).square().mean()
+        return loss
 
     def train(self, steps: int, microbatches: int, divisor: float) -> None:
         for _ in range(steps):

@@ -1,5 +1,8 @@
 """Watch gradients arrive during the backward pass: their order, and each micro-batch's norm before any reduction.
 
+What a sharded parameter is given in a backward pass is reduced already, or never reaches a hook of its own (FSDP2 works
+on tensors of its own making), so only whole parameters are watched.
+
 A hook on every parameter costs a Python call a parameter a backward pass, so in mode ``auto`` the hooks are registered
 only for the first steps, for every hundredth, and for the few after an incident. One hook stays: it tells that a
 backward pass has happened, so that a loss is logged with the step it belongs to. In a distributed job a second one
@@ -9,15 +12,14 @@ that the loss or a layer sends backwards reaches the layers before it, so it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradiometer._guard import Guard
+from gradiometer.layers import Parameters
 from gradiometer.norms import tensor_norm
-from gradiometer.updates import local_part
 
 __all__ = ["MICROBATCHES", "BackwardMode", "BackwardWatch", "check_mode"]
 
@@ -40,15 +42,23 @@ class BackwardWatch:
     """The backward hooks of one agent. Hooks may run in autograd's own threads; lists take appends from any of them."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], mode: BackwardMode, guard: Guard, *, distributed: bool = False
+        self, parameters: Parameters, mode: BackwardMode, guard: Guard, *, distributed: bool = False
     ) -> None:
-        self._parameters, self._mode, self._guard = parameters, mode, guard
+        self._mode, self._guard, self._limit = mode, guard, MICROBATCHES * len(parameters)
+        held = [
+            (index, parameter, holding)
+            for index, (parameter, holding) in enumerate(zip(parameters.tensors, parameters.holdings, strict=True))
+            if parameter is not None and holding is not None
+        ]
+        self._parameters = [(i, p) for i, p, holding in held if not holding.sharded and holding.leaf is None]
+        self._leaves = [(p, p if holding.leaf is None else holding.leaf) for _, p, holding in held if p.requires_grad]
+        """Trainable parameters, and the tensor that tells of a backward pass of each."""
         self._handles: list[RemovableHandle] = []
         self._sentinel: RemovableHandle | None = None
         self._probe: RemovableHandle | None = None
         self._probed = -1
         self._probing = distributed and mode != "off"
-        self._bare = [parameter._backward_hooks is None for parameter in parameters]
+        self._bare = [parameter for _, parameter in self._parameters if parameter._backward_hooks is None]
         self._arrivals: list[tuple[int, Tensor]] = []
         self._burst = FIRST_STEPS + 1
         self.passes = 0
@@ -98,7 +108,7 @@ class BackwardWatch:
         self._disarm()
 
     def _arm(self) -> None:
-        for index, parameter in enumerate(self._parameters):
+        for index, parameter in self._parameters:
             if parameter.requires_grad:
                 self._handles.append(parameter.register_hook(self._hook(index)))  # type: ignore[no-untyped-call]  # torch
 
@@ -106,18 +116,21 @@ class BackwardWatch:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for parameter, bare in zip(self._parameters, self._bare, strict=True):
-            if bare and not parameter._backward_hooks:
+        for parameter in self._bare:
+            if not parameter._backward_hooks:
                 parameter._backward_hooks = None  # autograd would go on calling into an empty table
 
     def _watch_for_backward(self) -> None:
-        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
-        if self._mode == "off" or not trainable:
+        if self._mode == "off" or not self._leaves:
             return
         if self._sentinel is not None:
             self._sentinel.remove()
-        used = [parameter for parameter in trainable if parameter.grad is not None]
-        self._sentinel = (used or trainable)[-1].register_hook(self._mark)  # type: ignore[no-untyped-call]  # torch
+        used = [leaf for parameter, leaf in self._leaves if parameter.grad is not None]
+        watched: Any = used[-1] if used else self._leaves[-1][1]
+        if hasattr(watched, "placements"):  # a Tensor hook of a parameter that FSDP2 shards never fires
+            self._sentinel = watched.register_post_accumulate_grad_hook(self._mark)
+        else:
+            self._sentinel = watched.register_hook(self._mark)
 
     def _mark(self, gradient: Tensor) -> None:
         del gradient
@@ -128,22 +141,17 @@ class BackwardWatch:
         """Look at the last small gradient to arrive; until that is known, at the model's first small parameter."""
         if not self._probing:
             return
-        order = (*reversed(self.order), *range(len(self._parameters)))
-        index = next((place for place in order if self._may_probe(self._parameters[place])), -1)
+        small = {i: p for i, p in self._parameters if p.requires_grad and p.numel() <= PROBE_ELEMENTS}
+        index = next((place for place in (*reversed(self.order), *small) if place in small), self._probed)
         if index == self._probed:
             return
         if self._probe is not None:
             self._probe.remove()
-        self._probed = index
-        self._probe = self._parameters[index].register_hook(self._look)  # type: ignore[no-untyped-call]  # torch
-
-    @staticmethod
-    def _may_probe(parameter: nn.Parameter) -> bool:
-        return parameter.requires_grad and parameter.numel() <= PROBE_ELEMENTS
+        self._probed, self._probe = index, small[index].register_hook(self._look)  # type: ignore[no-untyped-call]  # torch
 
     def _look(self, gradient: Tensor) -> None:
         with self._guard:
-            norm = tensor_norm(local_part(gradient.detach()))
+            norm = tensor_norm(gradient.detach())
             self.own = norm if self.own is None else self.own + norm
 
     def _hook(self, index: int) -> _ArrivalHook:
@@ -152,7 +160,7 @@ class BackwardWatch:
     def record(self, index: int, gradient: Tensor) -> None:
         """Note the arrival of one gradient; never raises into the backward pass."""
         with self._guard:
-            if len(self._arrivals) < MICROBATCHES * len(self._parameters):
+            if len(self._arrivals) < self._limit:
                 self._arrivals.append((index, tensor_norm(gradient.detach())))
 
 

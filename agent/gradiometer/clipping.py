@@ -21,6 +21,7 @@ from gradiometer import transfer
 from gradiometer.norms import Meter, total_norm
 from gradiometer.policy.base import Observation
 from gradiometer.policy.pipeline import Clamp, Outcome
+from gradiometer.shards import gradients_of, local_part, settle
 
 __all__ = ["Clamped", "Undo", "amp_state", "change_gradients", "prepare_step", "takes_grad_scale", "unscale"]
 
@@ -64,6 +65,7 @@ class Undo:
         for parameter in self.fresh_momentum:
             buffer = optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None and found_inf is not None:
+                buffer = local_part(buffer)
                 skipped = transfer.bring(found_inf, buffer.device) > 0
                 buffer.copy_(torch.where(skipped, torch.zeros_like(buffer), buffer))
 
@@ -150,6 +152,8 @@ def change_gradients(
     factor = outcome.coefficient if multiply and not _known_as_one(outcome.coefficient) else None
     if factor is None and outcome.zero is None and outcome.clamp is None:
         return None
+    if outcome.clamp is not None:
+        settle(parameters)
     held = _holding(parameters)
     if outcome.zero is not None:
         _zero(held, outcome.zero)
@@ -160,27 +164,22 @@ def change_gradients(
     return _clamp(held, parameters, outcome, outcome.clamp, meter)
 
 
-Held = list[tuple[int, nn.Parameter]]
+Held = list[tuple[int, Tensor]]
+"""Places and gradients; of a sharded one the part that is here, in its own memory."""
 
 
 def _holding(parameters: Sequence[nn.Parameter | None]) -> Held:
-    return [(i, p) for i, p in enumerate(parameters) if p is not None and p.grad is not None]
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+    return [(i, local_part(p.grad)) for i, p in enumerate(parameters) if p is not None and p.grad is not None]
 
 
 def _zero(held: Held, zero: Tensor) -> None:
     if transfer.reads_are_free(zero.device):
         flags = zero.tolist()
-        for index, parameter in held:
+        for index, gradient in held:
             if flags[index]:
-                _gradient(parameter).zero_()
+                gradient.zero_()
         return
-    for index, parameter in held:
-        gradient = _gradient(parameter)
+    for index, gradient in held:
         _strided(gradient).masked_fill_(transfer.bring(zero[index], gradient.device), 0.0)
 
 
@@ -197,10 +196,10 @@ def _known_as_one(coefficient: Tensor | None) -> bool:
 
 def _multiply(held: Held, coefficient: Tensor) -> None:
     by_device: defaultdict[torch.device, Held] = defaultdict(list)
-    for index, parameter in held:
-        by_device[parameter.device].append((index, parameter))
+    for index, gradient in held:
+        by_device[gradient.device].append((index, gradient))
     for device, local in by_device.items():
-        gradients = [_strided(_gradient(parameter)) for _, parameter in local]
+        gradients = [_strided(gradient) for _, gradient in local]
         if coefficient.dim() == 0:
             torch._foreach_mul_(gradients, transfer.bring(coefficient, device))
         else:
@@ -211,21 +210,23 @@ def _multiply(held: Held, coefficient: Tensor) -> None:
 def _clamp(
     held: Held, parameters: Sequence[nn.Parameter | None], outcome: Outcome, clamp: Clamp, meter: Meter
 ) -> Clamped:
-    chosen = [parameter for index, parameter in held if clamp.chosen[index]]
-    for parameter in chosen:
-        if _gradient(parameter).layout is torch.sparse_coo:  # duplicates add up before they are bounded
-            parameter.grad = _gradient(parameter).coalesce()
-    values = [_strided(_gradient(parameter)) for parameter in chosen]
+    values = []
+    for index, gradient in held:
+        if clamp.chosen[index]:
+            parameter = parameters[index]
+            if gradient.layout is torch.sparse_coo and parameter is not None:
+                parameter.grad = gradient = gradient.coalesce()  # duplicates add up before they are bounded
+            values.append(_strided(gradient))
     assert outcome.after is not None  # a pipeline with a clamp works it out
     before = outcome.after.total
-    largest = _largest(values, before.device)
+    largest = meter.maximum(_largest(values, before.device))
     if transfer.reads_are_free(before.device) and largest.item() <= clamp.max_abs:  # NaN compares false
         return Clamped(after=outcome.after, strength=torch.ones_like(before))
     exceeded = largest > clamp.max_abs
     if values:
         torch._foreach_clamp_min_(values, -clamp.max_abs)
         torch._foreach_clamp_max_(values, clamp.max_abs)
-    norms = meter([None if parameter is None else parameter.grad for parameter in parameters])
+    norms = meter(gradients_of(parameters))
     total = total_norm(norms)
     ratio = (total / before).nan_to_num(nan=0.0).clamp(max=1 - 1e-7)
     return Clamped(

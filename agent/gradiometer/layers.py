@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
+
+from gradiometer.records import ParameterInfo
+from gradiometer.shards import Holding, holdings
 
 __all__ = ["Parameters", "collect_parameters", "layer_of"]
 
@@ -17,27 +22,44 @@ _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapp
 _RECURRENT = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)_(l\d+)(?:_reverse)?")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """P parameters in the model's order, tied ones once; parallel lists."""
+    """P parameters in the model's order, tied ones once; parallel lists.
 
-    names: list[str]
-    layers: list[str]
-    tensors: list[nn.Parameter]
+    Where the ranks of a job hold different parameters, these are all of them, on every rank alike.
+    """
+
+    infos: list[ParameterInfo]
+    tensors: list[nn.Parameter | None]
+    """None where another rank holds the parameter."""
+    holdings: list[Holding | None]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.infos)
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [info.name for info in self.infos]
+
+    @cached_property
+    def layers(self) -> list[str]:
+        return [info.layer for info in self.infos]
+
+    @cached_property
+    def index(self) -> dict[int, int]:
+        """Place of each tensor that is here, by ``id``."""
+        return {id(tensor): index for index, tensor in enumerate(self.tensors) if tensor is not None}
 
     @property
-    def index(self) -> dict[int, int]:
-        """Place of each tensor, by ``id``."""
-        return {id(tensor): index for index, tensor in enumerate(self.tensors)}
+    def here(self) -> list[nn.Parameter]:
+        """The parameters that this rank holds, or holds a shard of."""
+        return [tensor for tensor in self.tensors if tensor is not None]
 
 
 def collect_parameters(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Parameters:
-    """List the model's parameters, frozen ones too, then what the optimizers hold that the model does not.
+    """List this rank's parameters of the model, frozen ones too, then what the optimizers hold that it does not.
 
-    Raises ValueError if there is none, or if a parameter is sharded.
+    Raises ValueError if there is none.
     """
     order = {id(tensor): (name, tensor) for name, tensor in model.named_parameters()}  # tied ones once
     for number, optimizer in enumerate(optimizers):
@@ -46,12 +68,24 @@ def collect_parameters(model: nn.Module, optimizers: Sequence[torch.optim.Optimi
                 order.setdefault(id(tensor), (f"optimizer{number}.group{group_number}.param{place}", tensor))
     if not order:
         raise ValueError("the model has no parameters and the optimizers hold none: there is nothing to measure")
-    names = [clean_name(name, model) for name, _ in order.values()]
-    for name, (_, tensor) in zip(names, order.values(), strict=True):
-        if hasattr(tensor, "placements"):
-            raise ValueError(f"parameter {name!r} is sharded (DTensor): this version measures whole parameters only")
-    return Parameters(
-        names=names, layers=[layer_of(name) for name in names], tensors=[tensor for _, tensor in order.values()]
+    tensors = [tensor for _, tensor in order.values()]
+    held = holdings(model, tensors)
+    infos = [
+        _describe(clean_name(name, model), tensor, holding)
+        for (name, tensor), holding in zip(order.values(), held, strict=True)
+    ]
+    return Parameters(infos=infos, tensors=list(tensors), holdings=list(held))
+
+
+def _describe(name: str, tensor: nn.Parameter, holding: Holding) -> ParameterInfo:
+    return ParameterInfo(
+        name=name,
+        layer=layer_of(name),
+        shape=holding.shape,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        numel=math.prod(holding.shape),
+        trainable=tensor.requires_grad,
+        placement=holding.placement,
     )
 
 

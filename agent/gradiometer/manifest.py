@@ -24,7 +24,6 @@ from gradiometer.records import (
     FORMAT_VERSION,
     SAMPLES,
     Manifest,
-    ParameterInfo,
     RingGeometry,
     SampleInfo,
     installed_version,
@@ -54,13 +53,10 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def choose_run_id(run_id: str | None) -> str:
-    """Return the id given, or a new one from the clock; every rank of a distributed job gets that of rank 0."""
+    """Return the id given, or a new one from the clock."""
     if run_id is not None:
         return check_run_id(run_id)
-    chosen = [f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"]
-    if rank_and_world()[1] > 1:
-        torch.distributed.broadcast_object_list(chosen, src=0)
-    return chosen[0]
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def ring_geometry(parameters: int, ring_bytes: int) -> RingGeometry:
@@ -98,8 +94,8 @@ def sample_info(ring: RingGeometry, every: int, *, cosine: bool) -> SampleInfo |
     )
 
 
-def data_parallel_size(model: nn.Module) -> int | None:
-    """Return how many ranks average their gradients: the size of DistributedDataParallel's group.
+def data_parallel_size(model: nn.Module, members: int) -> int | None:
+    """Return how many of the job's ``members`` average their gradients: the size of DistributedDataParallel's group.
 
     None where that cannot be seen: in a distributed job whose model is not wrapped, or is wrapped by something else.
     """
@@ -107,7 +103,7 @@ def data_parallel_size(model: nn.Module) -> int | None:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             size: int = module.process_group.size()
             return size
-    return 1 if rank_and_world()[1] == 1 else None
+    return 1 if members == 1 else None
 
 
 def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
@@ -144,17 +140,6 @@ def describe(
 ) -> Manifest:
     """Build the manifest of this process's part in the run."""
     rank, world_size = rank_and_world()
-    infos = tuple(
-        ParameterInfo(
-            name=name,
-            layer=layer,
-            shape=tuple(tensor.shape),
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            numel=tensor.numel(),
-            trainable=tensor.requires_grad,
-        )
-        for name, layer, tensor in zip(parameters.names, parameters.layers, parameters.tensors, strict=True)
-    )
     ring = ring_geometry(len(parameters), ring_bytes)
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -172,7 +157,7 @@ def describe(
         python_version=platform.python_version(),
         device=_device_name(device),
         optimizers=tuple(type(optimizer).__name__ for optimizer in optimizers),
-        parameters=infos,
+        parameters=tuple(parameters.infos),
         ring=ring,
         policy=policy.to_dict() if policy else None,
         policies=policy.names if policy else (),

@@ -70,6 +70,19 @@ class Meter:
             self._plan(gradients, signature)
             return self._measure(gradients)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the norms are."""
+        return self._device
+
+    def add(self, values: Tensor) -> Tensor:
+        """Return the sums [K, P] of what all who measure together have of each parameter; here those are ``values``."""
+        return values
+
+    def maximum(self, value: Tensor) -> Tensor:
+        """Return the largest of what all who measure together have (0-dim); here that is the value itself."""
+        return value
+
     def _plan(self, gradients: Sequence[Tensor | None], signature: list[torch.dtype | None]) -> None:
         buckets: defaultdict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
         self._large, self._single = [], []

@@ -244,7 +244,7 @@ class Manifest(BaseModel):
     @property
     def replicas(self) -> int | None:
         """:attr:`data_parallel`, and 1 for a process that trains by itself."""
-        return 1 if self.world_size == 1 else self.data_parallel
+        return 1 if self.world_size == 1 and self.data_parallel is None else self.data_parallel
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -20,8 +20,9 @@ from torch.utils.weak import TensorWeakRef
 from gradiometer.hooks import current_scaler
 from gradiometer.layers import Parameters
 from gradiometer.policy.pipeline import Outcome
+from gradiometer.shards import local_part
 
-__all__ = ["Round", "Rounds", "Watched", "gradients_of"]
+__all__ = ["Round", "Rounds", "Watched"]
 
 logger = logging.getLogger(__name__)
 Watched = list[nn.Parameter | None]
@@ -172,17 +173,13 @@ class Rounds:
         self.watched, self._held = watched, [_held(optimizer) for optimizer in self.optimizers]
 
 
-def gradients_of(watched: Watched) -> list[Tensor | None]:
-    """Return the gradients [P]; None where there is none, or the parameter is not meant."""
-    return [None if parameter is None else parameter.grad for parameter in watched]
-
-
 def _held(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _first_gradient(watched: Watched) -> Tensor | None:
-    return next((each.grad for each in watched if each is not None and each.grad is not None), None)
+    first = next((each.grad for each in watched if each is not None and each.grad is not None), None)
+    return None if first is None else local_part(first)  # a change in place is counted there
 
 
 def _scaled_alike(scaler: GradScaler | None, scale: Tensor | None, others: list[Optimizer]) -> bool:

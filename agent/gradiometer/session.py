@@ -27,9 +27,11 @@ from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
 from gradiometer.hooks import StepHooks, check_free
 from gradiometer.layers import Parameters, collect_parameters
 from gradiometer.manifest import choose_run_id, data_parallel_size, describe
+from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout
 from gradiometer.policy.pipeline import build_pipeline
 from gradiometer.policy.spec import PolicySource, load_policy
+from gradiometer.ranks import Group, Parts, Ranks, SharedMeter, label_parts
 from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
@@ -54,6 +56,8 @@ def attach(
     backward: BackwardMode = "auto",
     labels: Mapping[str, str] | None = None,
     together: bool = True,
+    group: Group | None = None,
+    parts: Parts | None = None,
     ring_bytes: int = RING_BYTES,
     updates_every: int = 100,
     cosine: bool = False,
@@ -74,47 +78,62 @@ def attach(
     ``data_parallel`` is the number of ranks whose gradients are averaged, which is found out under
     DistributedDataParallel; say it where the model given is not the wrapped one.
 
-    In a distributed job every rank attaches, in the same order, for the run id comes from rank 0.
+    In a distributed job every rank of ``group`` (a process group; all ranks unless given) attaches, in the same order:
+    the ranks settle one run id and one list of parameters, which waits for the last of them. Sharded parameters
+    (DTensor, FSDP1) are measured whole. Where ranks hold different parameters under the same names, ``parts`` names
+    this rank's: one name for all (``"stage1"``), or patterns and names (``{"*experts*": "rank1"}``).
 
     Raises ValueError (PolicyError for the policy) for bad arguments, RuntimeError if an optimizer has an agent already
-    or a live process writes the same run, OSError if the run directory cannot be made or its disk is full.
+    or a live process writes the same run or another rank failed, OSError if the run directory cannot be made or its
+    disk is full.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module; the optimizer comes second")
-    optimizers = _as_list(optimizer)
-    check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
-    check_mode(backward)
-    spec = None if policy is None else load_policy(policy)
-    parameters = collect_parameters(model, optimizers)
-    device = _home(parameters)
+    ranks = Ranks(group)
+    try:
+        _check_model(model)
+        optimizers = _as_list(optimizer)
+        check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
+        check_mode(backward)
+        spec = None if policy is None else load_policy(policy)
+        own = label_parts(collect_parameters(model, optimizers), parts)
+        chosen = choose_run_id(run_id)
+    except Exception as error:
+        ranks.excuse(error)
+        raise
+    agreement = ranks.agree(own, run_id=chosen, chosen=run_id is not None, policy=spec and spec.to_dict())
+    parameters, device = agreement.parameters, _home(own)
     layout = Layout(names=parameters.names, layers=parameters.layers, device=device)
     pipeline = None if spec is None else build_pipeline(spec, layout)
     manifest = describe(
-        run_id=choose_run_id(run_id),
+        run_id=agreement.run_id,
         parameters=parameters,
         optimizers=optimizers,
         device=device,
         ring_bytes=ring_bytes,
         policy=spec,
         labels=labels,
-        data_parallel=data_parallel or data_parallel_size(model),
+        data_parallel=data_parallel or data_parallel_size(model, len(ranks)),
         updates_every=updates_every,
         cosine=cosine,
     )
+    meter = Meter(device) if agreement.counted is None else SharedMeter(device, ranks.group, agreement)
     with contextlib.ExitStack() as undo:
-        stepper = Stepper(parameters, optimizers, pipeline, spec, device, together=together)
+        stepper = Stepper(parameters, optimizers, pipeline, spec, meter, together=together)
         recorder = Recorder(default_root(dir), manifest)
         undo.callback(recorder.close)
         telemetry = Telemetry(recorder, manifest, device)
         if manifest.samples is not None and recorder.samples is not None:
             tensors, guard = parameters.tensors, telemetry.guard
-            stepper.updates = Updates(tensors, device, manifest.samples, recorder.samples, guard)
-        distributed = manifest.world_size > 1
-        watch = BackwardWatch(parameters.tensors, backward, telemetry.guard, distributed=distributed)
+            stepper.updates = Updates(tensors, meter, manifest.samples, recorder.samples, guard)
+        watch = BackwardWatch(parameters, backward, telemetry.guard, distributed=manifest.world_size > 1)
         undo.callback(watch.remove)
         agent = Agent(stepper, telemetry, watch, optimizers)
         undo.pop_all()
     return agent
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module; the optimizer comes second")
 
 
 def _as_list(optimizer: object) -> list[Optimizer]:
@@ -127,8 +146,8 @@ def _as_list(optimizer: object) -> list[Optimizer]:
 
 def _home(parameters: Parameters) -> torch.device:
     """Return the device where decisions are made: that of the first trainable parameter on an accelerator, if any."""
-    devices = [tensor.device for tensor in parameters.tensors if tensor.requires_grad]
-    devices = devices or [tensor.device for tensor in parameters.tensors]
+    devices = [tensor.device for tensor in parameters.here if tensor.requires_grad]
+    devices = devices or [tensor.device for tensor in parameters.here]
     return next((device for device in devices if device.type != "cpu"), devices[0])
 
 

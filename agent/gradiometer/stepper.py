@@ -20,7 +20,8 @@ from gradiometer.norms import Meter
 from gradiometer.policy.base import Observation
 from gradiometer.policy.pipeline import Outcome, Pipeline, observe
 from gradiometer.policy.spec import NonFiniteSpec, PolicySpec
-from gradiometer.rounds import Rounds, Watched, gradients_of
+from gradiometer.rounds import Rounds, Watched
+from gradiometer.shards import gradients_of
 from gradiometer.transfer import bring
 from gradiometer.updates import Updates
 
@@ -61,7 +62,7 @@ class Stepper:
         optimizers: Sequence[Optimizer],
         pipeline: Pipeline | None,
         spec: PolicySpec | None,
-        device: torch.device,
+        meter: Meter,
         *,
         together: bool,
     ) -> None:
@@ -69,7 +70,7 @@ class Stepper:
         self.notices: list[tuple[str, str]] = []
         """Kind and message of what should be told the user, to be taken by whoever records."""
         self._rounds = Rounds(parameters, optimizers, together=together)
-        self._meter = Meter(device)
+        self._meter = meter
         self._states = pipeline.init() if pipeline else {}
         self._limit, self._guardian, self._excuse = _raise_limit(spec)
         self._undo: dict[int, Undo] = {}

@@ -4,8 +4,8 @@ Both need what was there before: a copy. It is bounded: at most :data:`ELEMENTS`
 strided over its memory, and at most :data:`TOTAL` of all; norms are scaled up to the whole. A parameter of that many
 elements or fewer is measured exactly; of a larger one, where n of its elements are read, an L2 norm of Gaussian
 elements is off by a fraction of sqrt(1 / 2n), 1.1 % for 4096, and the cosine of unrelated gradients by sqrt(1 / n).
-The two matrices of float32 samples that a sampled step holds take 32 MiB at most (twice that where a parameter is
-float64), and one is kept from the step before where the cosine is on. Steps in between cost a dictionary look-up.
+Two matrices of float32 samples at a time take 32 MiB at most (twice that where a parameter is float64); with the cosine
+it is three, one of which is kept from the step before. Steps in between cost a dictionary look-up.
 No host read of a device tensor; failures stop at the guard.
 """
 
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from gradiometer import transfer
 from gradiometer._guard import Guard
+from gradiometer.norms import Meter
 from gradiometer.recorder import RingWriter, RowHeader
 from gradiometer.records import COSINE_SAMPLES, SampleInfo
-from gradiometer.rounds import Watched, gradients_of
+from gradiometer.rounds import Watched
+from gradiometer.shards import gradients_of, local_part
 
-__all__ = ["ELEMENTS", "TOTAL", "Sampler", "Updates", "local_part"]
+__all__ = ["ELEMENTS", "TOTAL", "Sampler", "Updates"]
 
 ELEMENTS = 4096
 """Elements of a parameter that are read."""
@@ -35,26 +37,20 @@ TOTAL = 2**22
 NAN = math.nan
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor that may be sharded."""
-    part: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return part
-
-
 class Sampler:
     """Read the same elements of P tensors again and again, as the rows of a matrix [P, width] on ``device``."""
 
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        sizes = [_values(tensor).numel() for tensor in tensors]
+    def __init__(self, tensors: Sequence[Tensor | None], device: torch.device) -> None:
+        sizes = [0 if tensor is None else _values(tensor).numel() for tensor in tensors]
         self.width = max(1, min(ELEMENTS, TOTAL // len(sizes), max(sizes)))
         self._strides = [_stride(size, self.width) for size in sizes]
         self._dtype = torch.float32
-        if any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors):
+        if any(tensor is not None and tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors):
             self._dtype = torch.float64
         self._device = device
         read = [-(-size // stride) for size, stride in zip(sizes, self._strides, strict=True)]
-        scales = [math.sqrt(size / count) if count else 1.0 for size, count in zip(sizes, read, strict=True)]
-        self._scales = torch.tensor(scales, dtype=self._dtype).to(device)
+        scales = [size / count if count else 1.0 for size, count in zip(sizes, read, strict=True)]
+        self._scales = torch.tensor(scales, dtype=torch.float64).to(device)
 
     def read(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return the samples [P, width], float32 or float64; zeros beyond a tensor's end.
@@ -65,17 +61,16 @@ class Sampler:
         places, samples = [], []
         for row, tensor, stride in zip(matrix.unbind(), tensors, self._strides, strict=True):
             sample = None if tensor is None or tensor.layout is not torch.strided else _strided(_values(tensor), stride)
-            if sample is not None:
+            if sample is not None and sample.numel() <= self.width:
                 places.append(row[: sample.numel()])
                 samples.append(sample)
         if samples:
             torch._foreach_copy_(places, samples, non_blocking=self._device.type != "cpu")
         return matrix
 
-    def norms(self, samples: Tensor) -> Tensor:
-        """Estimate the L2 norms [P] of the whole tensors from their samples."""
-        norms: Tensor = torch.linalg.vector_norm(samples, dim=1) * self._scales
-        return norms
+    def products(self, samples: Tensor, other: Tensor) -> Tensor:
+        """Estimate the inner products [P] of whole tensors from the samples of both, float64."""
+        return (samples * other).sum(dim=1, dtype=torch.float64) * self._scales
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -100,72 +95,98 @@ def _strided(tensor: Tensor, stride: int) -> Tensor | None:
     return tensor.reshape(-1)[::stride]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Begun:
     """A sampled step whose weights have not moved yet."""
 
     header: RowHeader
     watched: Watched
-    weights: Tensor
-    columns: list[Tensor]
+    weights: Tensor | None = None
+    """Samples of them; None where they could not be taken."""
+    whole: Sequence[Tensor] = ()
+    """Norms [P] of the whole gradients, in this step and in the one before."""
+    own: Sequence[Tensor] = ()
+    """What this rank has of the squares of both, and of their product."""
 
 
 class Updates:
     """The sampled measurements of one agent, written to ``samples.ring`` as they reach the host.
 
-    A step is taken once it is over for all optimizers that share it. In a job whose parameters are sharded, what is
-    written is of this rank's shards.
+    A step is taken once it is over for all optimizers that share it. Where ``meter`` adds up what the ranks hold, so it
+    does here, in one all-reduce a sampled step, which every rank joins, whatever fails.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], device: torch.device, info: SampleInfo, ring: RingWriter, guard: Guard
+        self, parameters: Sequence[Tensor | None], meter: Meter, info: SampleInfo, ring: RingWriter, guard: Guard
     ) -> None:
-        self._sampler = Sampler(parameters, device)
-        self._every, self._columns, self._ring, self._guard = info.every, len(info.columns), ring, guard
+        self._sampler, self._meter = Sampler(parameters, meter.device), meter
+        self._every, self._ring, self._guard = info.every, ring, guard
+        self._shape = len(info.columns), len(parameters)
         self._cosine = set(COSINE_SAMPLES) <= set(info.columns)
         self._steps: dict[int, int] = {}
         """Steps so far of each optimizer, or of all that step together."""
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         """Samples and norms of the gradients of the step before a sampled one."""
         self._begun: _Begun | None = None
-        self._transfer: transfer.Transfer[RowHeader] = transfer.Transfer(len(parameters) * self._columns, device)
+        self._transfer: transfer.Transfer[RowHeader] = transfer.Transfer(math.prod(self._shape), meter.device)
         self._pid = os.getpid()
 
     def begin(self, step: int, optimizer: int, watched: Watched, norms: Tensor) -> None:
         """Take note of a step whose gradients, of ``norms`` [P], are final and not yet clipped."""
         count = self._steps[optimizer] = self._steps.get(optimizer, -1) + 1
+        self.finish()  # a step that not all its optimizers have taken
         due, next_due = count % self._every == 0, self._cosine and (count + 1) % self._every == 0
-        if not due and not next_due and self._begun is None:
-            return
-        with self._guard:
-            self.finish()  # a step that not all its optimizers have taken
-            gradients = self._sampler.read(gradients_of(watched)) if self._cosine and (due or next_due) else None
-            before = self._before.pop(optimizer, None)
-            if gradients is not None and next_due:
-                self._before[optimizer] = gradients, norms
-            if due:
-                columns = [] if gradients is None else _alike(gradients, norms, before)
-                self._begin(_header(step, optimizer), watched, columns)
+        if due:
+            self._begun = _Begun(_header(step, optimizer), watched)
+        if due or next_due:
+            with self._guard:
+                self._measure(optimizer, watched, norms, keep=next_due)
 
-    def _begin(self, header: RowHeader, watched: Watched, columns: list[Tensor]) -> None:
-        weights = self._sampler.read(watched)
-        self._begun = _Begun(header, watched, weights, [self._sampler.norms(weights), *columns])
+    def _measure(self, optimizer: int, watched: Watched, norms: Tensor, *, keep: bool) -> None:
+        before, begun = self._before.pop(optimizer, None), self._begun
+        gradients = self._sampler.read(gradients_of(watched)) if self._cosine else None
+        if gradients is not None and keep:
+            self._before[optimizer] = gradients, norms
+        if begun is None:
+            return
+        if gradients is not None:
+            earlier, norms_before = before or (torch.full_like(gradients, NAN), torch.full_like(norms, NAN))
+            begun.whole = norms, norms_before
+            begun.own = [self._sampler.products(*pair) for pair in _pairs(gradients, earlier)]
+        begun.weights = self._sampler.read(watched)
 
     def finish(self) -> None:
         """Measure what the step has done to the weights, if it is a sampled one."""
         begun, self._begun = self._begun, None
         if begun is None or os.getpid() != self._pid:
             return
+        own = None
         with self._guard:
-            moved = self._sampler.norms(begun.weights.sub_(self._sampler.read(begun.watched)))
-            # Where parameters are sharded, the squares of the first two rows [2, P] are what to sum over the ranks.
-            rows = torch.stack([begun.columns[0], moved, *begun.columns[1:]])
-            if not self._transfer.send(rows.to(torch.float32).flatten(), begun.header):
+            own = self._own(begun)
+        with self._guard:
+            unknown = torch.full((self._shape[0], self._shape[1]), NAN, dtype=torch.float64, device=self._meter.device)
+            sums = self._meter.add(unknown if own is None else own)
+            rows = [*sums[:2].sqrt().unbind(), *begun.whole]
+            if self._cosine:
+                rows.append(sums[4] / (sums[2] * sums[3]).sqrt())
+            if own is None:
+                return
+            if not self._transfer.send(torch.stack([row.to(torch.float32) for row in rows]).flatten(), begun.header):
                 self._ring.status.rows_dropped += 1
 
+    def _own(self, begun: _Begun) -> Tensor | None:
+        """Return the squares of weights and update, and what else there is, that this rank has, float64 [K, P]."""
+        if begun.weights is None:
+            return None
+        weights = self._sampler.products(begun.weights, begun.weights)
+        moved = begun.weights.sub_(self._sampler.read(begun.watched))
+        return torch.stack([weights, self._sampler.products(moved, moved), *begun.own])
+
     def drop(self) -> None:
-        """Forget the step in progress: it raised."""
-        self._begun = None
+        """Forget the step in progress, which raised."""
+        if self._begun is not None:
+            self._begun.weights = None
+            self.finish()
 
     def write(self, *, wait: bool = False) -> None:
         """Write what has reached the host, or ``wait`` for all that is under way."""
@@ -173,18 +194,12 @@ class Updates:
             return
         with self._guard:
             for header, values in self._transfer.arrived(wait=wait):
-                self._ring.stats[:] = values.reshape(self._columns, -1)
+                self._ring.stats[:] = values.reshape(self._shape)
                 self._ring.commit(header)
 
 
-def _alike(gradients: Tensor, norms: Tensor, before: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-    """Return the columns of :data:`COSINE_SAMPLES`: NaN where either gradient is zero, missing or not finite."""
-    if before is None:
-        unknown = torch.full_like(norms, NAN)
-        return [norms, unknown, unknown]
-    earlier, norms_before = before
-    lengths = torch.linalg.vector_norm(gradients, dim=1) * torch.linalg.vector_norm(earlier, dim=1)
-    return [norms, norms_before, earlier.mul_(gradients).sum(dim=1) / lengths]
+def _pairs(gradients: Tensor, earlier: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(gradients, gradients), (earlier, earlier), (gradients, earlier)]
 
 
 def _header(step: int, optimizer: int) -> RowHeader:

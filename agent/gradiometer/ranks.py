@@ -1,0 +1,379 @@
+"""What the ranks of a job settle once, at attach, and the one collective they share at each step.
+
+Where every rank ends up with the same gradients (DistributedDataParallel) nothing is communicated at a step. Where
+parameters are sharded, or ranks hold different ones (pipeline stages, experts), the squared norms of all parameters
+are summed in one all-reduce of float64 [P]; each parameter is counted by the ranks that hold one copy of it and by no
+other. So every rank has the same norms to the bit, and decides the same.
+
+Negative zero is the neutral element of that sum: it stands for "no gradient" and for "not here", and a sum of nothing
+but negative zeros is negative zero again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from gradiometer.layers import Parameters, layer_of
+from gradiometer.norms import Meter
+from gradiometer.policy.select import compile_pattern
+from gradiometer.records import ParameterInfo
+from gradiometer.transfer import bring
+
+__all__ = ["Agreement", "Group", "Parts", "Ranks", "SharedMeter", "label_parts"]
+
+Group = Any  # torch.distributed.ProcessGroup, which is not there in every build of torch
+Parts = str | Mapping[str, str]
+PATIENCE_SECONDS = 300.0
+"""How long ranks wait for each other at attach."""
+SAMPLES, ALIKE = 16, 1e-2
+"""Elements of a parameter that are compared between ranks, and how far those of copies may lie apart."""
+_meetings: dict[tuple[int, ...], Iterator[int]] = {}
+"""Numbers the meetings of each group, which its ranks hold in the same order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What the ranks have settled."""
+
+    run_id: str
+    parameters: Parameters
+    counted: list[bool] | None
+    """Whether this rank counts its part of each parameter [P]; None if no norm needs adding up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Message:
+    """What one rank tells the others: first this, and the list itself only if the lists are not all alike."""
+
+    run_id: str | None = None
+    chosen: bool = False
+    """Whether the user chose the run id."""
+    policy: str = ""
+    parameters: str = ""
+    samples: str = ""
+    failure: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """One parameter as one rank holds it."""
+
+    info: ParameterInfo
+    sharded: bool
+    copy: int
+    sample: list[float]
+
+
+class Ranks:
+    """The processes that train one model together: a process group, or this process alone."""
+
+    def __init__(self, group: Group | None = None) -> None:
+        """Take ``group``, else all ranks. Raises ValueError if this process is not in the group."""
+        distributed, self.group, self._members = torch.distributed, None, [0]
+        if distributed.is_available() and distributed.is_initialized():
+            self.group = distributed.group.WORLD if group is None else group
+            self._own = distributed.get_rank()
+            if self.group is distributed.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError("group does not hold this rank: pass a group to the ranks that are in it only")
+            self._members = distributed.get_process_group_ranks(self.group)
+        elif group is not None:
+            raise ValueError("group is given, but torch.distributed is not initialised")
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def excuse(self, error: Exception) -> None:
+        """Tell the other ranks, which wait in :meth:`agree`, that this one cannot attach."""
+        if len(self) > 1:
+            self._meet(_Message(failure=f"{type(error).__name__}: {error}"))
+
+    def agree(self, parameters: Parameters, *, run_id: str, chosen: bool, policy: object) -> Agreement:
+        """Settle one run id and one list of parameters. Every rank must call it, and waits for the others.
+
+        ``chosen`` tells that the run id is the user's and not of the clock. Raises RuntimeError if another rank failed
+        or has not come after 5 minutes, ValueError if run ids, policies or parameters of the ranks do not go together.
+        """
+        if len(self) == 1:
+            return Agreement(run_id=run_id, parameters=parameters, counted=None)
+        samples = _samples(parameters)
+        said = self._meet(
+            _Message(
+                run_id=run_id if chosen or self._own == self._members[0] else None,
+                chosen=chosen,
+                policy=_digest(policy),
+                parameters=_digest(_comparable(parameters)),
+                samples=_digest(samples),
+            )
+        )
+        self._check(said)
+        self._check_meshes(parameters)
+        if len({each.parameters for each in said}) == len({each.samples for each in said}) == 1:
+            merged, counted = parameters, self._counted_alike(parameters)
+        else:
+            merged, counted = self._merge(parameters, samples)
+        return Agreement(run_id=str(said[0].run_id), parameters=merged, counted=counted)
+
+    def _meet(self, mine: _Message) -> list[_Message]:
+        """Exchange messages through the job's store, which knows a timeout of its own: not every rank may come."""
+        store = _store()
+        if store is None:
+            return self._gather(mine)
+        first, *others = self._members
+        patience = timedelta(seconds=PATIENCE_SECONDS)
+        numbers = _meetings.setdefault(tuple(self._members), itertools.count())
+        house = f"gradiometer/{_digest(self._members)}"
+        room = f"{house}/{next(numbers)}"
+        if self._own == first:
+            said = [mine.to_json(), *(_listen(store, f"{room}/{rank}", patience) for rank in others)]
+            distinct = list(dict.fromkeys(said))  # a thousand ranks mostly say the same
+            store.set(f"{room}/all", json.dumps([distinct, [distinct.index(message) for message in said]]))
+        while self._own != first and store.check([f"{room}/all"]):  # they gave up on this rank: meet them at the next
+            room = f"{house}/{next(numbers)}"
+        if self._own != first:
+            store.set(f"{room}/{self._own}", mine.to_json())
+            try:
+                store.wait([f"{room}/all"], patience + timedelta(seconds=10))
+            except torch.distributed.DistError as error:
+                raise RuntimeError(f"rank {first} {_absent(patience)}") from error
+        distinct, indices = json.loads(store.get(f"{room}/all"))
+        return [_Message(**json.loads(distinct[index])) for index in indices]
+
+    def _gather(self, mine: Any) -> list[Any]:
+        gathered: list[Any] = [None] * len(self)
+        torch.distributed.all_gather_object(gathered, mine, group=self.group)
+        return gathered
+
+    def _check(self, said: Sequence[_Message]) -> None:
+        for rank, message in zip(self._members, said, strict=True):
+            if message.failure is not None:
+                raise RuntimeError(f"rank {rank} could not attach, so no rank does: {message.failure}")
+        for rank, message in zip(self._members, said, strict=True):
+            if (message.chosen or said[0].chosen) and message.run_id != said[0].run_id:
+                raise ValueError(
+                    f"run_id is {said[0].run_id!r} on rank {self._members[0]} and {message.run_id!r} on rank {rank}: "
+                    "give every rank the same, or none"
+                )
+            if message.policy != said[0].policy:
+                raise ValueError(f"ranks {self._members[0]} and {rank} were given different policies")
+
+    def _check_meshes(self, parameters: Parameters) -> None:
+        members = set(self._members)
+        for info, holding in zip(parameters.infos, parameters.holdings, strict=True):
+            if holding is not None and not members.issuperset(holding.ranks):
+                raise ValueError(
+                    f"parameter {info.name!r} is sharded over ranks {list(holding.ranks)}, but the agent's group is "
+                    f"{self._members}: pass group= one that holds them all"
+                )
+
+    def _counted_alike(self, parameters: Parameters) -> list[bool] | None:
+        """Tell what this rank counts when all ranks have the same list."""
+        held = [holding for holding in parameters.holdings if holding is not None]
+        if not any(holding.sharded for holding in held):
+            return None
+        first = min(self._members)
+        return [holding.copy == (min(holding.ranks) if holding.sharded else first) for holding in held]
+
+    def _merge(self, own: Parameters, samples: list[list[float]]) -> tuple[Parameters, list[bool] | None]:
+        """Make one list of what all ranks hold; raises ValueError for one name that means two things."""
+        mine = [
+            _Entry(info=info, sharded=holding.sharded, copy=holding.copy, sample=sample)
+            for info, holding, sample in zip(own.infos, own.holdings, samples, strict=True)
+            if holding is not None
+        ]
+        everyone: dict[str, list[tuple[int, _Entry]]] = {}
+        for rank, entries in zip(self._members, self._gather(mine), strict=True):
+            for entry in entries:
+                everyone.setdefault(entry.info.name, []).append((rank, entry))
+        for name, holders in everyone.items():
+            _check_holders(name, holders)
+        if all(len(holders) == len(self) and not holders[0][1].sharded for holders in everyone.values()):
+            return own, None
+        place = {info.name: index for index, info in enumerate(own.infos)}
+        merged = Parameters(
+            infos=[_located(holders, len(self)) for holders in everyone.values()],
+            tensors=[own.tensors[place[name]] if name in place else None for name in everyone],
+            holdings=[own.holdings[place[name]] if name in place else None for name in everyone],
+        )
+        first = [min(entry.copy for _, entry in holders) for holders in everyone.values()]
+        counted = [
+            holding is not None and holding.copy == copy for holding, copy in zip(merged.holdings, first, strict=True)
+        ]
+        return merged, counted
+
+
+def _store() -> Any:
+    """Return the key-value store through which the ranks of this job found each other, if this torch tells."""
+    find = getattr(torch.distributed.distributed_c10d, "_get_default_store", None)
+    return None if find is None else find()
+
+
+def _absent(patience: timedelta) -> str:
+    return (
+        f"has not called attach() within {patience.total_seconds():g} s: every rank of the group must, "
+        "or pass another group="
+    )
+
+
+def _listen(store: Any, key: str, patience: timedelta) -> str:
+    try:
+        store.wait([key], patience)
+    except torch.distributed.DistError:
+        return _Message(failure=f"it {_absent(patience)}").to_json()
+    message: bytes = store.get(key)
+    return message.decode()
+
+
+def label_parts(parameters: Parameters, parts: Parts | None) -> Parameters:
+    """Put the name of this rank's part of the model before those parameters that other ranks have under the same name.
+
+    ``parts`` is one name for all parameters, or a mapping of patterns to names; the first pattern that covers a
+    parameter names its part.
+    """
+    if parts is None:
+        return parameters
+    named = {"*": parts} if isinstance(parts, str) else dict(parts)
+    patterns = [(compile_pattern(pattern), part) for pattern, part in named.items()]
+    infos = []
+    for info in parameters.infos:
+        part = next((part for pattern, part in patterns if pattern.search(info.name)), None)
+        name = info.name if part is None else f"{part}.{info.name}"
+        infos.append(info.model_copy(update={"name": name, "layer": layer_of(name)}))
+    return replace(parameters, infos=infos)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _comparable(parameters: Parameters) -> object:
+    """Return what is alike on ranks that hold the same."""
+    meshes = [holding.ranks if holding is not None and holding.sharded else None for holding in parameters.holdings]
+    return [info.model_dump() for info in parameters.infos], meshes
+
+
+def _samples(parameters: Parameters) -> list[list[float]]:
+    """Return a few elements of every whole parameter, to tell copies from parameters that share but the name."""
+    return [
+        _sample(tensor) if tensor is not None and holding is not None and not holding.sharded else []
+        for tensor, holding in zip(parameters.tensors, parameters.holdings, strict=True)
+    ]
+
+
+def _sample(parameter: nn.Parameter) -> list[float]:
+    values = parameter.detach()
+    values = (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
+    if not values.numel():
+        return []
+    places = torch.linspace(0, values.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    numbers: list[float] = values[places.to(values.device)].double().cpu().tolist()
+    return numbers
+
+
+def _check_holders(name: str, holders: Sequence[tuple[int, _Entry]]) -> None:
+    """Raise ValueError if ranks that use one name for a parameter mean different ones."""
+    (first, expected), *others = holders
+    for rank, entry in others:
+        same = (entry.info.shape, entry.info.dtype) == (expected.info.shape, expected.info.dtype)
+        if not same:
+            _refuse(name, f"is {_kind(expected)} on rank {first} and {_kind(entry)} on rank {rank}")
+        if entry.sharded != expected.sharded:
+            _refuse(name, f"is sharded on one of ranks {first} and {rank} and whole on the other")
+        if not entry.sharded and not _alike(entry.sample, expected.sample):
+            _refuse(name, f"has other values on rank {rank} than on rank {first}")
+
+
+def _kind(entry: _Entry) -> str:
+    return f"{entry.info.dtype} {list(entry.info.shape)}"
+
+
+def _refuse(name: str, what: str) -> NoReturn:
+    raise ValueError(
+        f"parameter {name!r} {what}. If every rank holds a part of the model of its own (a pipeline stage, its "
+        "experts), name the part: attach(..., parts='stage1') or parts={'*experts*': 'rank1'}. If they are copies, "
+        "make them alike before you attach. If the trainings are independent, give each a group= of its own"
+    )
+
+
+def _alike(sample: list[float], other: list[float]) -> bool:
+    scale = max((abs(value) for value in (*sample, *other) if math.isfinite(value)), default=0.0)
+    return all(
+        abs(a - b) <= ALIKE * scale or not (math.isfinite(a) or math.isfinite(b))
+        for a, b in zip(sample, other, strict=True)
+    )
+
+
+def _located(holders: Sequence[tuple[int, _Entry]], world: int) -> ParameterInfo:
+    """Describe a parameter, and which ranks it lives on if not on all."""
+    info = holders[0][1].info
+    if len(holders) == world:
+        return info
+    ranks = ", ".join(str(rank) for rank, _ in holders[:4]) + (", …" if len(holders) > 4 else "")
+    where = f"rank{'s' * (len(holders) > 1)} {ranks}"
+    return info.model_copy(update={"placement": where if info.placement == "local" else f"{info.placement}; {where}"})
+
+
+class SharedMeter(Meter):
+    """A meter whose norms are those of the whole model, added up over the ranks: every call is one all-reduce.
+
+    If this rank cannot measure, it says so with NaN, lest the others wait for it; then it raises.
+    """
+
+    def __init__(self, device: torch.device, group: Group, agreement: Agreement) -> None:
+        super().__init__(device)
+        assert agreement.counted is not None
+        self._group, self._wire = group, _wire(group, device)
+        self._counted = torch.tensor(agreement.counted, device=device)
+        self._nothing = torch.full((), -0.0, dtype=torch.float64, device=device)
+        wide = any(info.dtype in ("float64", "complex128") for info in agreement.parameters.infos)
+        self._result = torch.float64 if wide else torch.float32
+
+    def __call__(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Return the norms [P] of the whole parameters; ``gradients`` are this rank's parts."""
+        try:
+            own = super().__call__(gradients).double()
+        except Exception:
+            self._sum(torch.full((len(gradients),), math.nan, dtype=torch.float64, device=self._device))
+            raise
+        squares = torch.copysign(own.square(), own)
+        # A copy that is not counted still speaks up when it is not finite.
+        heard = self._counted | ~(squares < math.inf)
+        return self._sum(torch.where(heard, squares, self._nothing)).sqrt().to(self._result)
+
+    def add(self, values: Tensor) -> Tensor:
+        """Return the sums [K, P] over all ranks' ``values`` (float64), each copy counted once: one more all-reduce."""
+        return self._sum(torch.where(self._counted, values, torch.zeros_like(values)))
+
+    def maximum(self, value: Tensor) -> Tensor:
+        """Return the largest of all ranks' values (0-dim): one more all-reduce."""
+        wire = value.to(self._wire)
+        wire = wire.clone() if wire is value else wire
+        torch.distributed.all_reduce(wire, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bring(wire, value.device)
+
+    def _sum(self, squares: Tensor) -> Tensor:
+        wire = squares.to(self._wire)
+        torch.distributed.all_reduce(wire, group=self._group)
+        return bring(wire, self._device)
+
+
+def _wire(group: Group, device: torch.device) -> torch.device:
+    """Return where tensors must lie for the group's collectives: ``device`` if its backend takes that."""
+    backends = dict(part.split(":", 1) for part in torch.distributed.get_backend_config(group).split(","))
+    usable = [kind for kind, backend in backends.items() if backend != "undefined"]
+    if device.type in usable or not usable:
+        return device
+    kind = usable[0]
+    return torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)
