@@ -20,7 +20,7 @@ from gradiometer_monitor.runs import Runs
 from tests.test_insight import SCALE
 
 PREAMBLE = """
-import math, sys, torch, gradiometer
+import math, sys, torch, gradiometer, gradiometer.updates
 from torch import nn
 rank, world, port, root = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)

@@ -1,0 +1,73 @@
+"""Samples of sharded parameters, in real processes over gloo: those of the whole, added up over the ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch.optim import SGD
+
+import gradiometer
+from gradiometer.insight import Samples
+from tests._training import attach, backward, batch, small_model
+from tests.test_bad_rank import launch
+
+SHARDED = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tests._training import batch, small_model
+from gradiometer.updates import Sampler
+
+class Poor(Sampler):
+    reads = 0
+    def read(self, tensors):
+        Poor.reads += 1
+        if FAILS and rank == 1 and Poor.reads == 5:
+            raise MemoryError
+        return super().read(tensors)
+
+gradiometer.updates.Sampler = Poor
+model = fully_shard(small_model(), mesh=init_device_mesh("cpu", (world,)))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+with gradiometer.attach(model, optimizer, dir=root, updates_every=2, cosine=not FAILS) as agent:
+    for step in range(7):
+        optimizer.zero_grad()
+        model(batch(step).chunk(world)[rank]).square().mean().backward()
+        optimizer.step()
+    assert agent.errors == (FAILS and rank == 1), agent.errors
+"""
+
+
+def samples_of(run: Path, rank: int) -> Samples:
+    samples = gradiometer.open_run(run, rank).samples
+    assert samples is not None
+    return samples
+
+
+def test_ratios_and_cosines_are_those_of_the_whole(tmp_path: Path) -> None:
+    """Under FSDP2 every rank records the update ratios and cosines of the same training in one process."""
+    run = launch(tmp_path / "sharded", "FAILS = False\n" + SHARDED, 2)
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.05)
+    with attach(tmp_path / "whole", model, optimizer, updates_every=2, cosine=True) as agent:
+        for step in range(7):
+            optimizer.zero_grad()
+            backward(model(batch(step)).square().mean())
+            optimizer.step()
+    wanted = samples_of(agent.path, 0)
+    for rank in range(2):
+        found = samples_of(run, rank)
+        assert found.steps.tolist() == [0, 2, 4, 6]
+        np.testing.assert_allclose(found.weight_norms, wanted.weight_norms, rtol=1e-5)
+        np.testing.assert_allclose(found.update_ratio, wanted.update_ratio, rtol=1e-3)
+        np.testing.assert_allclose(found.total_cosine, wanted.total_cosine, atol=1e-4)
+        np.testing.assert_allclose(found.cosine, wanted.cosine, atol=1e-4)
+
+
+def test_a_rank_that_cannot_sample_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """When one rank fails in the middle of a sample, the other records that it is unknown, and both go on."""
+    run = launch(tmp_path, "FAILS = True\n" + SHARDED, 2)
+    assert samples_of(run, 1).steps.tolist() == [0, 2, 6]
+    found = samples_of(run, 0)
+    assert found.steps.tolist() == [0, 2, 4, 6]
+    assert np.isfinite(found.update_ratio).all(axis=1).tolist() == [True, True, False, True]
