@@ -244,7 +244,7 @@ def test_large_tensors_are_sampled_evenly(layout: str) -> None:
     matrix = sampler.read([tensor])
     assert tensor.numel() > 20 * ELEMENTS
     assert matrix.shape == (1, ELEMENTS)
-    assert float(sampler.products(matrix, matrix)[0].sqrt()) == pytest.approx(float(tensor.norm()), rel=0.05)
+    assert float(sampler.squares(matrix)[0].sqrt()) == pytest.approx(float(tensor.norm()), rel=0.05)
 
 
 def test_the_precision_that_is_stated() -> None:
@@ -254,7 +254,7 @@ def test_the_precision_that_is_stated() -> None:
     sampler = Sampler(tensors, CPU)
     exact = np.array([float(tensor.norm()) for tensor in tensors])
     samples = sampler.read(tensors)
-    errors = sampler.products(samples, samples).sqrt().numpy() / exact - 1
+    errors = sampler.squares(samples).sqrt().numpy() / exact - 1
     read = np.count_nonzero(samples[0])
     assert read > ELEMENTS / 2
     assert np.sqrt(np.square(errors).mean()) == pytest.approx(math.sqrt(1 / (2 * read)), rel=0.25)
@@ -266,7 +266,7 @@ def test_small_tensors_are_measured_exactly() -> None:
     tensor = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     sampler = Sampler([tensor, tensor[0]], CPU)
     samples = sampler.read([tensor, None])
-    norms = sampler.products(samples, samples).sqrt()
+    norms = sampler.squares(samples).sqrt()
     assert norms.tolist() == pytest.approx([float(tensor.norm()), 0.0], rel=1e-6)
 
 

@@ -68,9 +68,15 @@ class Sampler:
             torch._foreach_copy_(places, samples, non_blocking=self._device.type != "cpu")
         return matrix
 
+    def squares(self, samples: Tensor) -> Tensor:
+        """Estimate the squared L2 norms [P] of whole tensors from their samples, float64."""
+        norms: Tensor = torch.linalg.vector_norm(samples, dim=1)
+        return norms.double().square() * self._scales
+
     def products(self, samples: Tensor, other: Tensor) -> Tensor:
         """Estimate the inner products [P] of whole tensors from the samples of both, float64."""
-        return (samples * other).sum(dim=1, dtype=torch.float64) * self._scales
+        products: Tensor = torch.linalg.vecdot(samples, other)
+        return products.double() * self._scales
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -152,7 +158,8 @@ class Updates:
         if gradients is not None:
             earlier, norms_before = before or (torch.full_like(gradients, NAN), torch.full_like(norms, NAN))
             begun.whole = norms, norms_before
-            begun.own = [self._sampler.products(*pair) for pair in _pairs(gradients, earlier)]
+            lengths = self._sampler.squares(gradients), self._sampler.squares(earlier)
+            begun.own = [*lengths, self._sampler.products(gradients, earlier)]
         begun.weights = self._sampler.read(watched)
 
     def finish(self) -> None:
@@ -178,9 +185,9 @@ class Updates:
         """Return the squares of weights and update, and what else there is, that this rank has, float64 [K, P]."""
         if begun.weights is None:
             return None
-        weights = self._sampler.products(begun.weights, begun.weights)
+        weights = self._sampler.squares(begun.weights)
         moved = begun.weights.sub_(self._sampler.read(begun.watched))
-        return torch.stack([weights, self._sampler.products(moved, moved), *begun.own])
+        return torch.stack([weights, self._sampler.squares(moved), *begun.own])
 
     def drop(self) -> None:
         """Forget the step in progress, which raised."""
@@ -196,10 +203,6 @@ class Updates:
             for header, values in self._transfer.arrived(wait=wait):
                 self._ring.stats[:] = values.reshape(self._shape)
                 self._ring.commit(header)
-
-
-def _pairs(gradients: Tensor, earlier: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [(gradients, gradients), (earlier, earlier), (gradients, earlier)]
 
 
 def _header(step: int, optimizer: int) -> RowHeader:
