@@ -93,7 +93,9 @@ def launch(tmp_path: Path, body: str, world: int) -> Path:
         port = probe.getsockname()[1]
     script = PREAMBLE + body + EPILOGUE
     root = Path(__file__).parent.parent
-    commands = [[sys.executable, "-c", script, str(rank), str(world), str(port), str(tmp_path)] for rank in range(world)]
+    commands = [
+        [sys.executable, "-c", script, str(rank), str(world), str(port), str(tmp_path)] for rank in range(world)
+    ]
     workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root) for command in commands]
     try:
         errors = [worker.communicate(timeout=120)[1] for worker in workers]

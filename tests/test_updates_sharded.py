@@ -71,3 +71,22 @@ def test_a_rank_that_cannot_sample_keeps_nobody_waiting(tmp_path: Path) -> None:
     found = samples_of(run, 0)
     assert found.steps.tolist() == [0, 2, 4, 6]
     assert np.isfinite(found.update_ratio).all(axis=1).tolist() == [True, True, False, True]
+
+
+def test_ranks_that_sample_unlike_are_refused(tmp_path: Path) -> None:
+    """Where samples are added up over the ranks, a rank that samples in other steps is refused at attach, on all."""
+    body = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tests._training import small_model
+model = fully_shard(small_model(), mesh=init_device_mesh("cpu", (world,)))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+try:
+    gradiometer.attach(model, optimizer, dir=root, updates_every=10 * rank)
+except ValueError as error:
+    assert "updates_every=0" in str(error) and "updates_every=10" in str(error), error
+else:
+    raise AssertionError("attached")
+gradiometer.attach(model, optimizer, dir=root).detach()
+"""
+    assert samples_of(launch(tmp_path, body, 2), 0).steps.tolist() == []

@@ -41,9 +41,7 @@ def check_mode(mode: BackwardMode) -> BackwardMode:
 class BackwardWatch:
     """The backward hooks of one agent. Hooks may run in autograd's own threads; lists take appends from any of them."""
 
-    def __init__(
-        self, parameters: Parameters, mode: BackwardMode, guard: Guard, *, distributed: bool = False
-    ) -> None:
+    def __init__(self, parameters: Parameters, mode: BackwardMode, guard: Guard, *, distributed: bool = False) -> None:
         self._mode, self._guard, self._limit = mode, guard, MICROBATCHES * len(parameters)
         held = [
             (index, parameter, holding)

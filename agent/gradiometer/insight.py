@@ -47,7 +47,7 @@ __all__ = [
 
 Floats = npt.NDArray[np.float64]
 SETTLING = 3
-"""The first steps of a run are left out of the noise scale: a gradient at its largest would outweigh all that follow."""
+"""The first steps of a run are left out of the noise scale: a gradient at its largest would outweigh the others."""
 MIN_STEPS = 8
 """Steps that a noise scale must be averaged over, for in one step |G|² may well come out negative."""
 DECAY = 0.95
@@ -71,7 +71,7 @@ def _sums(values: Floats, index: npt.NDArray[np.intp], groups: int) -> Floats:
 
 
 def shares(norms: Floats) -> Floats:
-    """Return the share of each of the norms [T, L] in their sum of squares, [T, L]; NaN where that is 0 or not finite."""
+    """Return the share of each of the norms [T, L] in their sum of squares, [T, L]; NaN where that is 0 or no number."""
     squares = np.square(norms)
     totals = squares.sum(axis=1, keepdims=True)
     known = np.isfinite(totals) & (totals > 0)

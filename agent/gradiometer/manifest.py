@@ -32,6 +32,7 @@ from gradiometer.records import (
 
 __all__ = [
     "check_labels",
+    "check_sampling",
     "choose_run_id",
     "data_parallel_size",
     "describe",
@@ -72,17 +73,19 @@ def ring_geometry(parameters: int, ring_bytes: int) -> RingGeometry:
     return RingGeometry(capacity=min(MAX_ROWS, ring_bytes // row), parameters=parameters)
 
 
-def sample_info(ring: RingGeometry, every: int, *, cosine: bool) -> SampleInfo | None:
-    """Plan the ring of what is measured every so many steps: it reaches as far back as the ring of steps.
-
-    Raises TypeError or ValueError for an interval that is none; None if it is 0, which is off.
-    """
+def check_sampling(every: int, *, cosine: bool) -> str:
+    """Put in words what is sampled; raises TypeError or ValueError for an interval that is none."""
     if not isinstance(every, int):
         raise TypeError(f"updates_every is {every!r}, expected a number of steps")
     if every < 0:
         raise ValueError(f"updates_every is {every}, expected a number of steps, or 0 to measure no updates")
     if not every and cosine:
         raise ValueError("cosine is measured in the steps that updates_every names, which is 0: give it a number")
+    return f"updates_every={every}, cosine={cosine}"
+
+
+def sample_info(ring: RingGeometry, every: int, *, cosine: bool) -> SampleInfo | None:
+    """Plan the ring of what is measured every so many steps, if any: it reaches as far back as the ring of steps."""
     if not every:
         return None
     columns = (*SAMPLES, *COSINE_SAMPLES) if cosine else SAMPLES
@@ -94,11 +97,16 @@ def sample_info(ring: RingGeometry, every: int, *, cosine: bool) -> SampleInfo |
     )
 
 
-def data_parallel_size(model: nn.Module, members: int) -> int | None:
+def data_parallel_size(model: nn.Module, members: int, given: int | None) -> int | None:
     """Return how many of the job's ``members`` average their gradients: the size of DistributedDataParallel's group.
 
-    None where that cannot be seen: in a distributed job whose model is not wrapped, or is wrapped by something else.
+    ``given`` goes before. None where it cannot be seen: in a distributed job whose model is not wrapped, or is wrapped
+    by something else. Raises ValueError for a number that cannot be.
     """
+    if given is not None:
+        if not isinstance(given, int) or not 1 <= given <= members:
+            raise ValueError(f"data_parallel is {given!r}, expected a number of ranks from 1 to {members}")
+        return given
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             size: int = module.process_group.size()

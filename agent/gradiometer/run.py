@@ -152,7 +152,7 @@ class Run:
         return compose(self.stat(stat), self.manifest.layer_index, len(self.layers))
 
     def layer_shares(self) -> Floats:
-        """Share of each layer in the squared norm before clipping, float64[T, L]; NaN for a step without finite norm."""
+        """Share of each layer in the squared norm before clipping, float64[T, L]; NaN where that is not finite."""
         return shares(self.layer_norms())
 
     def noise_scale(self, last: int | None = None) -> NoiseScale:

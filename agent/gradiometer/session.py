@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
 from gradiometer.hooks import StepHooks, check_free
 from gradiometer.layers import Parameters, collect_parameters
-from gradiometer.manifest import choose_run_id, data_parallel_size, describe
+from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
 from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout
 from gradiometer.policy.pipeline import build_pipeline
@@ -95,11 +95,14 @@ def attach(
         check_mode(backward)
         spec = None if policy is None else load_policy(policy)
         own = label_parts(collect_parameters(model, optimizers), parts)
-        chosen = choose_run_id(run_id)
+        chosen, sampling = choose_run_id(run_id), check_sampling(updates_every, cosine=cosine)
+        replicas = data_parallel_size(model, len(ranks), data_parallel)
     except Exception as error:
         ranks.excuse(error)
         raise
-    agreement = ranks.agree(own, run_id=chosen, chosen=run_id is not None, policy=spec and spec.to_dict())
+    agreement = ranks.agree(
+        own, run_id=chosen, chosen=run_id is not None, policy=spec and spec.to_dict(), sampling=sampling
+    )
     parameters, device = agreement.parameters, _home(own)
     layout = Layout(names=parameters.names, layers=parameters.layers, device=device)
     pipeline = None if spec is None else build_pipeline(spec, layout)
@@ -111,7 +114,7 @@ def attach(
         ring_bytes=ring_bytes,
         policy=spec,
         labels=labels,
-        data_parallel=data_parallel or data_parallel_size(model, len(ranks)),
+        data_parallel=replicas,
         updates_every=updates_every,
         cosine=cosine,
     )
