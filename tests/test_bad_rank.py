@@ -1,4 +1,4 @@
-"""Real processes over gloo: which rank's batch was bad, which rank's gradients are large, and the noise scale of all."""
+"""Real processes over gloo: whose batch was bad, whose gradients are large, and the noise scale of all ranks."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_the_bad_ranks_are_named(bad_run: Path) -> None:
 
 
 def test_the_large_rank_is_named(bad_run: Path) -> None:
-    """The rank whose loss is a hundred times the others' has a hundred times their gradient, and no other stands out."""
+    """The rank whose loss is a hundred times the others' has a gradient to match, and no other stands out."""
     ratios = rank_ratios(bad_run)
     assert 20 < ratios[1] < 500
     assert max(ratios[0], ratios[2]) < 3

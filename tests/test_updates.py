@@ -230,7 +230,7 @@ def test_other_types_of_weights(tmp_path: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "image"])
 def test_large_tensors_are_sampled_evenly(layout: str) -> None:
-    """A tensor with a heavy column, row or channel is estimated within a few per cent, for the samples meet them all."""
+    """A tensor with a heavy column, row or channel is estimated within a few per cent: the samples meet them all."""
     torch.manual_seed(0)
     shape = (128, 16, 8, 8) if layout == "image" else (300, 400)
     tensor = torch.randn(shape) * 0.01

@@ -71,7 +71,7 @@ def _sums(values: Floats, index: npt.NDArray[np.intp], groups: int) -> Floats:
 
 
 def shares(norms: Floats) -> Floats:
-    """Return the share of each of the norms [T, L] in their sum of squares, [T, L]; NaN where that is 0 or no number."""
+    """Return each norm's share [T, L] in its row's sum of squares; NaN where that is 0 or not finite."""
     squares = np.square(norms)
     totals = squares.sum(axis=1, keepdims=True)
     known = np.isfinite(totals) & (totals > 0)

@@ -106,9 +106,9 @@ class Ranks:
     ) -> Agreement:
         """Settle one run id and one list of parameters. Every rank must call it, and waits for the others.
 
-        ``chosen`` tells that the run id is the user's and not of the clock; ``sampling`` says in which steps there is one
-        more all-reduce, if norms are added up at all. Raises RuntimeError if another rank failed
-        or has not come after 5 minutes, ValueError if run ids, policies or parameters of the ranks do not go together.
+        ``chosen`` tells that the run id is the user's and not of the clock; ``sampling`` says in which steps there is
+        one more all-reduce, if norms are added up at all. Raises RuntimeError if another rank failed or has not come
+        after 5 minutes, ValueError if run ids, policies, parameters or settings of the ranks do not go together.
         """
         if len(self) == 1:
             return Agreement(run_id=run_id, parameters=parameters, counted=None)

@@ -124,14 +124,20 @@ def attach(
         recorder = Recorder(default_root(dir), manifest)
         undo.callback(recorder.close)
         telemetry = Telemetry(recorder, manifest, device)
-        if manifest.samples is not None and recorder.samples is not None:
-            tensors, guard = parameters.tensors, telemetry.guard
-            stepper.updates = Updates(tensors, meter, manifest.samples, recorder.samples, guard)
+        stepper.updates = _updates(parameters, meter, recorder, telemetry)
         watch = BackwardWatch(parameters, backward, telemetry.guard, distributed=manifest.world_size > 1)
         undo.callback(watch.remove)
         agent = Agent(stepper, telemetry, watch, optimizers)
         undo.pop_all()
     return agent
+
+
+def _updates(parameters: Parameters, meter: Meter, recorder: Recorder, telemetry: Telemetry) -> Updates | None:
+    """Make what samples the weights, if the run has a ring for it."""
+    info = telemetry.manifest.samples
+    if info is None or recorder.samples is None:
+        return None
+    return Updates(parameters.tensors, meter, info, recorder.samples, telemetry.guard)
 
 
 def _check_model(model: object) -> None:

@@ -1,8 +1,8 @@
 """Measure, every so many steps, by how much a step moved the weights, and how alike two successive gradients are.
 
 Both need a copy of what was there before. It is bounded: at most :data:`ELEMENTS` elements of a parameter are read,
-evenly strided over its memory, and at most :data:`TOTAL` of all; norms are scaled up to the whole. A parameter of that many
-elements or fewer is measured exactly; of a larger one, where n of its elements are read, an L2 norm of Gaussian
+evenly strided over its memory, and at most :data:`TOTAL` of all; norms are scaled up to the whole. A parameter of that
+many elements or fewer is measured exactly; of a larger one, where n of its elements are read, an L2 norm of Gaussian
 elements is off by a fraction of sqrt(1 / 2n), 1.1 % for 4096, and the cosine of unrelated gradients by sqrt(1 / n).
 Two matrices of float32 samples at a time take 32 MiB at most (twice that where a parameter is float64); with the cosine
 it is three, one of which is kept from the step before. Steps in between cost a dictionary look-up.

@@ -200,6 +200,10 @@ def _layers() -> Section:
 
 
 def _insight() -> Section:
+    return panels.row(106, "Insight"), [*_by_layer(), *_of_the_step()]
+
+
+def _by_layer() -> list[Builder[dashboard.Panel]]:
     ratios = Card(
         19,
         "Update / weight by layer",
@@ -217,6 +221,13 @@ def _insight() -> Section:
         "who decides what a global clip does.",
         height=10,
     )
+    return [
+        panels.layer_map(ratios, queries.UPDATE_RATIOS),
+        panels.graph(share, queries.LAYER_SHARES).min(0),
+    ]
+
+
+def _of_the_step() -> list[Builder[dashboard.Panel]]:
     noise = Card(
         21,
         "Gradient noise scale",
@@ -246,9 +257,7 @@ def _insight() -> Section:
         "Norm of each rank's own gradients, before they were averaged, in the newest step with armed backward hooks.",
         width=6,
     )
-    return panels.row(106, "Insight"), [
-        panels.layer_map(ratios, queries.UPDATE_RATIOS),
-        panels.graph(share, queries.LAYER_SHARES).min(0),
+    return [
         panels.log_graph(noise, queries.NOISE_SCALE),
         panels.graph(cosine, queries.GRAD_COSINE).min(-1).max(1),
         panels.bars(bad, queries.RANK_NONFINITE),
