@@ -292,7 +292,7 @@ class Agent:
     def _write_updates(self, *, wait: bool = False) -> None:
         updates = self._stepper.updates
         if updates is not None:
-            if wait or not self._stepper.midway:
+            if not wait and not self._stepper.midway:  # where norms are added up over ranks, all of them finish
                 updates.finish()
             updates.write(wait=wait)
 

@@ -111,8 +111,11 @@ class Stepper:
         index = self._rounds.index(optimizer)
         with torch.no_grad():
             watched = self._rounds.watched[index]
+            if self.updates is not None:
+                self.updates.begin(self.step, index, watched)
             observation = observe(self._meter(gradients_of(watched)))
-            self._show(index, watched, observation)
+            if self.updates is not None:
+                self.updates.look(index, watched, observation.norms)
             if self.pipeline is not None:
                 _, self._states = self.pipeline.decide(self._states, observation, self.step)
         self._rounds.current = None
@@ -178,13 +181,16 @@ class Stepper:
             self._part("a GradScaler has unscaled only some of them: call scaler.unscale_() on each before stepping")
         members = self._rounds.members(index)
         watched = self._rounds.union(members)
+        updates = None if again else self.updates
+        if updates is not None:
+            updates.begin(self.step, index, watched)
         norms = self._meter(gradients_of(watched))
         observation = observe(norms if scale is None else norms / bring(scale, norms.device))
         outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
-        if not again:
-            self._show(index, watched, observation)
+        if updates is not None:
+            updates.look(index, watched, observation.norms)
         clamped = self._act(index, members, watched, outcome, scale)
         if again:
             return None
@@ -194,10 +200,6 @@ class Stepper:
             stopped = bring(found_inf, norms.device) > 0
             skip = stopped if skip is None else skip | stopped
         return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale)
-
-    def _show(self, index: int, watched: Watched, observation: Observation) -> None:
-        if self.updates is not None:
-            self.updates.begin(self.step, index, watched, observation.norms)
 
     def _act(
         self, index: int, members: list[int], watched: Watched, outcome: Outcome, scale: Tensor | None

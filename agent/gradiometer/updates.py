@@ -134,24 +134,30 @@ class Updates:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         """Samples and norms of the gradients of the step before a sampled one."""
         self._begun: _Begun | None = None
+        self._keep = False
+        """Whether the step in progress is the one before a sampled one."""
         self._transfer: transfer.Transfer[RowHeader] = transfer.Transfer(math.prod(self._shape), meter.device)
         self._pid = os.getpid()
 
-    def begin(self, step: int, optimizer: int, watched: Watched, norms: Tensor) -> None:
-        """Take note of a step whose gradients, of ``norms`` [P], are final and not yet clipped."""
-        count = self._steps[optimizer] = self._steps.get(optimizer, -1) + 1
+    def begin(self, step: int, optimizer: int, watched: Watched) -> None:
+        """Note that a step begins, before anything of it is measured: what may fail must not put ranks out of phase."""
         self.finish()  # a step that not all its optimizers have taken
-        due, next_due = count % self._every == 0, self._cosine and (count + 1) % self._every == 0
-        if due:
+        count = self._steps[optimizer] = self._steps.get(optimizer, -1) + 1
+        self._keep = self._cosine and (count + 1) % self._every == 0
+        if count % self._every == 0:
             self._begun = _Begun(_header(step, optimizer), watched)
-        if due or next_due:
-            with self._guard:
-                self._measure(optimizer, watched, norms, keep=next_due)
 
-    def _measure(self, optimizer: int, watched: Watched, norms: Tensor, *, keep: bool) -> None:
-        before, begun = self._before.pop(optimizer, None), self._begun
+    def look(self, optimizer: int, watched: Watched, norms: Tensor) -> None:
+        """Take the samples of a step whose gradients, of ``norms`` [P], are final and not yet clipped."""
+        if self._begun is None and not self._keep:
+            return
+        with self._guard:
+            self._look(self._begun, optimizer, watched, norms)
+
+    def _look(self, begun: _Begun | None, optimizer: int, watched: Watched, norms: Tensor) -> None:
+        before = self._before.pop(optimizer, None)
         gradients = self._sampler.read(gradients_of(watched)) if self._cosine else None
-        if gradients is not None and keep:
+        if gradients is not None and self._keep:
             self._before[optimizer] = gradients, norms
         if begun is None:
             return
@@ -190,10 +196,9 @@ class Updates:
         return torch.stack([weights, self._sampler.squares(moved), *begun.own])
 
     def drop(self) -> None:
-        """Forget the step in progress, which raised."""
+        """Forget the step in progress, which raised; the other ranks are told when the next one begins."""
         if self._begun is not None:
             self._begun.weights = None
-            self.finish()
 
     def write(self, *, wait: bool = False) -> None:
         """Write what has reached the host, or ``wait`` for all that is under way."""
