@@ -113,9 +113,10 @@ class Stepper:
             watched = self._rounds.watched[index]
             if self.updates is not None:
                 self.updates.begin(self.step, index, watched)
-            observation = observe(self._meter(gradients_of(watched)))
+            gradients = gradients_of(watched)
+            observation = observe(self._meter(gradients))
             if self.updates is not None:
-                self.updates.look(index, watched, observation.norms)
+                self.updates.look(index, watched, gradients, observation.norms)
             if self.pipeline is not None:
                 _, self._states = self.pipeline.decide(self._states, observation, self.step)
         self._rounds.current = None
@@ -184,13 +185,14 @@ class Stepper:
         updates = None if again else self.updates
         if updates is not None:
             updates.begin(self.step, index, watched)
-        norms = self._meter(gradients_of(watched))
+        gradients = gradients_of(watched)
+        norms = self._meter(gradients)
         observation = observe(norms if scale is None else norms / bring(scale, norms.device))
         outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
         if updates is not None:
-            updates.look(index, watched, observation.norms)
+            updates.look(index, watched, gradients, observation.norms)
         clamped = self._act(index, members, watched, outcome, scale)
         if again:
             return None

@@ -26,7 +26,7 @@ from gradiometer.norms import Meter
 from gradiometer.recorder import RingWriter, RowHeader
 from gradiometer.records import COSINE_SAMPLES, SampleInfo
 from gradiometer.rounds import Watched
-from gradiometer.shards import gradients_of, local_part
+from gradiometer.shards import local_part
 
 __all__ = ["ELEMENTS", "TOTAL", "Sampler", "Updates"]
 
@@ -147,26 +147,26 @@ class Updates:
         if count % self._every == 0:
             self._begun = _Begun(_header(step, optimizer), watched)
 
-    def look(self, optimizer: int, watched: Watched, norms: Tensor) -> None:
+    def look(self, optimizer: int, watched: Watched, gradients: Sequence[Tensor | None], norms: Tensor) -> None:
         """Take the samples of a step whose gradients, of ``norms`` [P], are final and not yet clipped."""
         if self._begun is None and not self._keep:
             return
         with self._guard:
-            self._look(self._begun, optimizer, watched, norms)
+            if self._cosine:
+                self._compare(self._begun, optimizer, self._sampler.read(gradients), norms)
+            if self._begun is not None:
+                self._begun.weights = self._sampler.read(watched)
 
-    def _look(self, begun: _Begun | None, optimizer: int, watched: Watched, norms: Tensor) -> None:
+    def _compare(self, begun: _Begun | None, optimizer: int, gradients: Tensor, norms: Tensor) -> None:
+        """Compare samples of the gradients with those of the step before, and keep them for the next, as wanted."""
         before = self._before.pop(optimizer, None)
-        gradients = self._sampler.read(gradients_of(watched)) if self._cosine else None
-        if gradients is not None and self._keep:
+        if self._keep:
             self._before[optimizer] = gradients, norms
-        if begun is None:
-            return
-        if gradients is not None:
+        if begun is not None:
             earlier, norms_before = before or (torch.full_like(gradients, NAN), torch.full_like(norms, NAN))
             begun.whole = norms, norms_before
             lengths = self._sampler.squares(gradients), self._sampler.squares(earlier)
             begun.own = [*lengths, self._sampler.products(gradients, earlier)]
-        begun.weights = self._sampler.read(watched)
 
     def finish(self) -> None:
         """Measure what the step has done to the weights, if it is a sampled one."""
