@@ -163,7 +163,7 @@ def test_a_bad_micro_batch_is_named_though_others_came_first(tmp_path: Path) -> 
 
 
 def test_micro_batches_beyond_the_limit_cost_nothing(tmp_path: Path) -> None:
-    """More micro-batches than are kept are still summed into the norm, and lose no row."""
+    """More micro-batches than are kept are still summed into the norm, and counted, and lose no row."""
     model = small_model()
     optimizer = sgd(model)
     with attach(tmp_path, model, optimizer, backward="every") as agent:
@@ -174,7 +174,7 @@ def test_micro_batches_beyond_the_limit_cost_nothing(tmp_path: Path) -> None:
         assert agent.errors == 0
     run = open_run(agent.path)
     np.testing.assert_allclose(run.parameter_norms, [wanted], rtol=1e-6)
-    assert run.rows["microbatches"].tolist() == [MICROBATCHES]
+    assert run.rows["microbatches"].tolist() == [MICROBATCHES + 4]
 
 
 def test_a_tied_parameter_arrives_once(tmp_path: Path) -> None:

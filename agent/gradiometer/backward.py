@@ -5,7 +5,9 @@ on tensors of its own making), so only whole parameters are watched.
 
 A hook on every parameter costs a Python call a parameter a backward pass, so in mode ``auto`` the hooks are registered
 only for the first steps, for every hundredth, and for the few after an incident. One hook stays: it tells that a
-backward pass has happened, so that a loss is logged with the step it belongs to.
+backward pass has happened, so that a loss is logged with the step it belongs to. In a distributed job a second one
+stays: it looks, at every step, at one small gradient of this rank's own before the ranks' gradients are reduced. NaN
+that the loss or a layer sends backwards reaches the layers before it, so it is put where gradients arrive last.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ BackwardMode = Literal["auto", "every", "off"]
 MICROBATCHES = 8
 """Micro-batches of a step whose norms are kept; the arrivals of later ones are not recorded."""
 FIRST_STEPS, EVERY, BURST = 3, 100, 3
+PROBE_ELEMENTS = 65_536
+"""A parameter with more elements is not looked at in every step."""
 
 
 def check_mode(mode: BackwardMode) -> BackwardMode:
@@ -38,7 +42,7 @@ def check_mode(mode: BackwardMode) -> BackwardMode:
 class BackwardWatch:
     """The backward hooks of one agent. Hooks may run in autograd's own threads; lists take appends from any of them."""
 
-    def __init__(self, parameters: Parameters, mode: BackwardMode, guard: Guard) -> None:
+    def __init__(self, parameters: Parameters, mode: BackwardMode, guard: Guard, *, distributed: bool = False) -> None:
         self._mode, self._guard, self._limit = mode, guard, MICROBATCHES * len(parameters)
         held = [
             (index, parameter, holding)
@@ -50,14 +54,23 @@ class BackwardWatch:
         """Trainable parameters, and the tensor that tells of a backward pass of each."""
         self._handles: list[RemovableHandle] = []
         self._sentinel: RemovableHandle | None = None
+        self._probe: RemovableHandle | None = None
+        self._probed = -1
+        self._probing = distributed and mode != "off"
         self._bare = [parameter for _, parameter in self._parameters if parameter._backward_hooks is None]
         self._arrivals: list[tuple[int, Tensor]] = []
         self._burst = FIRST_STEPS + 1
+        self.passes = 0
+        """Backward passes of this step, as the parameter that is always watched has seen them."""
+        self.own: Tensor | None = None
+        """Sum over this step's backward passes of one small gradient's norm before any reduction, 0-dim; None where it
+        was not looked at, as in a process that trains by itself."""
         self.seen = False
         """Whether a backward pass has reached the agent since the last :meth:`prepare`."""
         self.order: tuple[int, ...] = ()
         """Parameters in the order in which their gradients last arrived."""
         self._watch_for_backward()
+        self._place_probe()
 
     @property
     def armed(self) -> bool:
@@ -67,7 +80,7 @@ class BackwardWatch:
         """Get ready for the backward passes of ``step``: arm or disarm, as the mode says."""
         if self._sentinel is not None and not self.seen:
             self._watch_for_backward()  # what was watched had no gradient
-        self._arrivals, self.seen = [], False
+        self._arrivals, self.seen, self.passes, self.own = [], False, 0, None
         self._burst = BURST if incident else max(0, self._burst - 1)
         wanted = self._mode == "every" or (self._mode == "auto" and (self._burst > 0 or step % EVERY == 0))
         if wanted and not self._handles:
@@ -80,6 +93,7 @@ class BackwardWatch:
         arrivals, self._arrivals = self._arrivals, []
         if arrivals:
             self.order = tuple(dict.fromkeys(index for index, _ in arrivals))
+            self._place_probe()
         return arrivals
 
     def remove(self) -> None:
@@ -87,6 +101,9 @@ class BackwardWatch:
         if self._sentinel is not None:
             self._sentinel.remove()
             self._sentinel = None
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
         self._disarm()
 
     def _arm(self) -> None:
@@ -117,6 +134,24 @@ class BackwardWatch:
     def _mark(self, gradient: Tensor) -> None:
         del gradient
         self.seen = True
+        self.passes += 1
+
+    def _place_probe(self) -> None:
+        """Look at the last small gradient to arrive; until that is known, at the model's first small parameter."""
+        if not self._probing:
+            return
+        small = {i: p for i, p in self._parameters if p.requires_grad and p.numel() <= PROBE_ELEMENTS}
+        index = next((place for place in (*reversed(self.order), *small) if place in small), self._probed)
+        if index == self._probed:
+            return
+        if self._probe is not None:
+            self._probe.remove()
+        self._probed, self._probe = index, small[index].register_hook(self._look)  # type: ignore[no-untyped-call]  # torch
+
+    def _look(self, gradient: Tensor) -> None:
+        with self._guard:
+            norm = tensor_norm(gradient.detach())
+            self.own = norm if self.own is None else self.own + norm
 
     def _hook(self, index: int) -> _ArrivalHook:
         return _ArrivalHook(self, index)

@@ -177,7 +177,7 @@ def _listed(path: Path) -> dict[str, Any]:
         run = open_run(find_ranks(path)[0])
     except (RunFormatError, OSError) as error:
         return {"run_id": path.name, "state": "unreadable", "error": str(error)}
-    summary = summarize(run)
+    summary = summarize(run, compare_ranks=False)
     keys = ("run_id", "started", "steps", "grad_norm_median", "nonfinite_steps", "skipped_steps", "loss_last")
     return {"state": run_state(run), "ranks": len(find_ranks(path))} | {key: summary[key] for key in keys}
 

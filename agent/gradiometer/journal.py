@@ -27,6 +27,7 @@ NAN = math.nan
 # Plain integers: the operators of an IntFlag cost a microsecond each.
 NONFINITE, SKIPPED, CLIPPED = int(Flag.NONFINITE), int(Flag.SKIPPED), int(Flag.CLIPPED)
 ZEROED, HOOKED, LOSS = int(Flag.ZEROED), int(Flag.HOOKED), int(Flag.LOSS)
+OWN_NONFINITE, OWN_WATCHED = int(Flag.OWN_NONFINITE), int(Flag.OWN_WATCHED)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,6 +50,8 @@ class StepRecord:
     """Whether the norms after the policies follow those before; else one coefficient gives them."""
     arrivals: tuple[int, ...] = ()
     """Parameters in the order in which their micro-batch gradients came; their norms follow."""
+    passes: int = 0
+    """Backward passes of the step where more arrived than are kept, else 0."""
     logged: set[str] = field(default_factory=set)
     own: tuple[ClipCall, ...] = ()
     """What the loop's own clipping did before; the norms it measured come last."""
@@ -59,6 +62,7 @@ class Journal:
 
     def __init__(self, recorder: Recorder, manifest: Manifest) -> None:
         self._recorder, self._names, self._policies = recorder, [p.name for p in manifest.parameters], manifest.policies
+        self._distributed = manifest.world_size > 1
         self._scalar_slots: dict[str, int] = {}
         self._refused = False
         self._episode: int | None = None
@@ -135,13 +139,14 @@ class Journal:
         zeroed = bad and math.isfinite(after) and not skipped
         flags = record.flags | NONFINITE * bad | SKIPPED * skipped | CLIPPED * bool(clipped)
         flags |= HOOKED * bool(record.arrivals) | ZEROED * zeroed | LOSS * ("loss" in scalars)
+        flags |= self._own(scalars, micro) if self._distributed else 0
         return RowHeader(
             step=record.step,
             time_ns=record.time_ns,
             flags=flags,
             clipped=clipped,
             optimizer=record.optimizer,
-            microbatches=_microbatches(record.arrivals) if record.arrivals else 0,
+            microbatches=(record.passes or _microbatches(record.arrivals)) if record.arrivals else 0,
             first_nonfinite=first_nonfinite(pre, record.arrivals, micro, order) if bad else -1,
             grad_norm_preclip=before,
             grad_norm_postclip=after,
@@ -152,6 +157,12 @@ class Journal:
             step_seconds=record.step_seconds,
             agent_seconds=record.agent_seconds,
         )
+
+    def _own(self, scalars: Mapping[str, float], micro: Norms) -> int:
+        """Return the flags that say what this rank's own gradients were, before any reduction between ranks."""
+        watched = "own" in scalars or len(micro) > 0
+        bad = not math.isfinite(scalars.get("own", 0.0)) or not bool(np.isfinite(micro).all())
+        return OWN_WATCHED * watched | OWN_NONFINITE * bad
 
     def _fill_policies(self, scalars: Mapping[str, float], *, bad: bool, skipped: bool) -> int:
         """Fill the policy columns and return the mask of those that changed the gradients.
@@ -220,10 +231,10 @@ class Journal:
             name = self._names[header.first_nonfinite] if header.first_nonfinite >= 0 else "unknown"
             done = "the step was skipped" if header.flags & SKIPPED else "the optimizer used it"
             done = "it was replaced by zeros" if header.flags & ZEROED else done
-            message = f"the gradient of {name} went non-finite at step {header.step}; {done}"
-            self._recorder.event(
-                "nonfinite", message, step=header.step, parameter=name, skipped=bool(header.flags & SKIPPED)
-            )
+            own, said = _origin(header.flags)
+            message = f"the gradient of {name} went non-finite at step {header.step}; {done}{said}"
+            skipped = bool(header.flags & SKIPPED)
+            self._recorder.event("nonfinite", message, step=header.step, parameter=name, skipped=skipped, own=own)
         elif not nonfinite and self._episode is not None:
             steps, self._episode = header.step - self._episode, None
             message = f"gradients are finite again at step {header.step}, after {steps} bad step{'s' * (steps > 1)}"
@@ -252,6 +263,15 @@ def first_nonfinite(pre: Norms, arrivals: tuple[int, ...], micro: Norms, order: 
         if bad[index]:
             return index
     return -1
+
+
+def _origin(flags: int) -> tuple[bool | None, str]:
+    """Tell whether this rank's own gradients were non-finite, None where that is not known, and put it in words."""
+    if flags & OWN_NONFINITE:
+        return True, "; it came from this rank's own batch"
+    if flags & OWN_WATCHED:
+        return False, "; of this rank's own batch no gradient was seen to be non-finite: look at the other ranks"
+    return None, ""
 
 
 def _microbatches(arrivals: tuple[int, ...]) -> int:

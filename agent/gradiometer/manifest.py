@@ -13,17 +13,35 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from gradiometer.labels import check_labels
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.recorder import check_run_id
-from gradiometer.records import FORMAT_VERSION, Manifest, RingGeometry, installed_version, pid_namespace
+from gradiometer.records import (
+    COSINE_SAMPLES,
+    FORMAT_VERSION,
+    SAMPLES,
+    Manifest,
+    RingGeometry,
+    SampleInfo,
+    installed_version,
+    pid_namespace,
+)
 
-__all__ = ["choose_run_id", "describe", "rank_and_world", "ring_geometry"]
+__all__ = [
+    "check_sampling",
+    "choose_run_id",
+    "data_parallel_size",
+    "describe",
+    "rank_and_world",
+    "ring_geometry",
+    "sample_info",
+]
 
-MAX_ROWS, MIN_ROWS = 100_000, 256
+MAX_ROWS, MIN_ROWS, MIN_SAMPLES = 100_000, 256, 64
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -54,6 +72,47 @@ def ring_geometry(parameters: int, ring_bytes: int) -> RingGeometry:
     return RingGeometry(capacity=min(MAX_ROWS, ring_bytes // row), parameters=parameters)
 
 
+def check_sampling(every: int, *, cosine: bool) -> str:
+    """Put in words what is sampled; raises TypeError or ValueError for an interval that is none."""
+    if not isinstance(every, int):
+        raise TypeError(f"updates_every is {every!r}, expected a number of steps")
+    if every < 0:
+        raise ValueError(f"updates_every is {every}, expected a number of steps, or 0 to measure no updates")
+    if not every and cosine:
+        raise ValueError("cosine is measured in the steps that updates_every names, which is 0: give it a number")
+    return f"updates_every={every}, cosine={cosine}"
+
+
+def sample_info(ring: RingGeometry, every: int, *, cosine: bool) -> SampleInfo | None:
+    """Plan the ring of what is measured every so many steps, if any: it reaches as far back as the ring of steps."""
+    if not every:
+        return None
+    columns = (*SAMPLES, *COSINE_SAMPLES) if cosine else SAMPLES
+    capacity = max(MIN_SAMPLES, ring.capacity // every)
+    return SampleInfo(
+        every=every,
+        columns=columns,
+        ring=RingGeometry(capacity=capacity, parameters=ring.parameters, stats=len(columns)),
+    )
+
+
+def data_parallel_size(model: nn.Module, members: int, given: int | None) -> int | None:
+    """Return how many of the job's ``members`` average their gradients: the size of DistributedDataParallel's group.
+
+    ``given`` goes before. None where it cannot be seen: in a distributed job whose model is not wrapped, or is wrapped
+    by something else. Raises ValueError for a number that cannot be.
+    """
+    if given is not None:
+        if not isinstance(given, int) or not 1 <= given <= members:
+            raise ValueError(f"data_parallel is {given!r}, expected a number of ranks from 1 to {members}")
+        return given
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            size: int = module.process_group.size()
+            return size
+    return 1 if members == 1 else None
+
+
 def describe(
     *,
     run_id: str,
@@ -63,9 +122,13 @@ def describe(
     ring_bytes: int,
     policy: PolicySpec | None,
     labels: Mapping[str, str] | None,
+    data_parallel: int | None = None,
+    updates_every: int = 0,
+    cosine: bool = False,
 ) -> Manifest:
     """Build the manifest of this process's part in the run."""
     rank, world_size = rank_and_world()
+    ring = ring_geometry(len(parameters), ring_bytes)
     return Manifest(
         format_version=FORMAT_VERSION,
         run_id=run_id,
@@ -83,10 +146,12 @@ def describe(
         device=_device_name(device),
         optimizers=tuple(type(optimizer).__name__ for optimizer in optimizers),
         parameters=tuple(parameters.infos),
-        ring=ring_geometry(len(parameters), ring_bytes),
+        ring=ring,
         policy=policy.to_dict() if policy else None,
         policies=policy.names if policy else (),
         labels=check_labels(labels),
+        data_parallel=data_parallel,
+        samples=sample_info(ring, updates_every, cosine=cosine),
     )
 
 

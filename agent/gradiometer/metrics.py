@@ -83,6 +83,50 @@ _METRICS = (
         labels=_LAYER,
         help="Steps in which a gradient of the layer held NaN or Inf.",
     ),
+    Metric(
+        name="gradiometer_layer_weight_norm",
+        kind="gauge",
+        labels=_LAYER,
+        help="L2 norm of the layer's weights before the newest step that was sampled.",
+    ),
+    Metric(
+        name="gradiometer_layer_update_ratio",
+        kind="gauge",
+        labels=_LAYER,
+        help="L2 norm of what the newest step that was sampled added to the layer's weights, over that of the weights.",
+    ),
+    Metric(
+        name="gradiometer_layer_grad_cosine",
+        kind="gauge",
+        labels=_LAYER,
+        help="Cosine between the layer's gradients in the newest step that was sampled and in the step before it.",
+    ),
+    Metric(
+        name="gradiometer_grad_cosine",
+        kind="gauge",
+        labels=_RUN,
+        help="Cosine between all gradients in the newest step that was sampled and in the step before it.",
+    ),
+    Metric(
+        name="gradiometer_grad_noise_scale",
+        kind="gauge",
+        labels=_RUN,
+        help="Gradient noise scale in micro-batches: variance of a micro-batch's gradient over the squared norm of the "
+        "true one, from running averages over the steps with armed backward hooks.",
+    ),
+    Metric(
+        name="gradiometer_rank_nonfinite_total",
+        kind="counter",
+        labels=_RANK,
+        help="Steps in which gradients of the rank's own batch, before the reduction between ranks, held NaN or Inf.",
+    ),
+    Metric(
+        name="gradiometer_rank_microbatch_norm_last",
+        kind="gauge",
+        labels=_RANK,
+        help="Global L2 norm of the rank's own gradients, before clipping and the reduction between ranks, root mean "
+        "square over the micro-batches of the newest step with armed backward hooks.",
+    ),
     Metric(name="gradiometer_steps_total", kind="counter", labels=_RUN, help="Optimizer steps recorded."),
     Metric(
         name="gradiometer_nonfinite_steps_total",

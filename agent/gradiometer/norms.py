@@ -70,6 +70,10 @@ class Meter:
             self._plan(gradients, signature)
             return self._measure(gradients)
 
+    def add(self, values: Tensor) -> Tensor:
+        """Return the sums [K, P] of what all who measure together have of each parameter; here those are ``values``."""
+        return values
+
     def maximum(self, value: Tensor) -> Tensor:
         """Return the largest of what all who measure together have (0-dim); here that is the value itself."""
         return value

@@ -57,6 +57,7 @@ class _Message:
     policy: str = ""
     parameters: str = ""
     samples: str = ""
+    sampling: str = ""
     failure: str | None = None
 
     def to_json(self) -> str:
@@ -100,11 +101,14 @@ class Ranks:
         if len(self) > 1:
             self._meet(_Message(failure=f"{type(error).__name__}: {error}"))
 
-    def agree(self, parameters: Parameters, *, run_id: str, chosen: bool, policy: object) -> Agreement:
+    def agree(
+        self, parameters: Parameters, *, run_id: str, chosen: bool, policy: object, sampling: str = ""
+    ) -> Agreement:
         """Settle one run id and one list of parameters. Every rank must call it, and waits for the others.
 
-        ``chosen`` tells that the run id is the user's and not of the clock. Raises RuntimeError if another rank failed
-        or did not come in time, ValueError if run ids, policies or parameters of the ranks do not go together.
+        ``chosen`` tells that the run id is the user's and not of the clock; ``sampling`` says in which steps there is
+        one more all-reduce, if norms are added up at all. Raises RuntimeError if another rank failed or did not come
+        in time, ValueError if run ids, policies, parameters or settings of the ranks do not go together.
         """
         if len(self) == 1:
             return Agreement(run_id=run_id, parameters=parameters, counted=None)
@@ -116,6 +120,7 @@ class Ranks:
                 policy=_digest(policy),
                 parameters=_digest(_comparable(parameters)),
                 samples=_digest(samples),
+                sampling=sampling,
             )
         )
         self._check(said)
@@ -124,6 +129,8 @@ class Ranks:
             merged, counted = parameters, self._counted_alike(parameters)
         else:
             merged, counted = self._merge(parameters, samples)
+        if counted is not None and len({each.sampling for each in said}) > 1:
+            raise ValueError(f"ranks were given different settings: {', '.join(sorted({e.sampling for e in said}))}")
         return Agreement(run_id=str(said[0].run_id), parameters=merged, counted=counted)
 
     def _meet(self, mine: _Message) -> list[_Message]:
@@ -311,6 +318,10 @@ class SharedMeter(Meter):
         # A copy that is not counted still speaks up when it is not finite.
         heard = self._counted | ~(squares < math.inf)
         return self._sum(torch.where(heard, squares, self._nothing)).sqrt().to(self._result)
+
+    def add(self, values: Tensor) -> Tensor:
+        """Return the sums [K, P] over all ranks' ``values`` (float64), each copy counted once: one more all-reduce."""
+        return self._sum(torch.where(self._counted, values, torch.zeros_like(values)))
 
     def maximum(self, value: Tensor) -> Tensor:
         """Return the largest of all ranks' values (0-dim): one more all-reduce."""

@@ -40,7 +40,7 @@ from gradiometer.records import (
     read_manifest,
 )
 
-__all__ = ["Recorder", "RowHeader", "RunInUseError", "Status", "check_run_id"]
+__all__ = ["Recorder", "RingWriter", "RowHeader", "RunInUseError", "Status", "check_run_id"]
 
 EVENTS_BYTES = 16 * 2**20
 """Events beyond this size of ``events.jsonl`` are dropped and counted."""
@@ -137,39 +137,27 @@ class Status:
         )
 
 
-class Recorder:
-    """The writer of one rank's run directory.
+class RingWriter:
+    """The writer of one ring file, which must not be there yet.
 
     The caller fills :attr:`stats`, :attr:`scalars` and :attr:`policies`, which are views into the next row, and hands
-    the rest to :meth:`commit`. An earlier run of the same id and rank whose process is gone is kept beside the new
-    one, as ``rank-00000.1`` and so on.
-
-    Raises RunInUseError if a live process writes the directory, OSError if it cannot be made or the disk is full.
+    the rest to :meth:`commit`. Raises OSError if the disk is full.
     """
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        self.path = root / check_run_id(manifest.run_id) / f"rank-{manifest.rank:05d}"
-        self.geometry, self.status = manifest.ring, Status()
-        self._pid, self._ring, self._events = os.getpid(), -1, -1
+    def __init__(self, path: Path, geometry: RingGeometry) -> None:
+        self.geometry, self.status = geometry, Status()
+        self._pid, self._ring = os.getpid(), -1
         row = np.zeros(1, self.geometry.dtype)
         self.stats: npt.NDArray[np.float32] = row["parameters"][0]
-        """float32[stats, P], in the order of :data:`gradiometer.records.STATS`."""
+        """float32[stats, P]; in ``steps.ring``, in the order of :data:`gradiometer.records.STATS`."""
         self.scalars: npt.NDArray[np.float64] = row["scalars"][0]
         self.policies: npt.NDArray[np.float32] = row.view(np.uint8)[_POLICIES].view("<f4").reshape(2, POLICY_SLOTS)
         """float32[2, policy slots]: threshold, then coefficient."""
         self._row, self._payload = row.view(np.uint8).data, row.view("<u8")[2:-1]
         self._begin, self._checksum, self._end = row["begin"], row["checksum"], row["end"]
         self._flags = row["flags"]
-        _make_directory(self.path)
-        try:
-            self._ring = _create_ring(self.path / "steps.ring", self.geometry)
-        except OSError:
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise
-        self._events = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._inode = os.fstat(self._ring).st_ino
+        self._ring = _create_ring(path, geometry)
         self.write_status()
-        _write_manifest(self.path / "manifest.json", manifest)
 
     def __del__(self) -> None:
         """Finish the run of an agent that was forgotten together with its optimizer."""
@@ -200,6 +188,47 @@ class Recorder:
         """Publish the counters of :attr:`status`."""
         _write_all(self._ring, self.status.pack(), STATUS_OFFSET)
 
+    def close(self) -> None:
+        """Mark the ring finished and close it. Idempotent; a forked child only closes its own descriptor."""
+        if self._ring < 0:
+            return
+        ring, self._ring = self._ring, -1
+        self.status.state, self.status.heartbeat_ns = State.FINISHED, time.time_ns()
+        try:
+            if os.getpid() == self._pid:
+                _write_all(ring, self.status.pack(), STATUS_OFFSET)
+        finally:
+            os.close(ring)
+
+
+class Recorder(RingWriter):
+    """The writer of one rank's run directory: a :class:`RingWriter` of its ``steps.ring``, its manifest and events.
+
+    An earlier run of the same id and rank whose process is gone is kept beside the new one, as ``rank-00000.1`` and so
+    on.
+
+    Raises RunInUseError if a live process writes the directory, OSError if it cannot be made or the disk is full.
+    """
+
+    samples: RingWriter | None = None
+    """The ring of what is measured every so many steps only, if anything is."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.path = root / check_run_id(manifest.run_id) / f"rank-{manifest.rank:05d}"
+        self._ring = self._events = -1
+        _make_directory(self.path)
+        try:
+            super().__init__(self.path / "steps.ring", manifest.ring)
+            if manifest.samples is not None:
+                self.samples = RingWriter(self.path / "samples.ring", manifest.samples.ring)
+        except OSError:
+            self.close()
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+        self._events = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._inode = os.fstat(self._ring).st_ino
+        _write_manifest(self.path / "manifest.json", manifest)
+
     def event(self, kind: str, message: str, **details: Any) -> None:
         """Append an incident; past :data:`EVENTS_BYTES` it is counted as dropped instead."""
         event = {"time_ns": time.time_ns(), "kind": kind, "message": message, **details}
@@ -217,16 +246,12 @@ class Recorder:
 
     def close(self) -> None:
         """Mark the run finished and close its files. Idempotent; a forked child only closes its own descriptors."""
-        if self._ring < 0:
-            return
-        ring, events, self._ring, self._events = self._ring, self._events, -1, -1
-        self.status.state, self.status.heartbeat_ns = State.FINISHED, time.time_ns()
-        try:
-            if os.getpid() == self._pid:
-                _write_all(ring, self.status.pack(), STATUS_OFFSET)
-        finally:
-            os.close(ring)
+        events, self._events = self._events, -1
+        if events >= 0:
             os.close(events)
+        if self.samples is not None:
+            self.samples.close()
+        super().close()
 
 
 def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

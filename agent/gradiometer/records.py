@@ -3,6 +3,7 @@
     <root>/<run_id>/rank-00000/
         manifest.json   who is training, on what, with which parameters; written once
         steps.ring      a header page, then a ring of fixed-size rows, one optimizer step each
+        samples.ring    the same, for what is measured every so many steps only; there unless that is off
         events.jsonl    incidents, one JSON object a line
 
 Guarantees: a row that was half written, overwritten while it was read, or lost its pages in a crash is never
@@ -42,6 +43,7 @@ __all__ = [
     "RingGeometry",
     "RingReader",
     "RunFormatError",
+    "SampleInfo",
     "State",
     "default_root",
     "find_ranks",
@@ -69,6 +71,12 @@ SCALAR_SLOTS = 16
 STATS = ("grad_norm_preclip", "grad_norm_postclip", "microbatch_norm")
 """Columns kept per parameter. ``microbatch_norm`` is the root mean square over the step's micro-batches, before any
 reduction between ranks; it is negative zero in steps whose backward hooks were not armed."""
+SAMPLES = ("weight_norm", "update_norm")
+"""Columns of ``samples.ring``, estimated for the whole parameter where only some of its elements were read:
+weights before the step, and by how much it changed them."""
+COSINE_SAMPLES = ("grad_norm", "grad_norm_before", "cosine")
+"""Columns that follow where the cosine is on: the gradient's norm before the policies in this step and in the step
+before, and the cosine between the two, NaN where either is missing or not finite."""
 MANIFEST_BYTES = 64 * 2**20
 """A manifest is refused beyond this: it is read at once. A parameter takes some 150 bytes."""
 CHECKSUM_FACTOR = 0x9E3779B97F4A7C15
@@ -92,6 +100,8 @@ class Flag(IntFlag):
     HOOKED = 32  # backward hooks were armed: microbatch_norm is there
     FAILED = 64  # optimizer.step() raised after the gradients had been measured
     LOSS = 128  # a loss was logged, which may itself be NaN
+    OWN_NONFINITE = 256  # this rank's own gradients, before the reduction between ranks, held NaN or Inf
+    OWN_WATCHED = 512  # this rank's own gradients were looked at, all or some: without OWN_NONFINITE they were finite
 
 
 class State(IntEnum):
@@ -196,6 +206,15 @@ STATUS = np.dtype(
 )
 
 
+class SampleInfo(BaseModel):
+    """What ``samples.ring`` holds, and how often: a row in every ``every`` steps of each optimizer."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    every: Annotated[int, Field(ge=1)]
+    columns: tuple[str, ...]
+    ring: RingGeometry
+
+
 class Manifest(BaseModel):
     """``manifest.json``: what a reader must know of a run before it looks at a row."""
 
@@ -223,6 +242,15 @@ class Manifest(BaseModel):
     policies: Annotated[tuple[str, ...], Field(max_length=PIPELINE_SLOTS)] = ()
     """Names of the pipeline's policies, in the order of the policy columns."""
     labels: dict[str, str] = {}
+    data_parallel: Annotated[int, Field(ge=1)] | None = None
+    """Number of ranks whose gradients are averaged, each of a batch of its own; None where that is not known."""
+    samples: SampleInfo | None = None
+    """What is measured every so many steps only; None where nothing is."""
+
+    @property
+    def replicas(self) -> int | None:
+        """:attr:`data_parallel`, and 1 for a process that trains by itself."""
+        return 1 if self.world_size == 1 and self.data_parallel is None else self.data_parallel
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gradiometer.insight import Episode, bad_episodes, rank_ratios
 from gradiometer.records import OWN_CLIPPING, State, process_alive
 from gradiometer.run import Run
 
 __all__ = ["draw", "layer_table", "run_state", "summarize"]
 
 MAX_LAYERS, MAX_EVENTS = 40, 20
+LARGE_RATIO = 3.0
+"""A rank is named whose own gradients are this many times those of the others."""
 
 
 def run_state(run: Run) -> str:
@@ -27,8 +31,12 @@ def run_state(run: Run) -> str:
     return {True: "running", False: "lost", None: "unknown"}[process_alive(run.manifest)]
 
 
-def summarize(run: Run) -> dict[str, Any]:
-    """Return what there is to say about a run as JSON values; unknown numbers are None."""
+def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
+    """Return what there is to say about a run as JSON values; unknown numbers are None.
+
+    To ``compare_ranks`` is to read the files of all of them.
+    """
+    siblings = run.path.parent if compare_ranks and run.manifest.world_size > 1 else None
     manifest, norms = run.manifest, run.grad_norm_preclip
     finite = norms[np.isfinite(norms)]
     return {
@@ -55,9 +63,22 @@ def summarize(run: Run) -> dict[str, Any]:
         "grad_norm_max": _known(finite.max()) if len(finite) else None,
         "loss_last": _last(run.loss),
         "learning_rate_last": _last(run.learning_rate),
+        "noise_scale": _known(run.noise_scale().scale),
+        "grad_cosine_median": None if run.samples is None else _median(run.samples.total_cosine),
+        "bad_ranks": [] if siblings is None else [_episode(each) for each in bad_episodes(siblings)],
+        "large_ranks": {} if siblings is None else _large_ranks(siblings),
         "layers": list(_layers(run)),
         "events": run.events,
     }
+
+
+def _episode(episode: Episode) -> dict[str, Any]:
+    return {"step": episode.step, "parameter": episode.parameter, "ranks": list(episode.ranks)}
+
+
+def _large_ranks(run: Path) -> dict[str, float]:
+    """Map the ranks whose own gradients are much larger than the others' to how many times."""
+    return {str(rank): ratio for rank, ratio in rank_ratios(run).items() if ratio >= LARGE_RATIO}
 
 
 def _layers(run: Run) -> Iterator[dict[str, Any]]:
@@ -66,6 +87,7 @@ def _layers(run: Run) -> Iterator[dict[str, Any]]:
     clipped = run.layer_norms("grad_norm_postclip") < norms * (1 - 1e-6)
     squares = np.where(np.isfinite(norms), np.square(norms), 0.0)
     total = squares.sum()
+    ratios = None if run.samples is None else run.samples.update_ratio
     for index, name in enumerate(run.layers):
         finite = norms[np.isfinite(norms[:, index]), index]
         yield {
@@ -75,6 +97,7 @@ def _layers(run: Run) -> Iterator[dict[str, Any]]:
             "share": _known(squares[:, index].sum() / total) if total else None,
             "clipped_steps": int(clipped[:, index].sum()),
             "nonfinite_steps": int(len(norms) - len(finite)),
+            "update_ratio": None if ratios is None else _median(ratios[:, index]),
         }
 
 
@@ -99,12 +122,33 @@ def _facts(summary: dict[str, Any]) -> Table:
         "steps clipped by": clips,
         "non-finite steps": f"{summary['nonfinite_steps']}, skipped {summary['skipped_steps']}",
         "last loss": _number(summary["loss_last"]),
+        **_diagnostics(summary),
         "agent": f"{summary['agent_seconds']:.2f} s in hooks, {summary['agent_errors']} errors, "
         f"{summary['rows_dropped']} rows dropped",
     }
     for name, value in facts.items():
         table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
     return table
+
+
+def _diagnostics(summary: dict[str, Any]) -> dict[str, str]:
+    """Put in words what was found out beside the norms; nothing is said of what is not known."""
+    found = {}
+    if summary["noise_scale"] is not None:
+        found["noise scale"] = f"{_number(summary['noise_scale'])} micro-batches"
+    if summary["grad_cosine_median"] is not None:
+        found["cosine to last step"] = f"median {_number(summary['grad_cosine_median'])}"
+    if summary["bad_ranks"]:
+        said = [f"step {each['step']}: {_named(each['ranks'])}" for each in summary["bad_ranks"][-MAX_EVENTS:]]
+        found["non-finite on"] = "; ".join(said)
+    if summary["large_ranks"]:
+        said = [f"rank {rank} ({ratio:.3g} times the others)" for rank, ratio in summary["large_ranks"].items()]
+        found["large gradients on"] = ", ".join(said)
+    return found
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return ", ".join(f"rank {rank}" for rank in ranks) or "not seen on which rank"
 
 
 def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
@@ -117,13 +161,19 @@ def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
         title += f" (the {MAX_LAYERS} of {len(layers)} with the largest share)"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("layer", overflow="fold")
-    for heading in ("median", "max", "share", "clipped steps", "non-finite"):
+    for heading in ("median", "max", "share", "update/weight", "clipped steps", "non-finite"):
         table.add_column(heading, justify="right")
     for layer in shown:
         share = "-" if layer["share"] is None else f"{layer['share']:.1%}"
         bad = Text(str(layer["nonfinite_steps"]), style="red" if layer["nonfinite_steps"] else "")
         table.add_row(
-            layer["layer"], _number(layer["median"]), _number(layer["max"]), share, str(layer["clipped_steps"]), bad
+            layer["layer"],
+            _number(layer["median"]),
+            _number(layer["max"]),
+            share,
+            _number(layer["update_ratio"]),
+            str(layer["clipped_steps"]),
+            bad,
         )
     return table
 
@@ -151,6 +201,11 @@ def _known(value: float) -> float | None:
 def _last(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float | None:
     known = values[~np.isnan(values)]
     return _known(known[-1]) if len(known) else None
+
+
+def _median(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else None
 
 
 def _number(value: float | None) -> str:

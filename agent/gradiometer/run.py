@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.insight import NoiseScale, Samples, average_noise, compose, shares
 from gradiometer.records import (
     OWN_CLIPPING,
     STATS,
@@ -44,6 +45,8 @@ class Run:
     events: list[dict[str, Any]]
     truncated: bool
     """The ring file had lost its tail: rows are missing that the writer had written."""
+    samples: Samples | None = None
+    """What was measured every so many steps only: weights, updates, cosines; None where nothing was."""
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}: {len(self)} steps, {len(self.parameters)} parameters)"
@@ -167,6 +170,17 @@ class Run:
         """L2 norm of each layer, float64[T, L]: the root of the sum of its parameters' squared norms."""
         return compose(self.stat(stat), self.manifest.layer_index, len(self.layers))
 
+    def layer_shares(self) -> Floats:
+        """Share of each layer in the squared norm before clipping, float64[T, L]; NaN where that is not finite."""
+        return shares(self.layer_norms())
+
+    def noise_scale(self, last: int | None = None) -> NoiseScale:
+        """Estimate the gradient noise scale, in micro-batches, over the ``last`` steps or all that the ring holds.
+
+        Only steps whose backward hooks were armed can tell: attach with ``backward="every"`` for many of them.
+        """
+        return average_noise(self.rows if last is None else self.rows[-last:], self.manifest.replicas)
+
     def to_pandas(self) -> pd.DataFrame:
         """Return one row a step: its numbers, ``log/<name>`` of what was logged, ``layer/<name>`` of pre-clip norms.
 
@@ -199,13 +213,6 @@ class Run:
         return chosen
 
 
-def compose(norms: npt.NDArray[np.floating[Any]], index: npt.NDArray[np.intp], groups: int) -> Floats:
-    """Compose parameters' L2 norms [T, P] into those of the groups they belong to, float64[T, groups]."""
-    squares = np.zeros((len(norms), groups))
-    np.add.at(squares.T, index, np.square(norms.astype(np.float64)).T)
-    return np.sqrt(squares)
-
-
 def open_run(path: str | os.PathLike[str], rank: int = 0) -> Run:
     """Open a recorded run, finished or still running.
 
@@ -224,6 +231,16 @@ def open_run(path: str | os.PathLike[str], rank: int = 0) -> Run:
     try:
         events, _ = read_events(directory / "events.jsonl")
         rows = ring.read()
-        return Run(directory, manifest, rows, ring.status(), events, ring.truncated)
+        return Run(directory, manifest, rows, ring.status(), events, ring.truncated, _read_samples(directory, manifest))
+    finally:
+        ring.close()
+
+
+def _read_samples(directory: Path, manifest: Manifest) -> Samples | None:
+    if manifest.samples is None:
+        return None
+    ring = RingReader(directory / "samples.ring", manifest.samples.ring)
+    try:
+        return Samples(manifest, manifest.samples, ring.read())
     finally:
         ring.close()

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
 from gradiometer.hooks import StepHooks, check_free, listener_of
 from gradiometer.layers import Parameters, collect_parameters
-from gradiometer.manifest import choose_run_id, describe
+from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
 from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout
 from gradiometer.policy.pipeline import build_pipeline
@@ -37,6 +37,7 @@ from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
 from gradiometer.telemetry import Telemetry
 from gradiometer.transfer import capturing
+from gradiometer.updates import Updates
 
 __all__ = ["Agent", "NonFiniteGradientError", "attach", "live_agents"]
 
@@ -66,6 +67,9 @@ def attach(
     parts: Parts | None = None,
     patience: float = 300.0,
     ring_bytes: int = RING_BYTES,
+    updates_every: int = 100,
+    cosine: bool = False,
+    data_parallel: int | None = None,
 ) -> Agent:
     """Attach to a model and the optimizer that trains it; the training loop stays as it is.
 
@@ -77,6 +81,11 @@ def attach(
     into its metrics. Several optimizers are taken to step one after another on the gradients of the same backward
     passes, so that norms and clipping span them all; pass ``together=False`` where each has a backward pass of its own
     (a GAN), and every optimizer's step is a row of its own. ``ring_bytes`` bounds the ring file.
+
+    ``updates_every`` says in which steps it is measured by how much they move the weights, 0 for none;
+    ``cosine`` adds, in the same steps, the cosine between the gradients and those of the step before.
+    ``data_parallel`` is the number of ranks whose gradients are averaged, which is found out under
+    DistributedDataParallel; say it where the model given is not the wrapped one.
 
     In a distributed job every rank of ``group`` (a process group; all ranks unless given) attaches, in the same order:
     the ranks settle one run id and one list of parameters, for which they wait ``patience`` seconds at most. Sharded
@@ -96,11 +105,14 @@ def attach(
         check_mode(backward)
         spec = None if policy is None else load_policy(policy)
         own = label_parts(collect_parameters(model, optimizers), parts)
-        chosen = choose_run_id(run_id)
+        chosen, sampling = choose_run_id(run_id), check_sampling(updates_every, cosine=cosine)
+        replicas = data_parallel_size(model, len(ranks), data_parallel)
     except Exception as error:
         ranks.excuse(error)
         raise
-    agreement = ranks.agree(own, run_id=chosen, chosen=run_id is not None, policy=spec and spec.to_dict())
+    agreement = ranks.agree(
+        own, run_id=chosen, chosen=run_id is not None, policy=spec and spec.to_dict(), sampling=sampling
+    )
     parameters, device = agreement.parameters, _home(own)
     layout = Layout(names=parameters.names, layers=parameters.layers, device=device)
     pipeline = None if spec is None else build_pipeline(spec, layout)
@@ -112,6 +124,9 @@ def attach(
         ring_bytes=ring_bytes,
         policy=spec,
         labels=labels,
+        data_parallel=replicas,
+        updates_every=updates_every,
+        cosine=cosine,
     )
     meter = Meter(device) if agreement.counted is None else SharedMeter(device, ranks.group, agreement)
     with contextlib.ExitStack() as undo:
@@ -119,13 +134,22 @@ def attach(
         recorder = Recorder(default_root(dir), manifest)
         undo.callback(recorder.close)
         telemetry = Telemetry(recorder, manifest, device)
-        watch = BackwardWatch(parameters, backward, telemetry.guard)
+        stepper.updates = _updates(parameters, meter, recorder, telemetry)
+        watch = BackwardWatch(parameters, backward, telemetry.guard, distributed=manifest.world_size > 1)
         undo.callback(watch.remove)
         stepper.own.listen(telemetry.guard)
         undo.callback(stepper.own.close)
         agent = Agent(stepper, telemetry, watch, optimizers)
         undo.pop_all()
     return agent
+
+
+def _updates(parameters: Parameters, meter: Meter, recorder: Recorder, telemetry: Telemetry) -> Updates | None:
+    """Make what samples the weights, if the run has a ring for it."""
+    info = telemetry.manifest.samples
+    if info is None or recorder.samples is None:
+        return None
+    return Updates(parameters.tensors, meter, info, recorder.samples, telemetry.guard)
 
 
 def _check_model(model: object) -> None:
@@ -238,6 +262,7 @@ class Agent:
     def flush(self) -> None:
         """Wait for the rows under way and write them."""
         self._telemetry.flush(self._watch.order)
+        self._write_updates(wait=True)
 
     def detach(self) -> None:
         """Write what is under way, remove every hook and restore model and optimizer exactly. Idempotent."""
@@ -250,6 +275,7 @@ class Agent:
         self._stepper.own.close()
         self._write_notices()
         self._stepper.restore_all()
+        self._write_updates(wait=True)
         self._telemetry.close(self._watch.order)
 
     def __enter__(self) -> Self:
@@ -278,7 +304,7 @@ class Agent:
         with self._telemetry.guard if self._stepper.pipeline is None else contextlib.nullcontext():
             taken = self._stepper.before_update(optimizer)
             if taken is not None:
-                self._telemetry.begin(taken, self._watch.take())
+                self._telemetry.begin(taken, self._watch)
             self._write_notices()
         self._spent += time.perf_counter() - began
 
@@ -289,6 +315,7 @@ class Agent:
         self._stepper.finished()
         with self._telemetry.guard:
             self._stepper.stepped(optimizer)
+        self._write_updates()
         if self._telemetry.pending:
             seconds = self._spent + self._stepper.own.spent + time.perf_counter() - began
             self._spent = self._stepper.own.spent = 0.0
@@ -302,6 +329,8 @@ class Agent:
 
     def step_failed(self, optimizer: Optimizer) -> None:
         """Put back what acting changed: the step raised."""
+        if self._telemetry.pending and self._stepper.updates is not None:
+            self._stepper.updates.drop()
         self._stepper.restore(optimizer)
         self._stepper.finished()
 
@@ -318,12 +347,19 @@ class Agent:
             logger.warning("gradiometer: %s", message)
             self._telemetry.notice("step_captured", message)
 
+    def _write_updates(self, *, wait: bool = False) -> None:
+        updates = self._stepper.updates
+        if updates is not None:
+            if not wait and not self._stepper.midway:  # where norms are added up over ranks, all of them finish
+                updates.finish()
+            updates.write(wait=wait)
+
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """Record a step that a GradScaler skipped before the optimizer saw it."""
         with self._telemetry.guard:
             taken = self._stepper.observe_skipped(optimizer)
             if taken is not None:
-                self._telemetry.begin(taken, self._watch.take())
+                self._telemetry.begin(taken, self._watch)
         self.after_step(optimizer)
 
 

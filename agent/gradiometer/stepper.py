@@ -24,6 +24,7 @@ from gradiometer.policy.spec import NonFiniteSpec, PolicySpec
 from gradiometer.rounds import Rounds, Watched
 from gradiometer.shards import gradients_of
 from gradiometer.transfer import bring
+from gradiometer.updates import Updates
 
 __all__ = ["NonFiniteGradientError", "Stepper", "Taken"]
 
@@ -78,6 +79,13 @@ class Stepper:
         self._states = pipeline.init() if pipeline else {}
         self._limit, self._guardian, self._excuse = _raise_limit(spec)
         self._undo: dict[int, Undo] = {}
+        self.updates: Updates | None = None
+        """Shown every step's gradients before they are changed; it raises nothing."""
+
+    @property
+    def midway(self) -> bool:
+        """Whether some optimizer has yet to step on the decision in force."""
+        return self._rounds.current is not None
 
     def before_update(self, optimizer: Optimizer) -> Taken | None:
         """Observe, decide and act for a step that is about to be taken.
@@ -108,7 +116,13 @@ class Stepper:
         index = self._rounds.index(optimizer)
         own = self.own.take([index])
         with torch.no_grad():
-            observation = observe(self._meter(gradients_of(self._rounds.watched[index])))
+            watched = self._rounds.watched[index]
+            if self.updates is not None:
+                self.updates.begin(self.step, index, watched)
+            gradients = gradients_of(watched)
+            observation = observe(self._meter(gradients))
+            if self.updates is not None:
+                self.updates.look(index, watched, gradients, observation.norms)
             if self.pipeline is not None:
                 _, self._states = self.pipeline.decide(self._states, observation, self.step)
         self._rounds.current = None
@@ -179,11 +193,17 @@ class Stepper:
         members = self._rounds.members(index)
         own = self.own.take(members, again=again)
         watched = self._rounds.union(members)
-        norms = self._meter(gradients_of(watched))
+        updates = None if again else self.updates
+        if updates is not None:
+            updates.begin(self.step, index, watched)
+        gradients = gradients_of(watched)
+        norms = self._meter(gradients)
         observation = observe(norms if scale is None else norms / bring(scale, norms.device))
         outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
+        if updates is not None:
+            updates.look(index, watched, gradients, observation.norms)
         clamped = self._act(index, members, watched, outcome, scale)
         if again:
             return None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.insight import NoiseAverage, Samples, microbatch_norms
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS, WINDOW_SECONDS
 from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows, own_clipping
 
@@ -30,7 +31,9 @@ LAYER_METRICS = (
     "gradiometer_layer_grad_norm_window_max",
     "gradiometer_layer_nonfinite_total",
 )
-"""Metrics of which each exported layer has one series."""
+"""Metrics of which each exported layer has one series, in every run."""
+SAMPLED_METRICS = ("gradiometer_layer_weight_norm", "gradiometer_layer_update_ratio")
+COSINE_METRIC = "gradiometer_layer_grad_cosine"
 _PRECLIP = STATS.index("grad_norm_preclip")
 
 
@@ -102,6 +105,14 @@ class LayerSummary:
         trainable = np.array([parameter.trainable for parameter in manifest.parameters], np.bool_)
         self.exported: Mask = np.logical_or.reduceat(trainable[self._order], self._starts)
         """Layers of which some parameter is trainable or ever had a gradient, bool[L]."""
+        self.metrics: tuple[str, ...] = LAYER_METRICS
+        """Metrics of which each exported layer of this run has one series."""
+        if manifest.samples is not None:
+            self.metrics += SAMPLED_METRICS
+            self.metrics += (COSINE_METRIC,) if "cosine" in manifest.samples.columns else ()
+        self._sampled = {name: np.full(count, np.nan) for name in self.metrics[len(LAYER_METRICS) :]}
+        self.cosine = float("nan")
+        """Cosine of the whole gradient and that of the step before, newest sample; NaN where it is not known."""
         self.last: Floats | None = None
         """Norms of the newest row, float64[L]; None before the first."""
         self.nonfinite: Integers = np.zeros(count, np.int64)
@@ -127,13 +138,22 @@ class LayerSummary:
         self._log_sum = self._log_sum * decay + weights @ np.log(norms, where=usable, out=np.zeros_like(norms))
         self._log_weight = self._log_weight * decay + weights @ usable
 
+    def sample(self, samples: Samples) -> None:
+        """Take in the newest sample, of which a layer that another optimizer holds need not be a part."""
+        part = samples.weight_norms[-1] > 0
+        newest = (samples.weight_norms[-1], samples.update_ratio[-1], samples.cosine[-1])
+        for known, values in zip(self._sampled.values(), newest, strict=False):
+            known[part] = values[part]
+        self.cosine = float(samples.total_cosine[-1])
+
     def columns(self) -> dict[str, tuple[Floats | Integers, Mask]]:
-        """Map each of :data:`LAYER_METRICS` to its values [L], and to whether they are known and exported, bool[L]."""
+        """Map each of :attr:`metrics` to its values [L], and to whether they are known and exported, bool[L]."""
         last, peak = self.last, self.window_max()
         shown = self.exported & (last is not None)
         values = (peak if last is None else last, peak, self.nonfinite)
         masks = (shown, self.exported & ~np.isnan(peak), self.exported)
-        return dict(zip(LAYER_METRICS, zip(values, masks, strict=True), strict=True))
+        sampled = {name: (known, self.exported & ~np.isnan(known)) for name, known in self._sampled.items()}
+        return dict(zip(LAYER_METRICS, zip(values, masks, strict=True), strict=True)) | sampled
 
     def window_max(self) -> Floats:
         """Largest norm of each layer in the window, float64[L]; NaN where there was none but NaN."""
@@ -171,6 +191,12 @@ class RunSummary:
         self.grad_norm = Histogram(GRAD_NORM_BUCKETS)
         self.step_seconds = Histogram(STEP_SECONDS_BUCKETS)
         self.layers = LayerSummary(manifest)
+        self.noise = NoiseAverage()
+        self.own_nonfinite: int | None = None
+        """Steps in which this rank's own gradients were not finite before the reduction; None if none was looked at."""
+        self.microbatch_norm = float("nan")
+        """Norm of this rank's own gradients in the newest step with armed hooks; NaN where there was none."""
+        self._replicas = manifest.replicas
         self._window = WindowMax(1)
         self._baseline = np.empty(0)
 
@@ -195,6 +221,18 @@ class RunSummary:
         self.own_clipping |= own_clipping(rows, status)
         self._update_scalars(rows, time_ns, norms)
         self.layers.update(time_ns, rows["parameters"][:, _PRECLIP, :])
+        self._update_own(rows)
+
+    def _update_own(self, rows: Rows) -> None:
+        """Take in what the rows say of this rank's own micro-batches."""
+        flags = rows["flags"]
+        if (flags & np.uint32(Flag.OWN_WATCHED)).any():
+            bad = int(np.count_nonzero(flags & np.uint32(Flag.OWN_NONFINITE)))
+            self.own_nonfinite = bad + (self.own_nonfinite or 0)
+        hooked = rows[(flags & np.uint32(Flag.HOOKED)) != 0]
+        if len(hooked):
+            self.noise.update(hooked, self._replicas)
+            self.microbatch_norm = float(microbatch_norms(hooked[-1:])[0])
 
     def _update_scalars(self, rows: Rows, time_ns: Integers, norms: Floats) -> None:
         self.grad_norm.observe(norms)

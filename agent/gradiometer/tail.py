@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gradiometer.insight import Samples, noise_scale
 from gradiometer.records import OWN_CLIPPING, Flag, RingReader, Rows, RunFormatError, State, read_manifest
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
@@ -44,11 +45,27 @@ class RankTail:
             )
         self.summary = RunSummary(self.manifest)
         self._ring = RingReader(path / "steps.ring", self.manifest.ring)
+        self._samples = self._open_samples()
         self.summary.status = status = self._ring.status()
         self.caught_up = False
         """Every row that was there when the ring was opened has been counted: no counter climbs through history."""
-        self._opened_at = int(status["head"])
+        self._opened_at, self._newest_sample = int(status["head"]), 0
         self._limit = max(1, POLL_BYTES // self.manifest.ring.dtype.itemsize)
+
+    def _open_samples(self) -> RingReader | None:
+        """Open the ring of samples; a run whose steps can be read is followed without it if need be."""
+        if self.manifest.samples is None:
+            return None
+        try:
+            return RingReader(self.path / "samples.ring", self.manifest.samples.ring)
+        except (OSError, RunFormatError):
+            return None
+
+    def _take_sample(self) -> None:
+        info, newest = self.manifest.samples, None if self._samples is None else self._samples.newest()
+        if info is not None and newest is not None and int(newest["begin"]) != self._newest_sample:
+            self._newest_sample = int(newest["begin"])
+            self.summary.layers.sample(Samples(self.manifest, info, newest.reshape(1)))
 
     def poll(self) -> bool:
         """Read the rows that came since the last poll; tell whether there are more than one poll may read."""
@@ -56,6 +73,7 @@ class RankTail:
         head = int(ring.status()["head"])
         first = max(summary.last_seen, head - self.manifest.ring.capacity)
         rows, status = ring.read(summary.last_seen, self._limit), ring.status()
+        self._take_sample()
         if not self.caught_up:
             self._pass_over_history(rows, int(status["head"]))
         # The row at `head` may be amended while it is read, and one after it would then leave a gap.
@@ -92,8 +110,10 @@ class RankTail:
         return self._ring.truncated
 
     def close(self) -> None:
-        """Close the ring. Idempotent."""
+        """Close the rings. Idempotent."""
         self._ring.close()
+        if self._samples is not None:
+            self._samples.close()
 
 
 def identity(path: Path) -> tuple[int, int]:
@@ -123,7 +143,7 @@ def frame(ranks: Sequence[RankTail], state: str) -> Frame:
     newest = [tail.newest() for tail in ranks]
     samples = [
         *_run_samples(ranks, state),
-        *_known(lead.run_id, _gauges(lead.summary, newest[0])),
+        *_known(lead.run_id, _gauges(ranks, newest[0])),
         *_loss_sample(lead, newest[0]),
         *_policy_samples(lead),
         *(sample for tail, row in zip(ranks, newest, strict=True) for sample in _rank_samples(tail, row)),
@@ -160,7 +180,10 @@ def _loss_sample(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:
         yield "gradiometer_loss", (tail.run_id,), loss
 
 
-def _gauges(summary: RunSummary, newest: np.void | None) -> Iterator[tuple[str, float]]:
+def _gauges(ranks: Sequence[RankTail], newest: np.void | None) -> Iterator[tuple[str, float]]:
+    summary = ranks[0].summary
+    yield "grad_noise_scale", noise_scale(tail.summary.noise for tail in ranks).scale
+    yield "grad_cosine", summary.layers.cosine
     yield "grad_norm_window_max", summary.grad_norm_window_max
     yield "grad_norm_baseline", summary.grad_norm_baseline
     if newest is not None:
@@ -197,3 +220,8 @@ def _rank_samples(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:
         labels = (tail.run_id, str(tail.rank))
         yield "gradiometer_grad_norm_last", labels, float(newest["grad_norm_preclip"])
         yield "gradiometer_last_step_timestamp_seconds", labels, int(newest["time_ns"]) / 1e9
+    own, norm = tail.summary.own_nonfinite, tail.summary.microbatch_norm
+    if own is not None:
+        yield "gradiometer_rank_nonfinite_total", (tail.run_id, str(tail.rank)), own
+    if not np.isnan(norm):
+        yield "gradiometer_rank_microbatch_norm_last", (tail.run_id, str(tail.rank)), norm

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradiometer import transfer
 from gradiometer._guard import Guard
-from gradiometer.backward import MICROBATCHES
+from gradiometer.backward import MICROBATCHES, BackwardWatch
 from gradiometer.journal import Journal, StepRecord
 from gradiometer.own_clipping import row_width
 from gradiometer.recorder import Recorder
@@ -24,7 +24,7 @@ from gradiometer.stepper import Taken
 
 __all__ = ["Telemetry"]
 
-FIXED_SCALARS = 8
+FIXED_SCALARS = 9
 CHECK_SECONDS = 1.0
 """How often the run directory is checked for having vanished."""
 
@@ -62,15 +62,18 @@ class Telemetry:
         with self.guard:
             self.recorder.event(kind, message)
 
-    def begin(self, taken: Taken, arrivals: list[tuple[int, Tensor]]) -> None:
-        """Send the row of a step on its way to the host."""
+    def begin(self, taken: Taken, watch: BackwardWatch) -> None:
+        """Send the row of a step on its way to the host, with what was seen of its backward passes."""
         if os.getpid() != self._pid:
             return  # a forked child must not write its parent's run
         with self.guard:
             if self._current is not None:
                 self._current.flags |= Flag.FAILED  # the step before raised in the optimizer
             self._current = record = self._record(taken)
-            pieces = self._pieces(taken, record, arrivals)
+            arrivals = watch.take()
+            if len(arrivals) >= MICROBATCHES * len(self.manifest.parameters):
+                record.passes = watch.passes
+            pieces = self._pieces(taken, record, arrivals, watch.own)
             row = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             if not self._transfer.send(row.to(torch.float32), record):
                 self.recorder.status.rows_dropped += 1
@@ -137,9 +140,13 @@ class Telemetry:
             step_seconds=seconds,
         )
 
-    def _pieces(self, taken: Taken, record: StepRecord, arrivals: list[tuple[int, Tensor]]) -> list[Tensor]:
+    def _pieces(
+        self, taken: Taken, record: StepRecord, arrivals: list[tuple[int, Tensor]], own: Tensor | None
+    ) -> list[Tensor]:
         """Return the parts of the row, and name them in the record."""
         scalars = _scalars(taken) | self._next
+        if own is not None:
+            scalars["own"] = own
         self._next = {}
         record.logged = {name for name in scalars if name == "loss" or name.startswith("log.")}
         tensors = {}

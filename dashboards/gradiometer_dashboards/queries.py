@@ -119,6 +119,16 @@ LAYERS_OVER_TIME = Query(
     legend="{{layer}}",
 )
 
+_LAYER_SQUARES = f"max by (layer) ({series('gradiometer_layer_grad_norm_last')}) ^ 2"
+LAYER_SHARES = Query(expr=f"topk(10, {_LAYER_SQUARES} / on () group_left () sum({_LAYER_SQUARES}))", legend="{{layer}}")
+UPDATE_RATIOS = Query(
+    expr=f"log10(clamp(max by (layer) ({series('gradiometer_layer_update_ratio')}), 1e-9, 1e9))", legend="{{layer}}"
+)
+NOISE_SCALE = Query(expr=f"max({series('gradiometer_grad_noise_scale')})", legend="noise scale")
+GRAD_COSINE = Query(expr=f"max({series('gradiometer_grad_cosine')})", legend="cosine")
+RANK_NONFINITE = Query(expr=f"max by (rank) ({increase('gradiometer_rank_nonfinite_total')})", legend="rank {{rank}}")
+RANK_NORMS = Query(expr=f"max by (rank) ({series('gradiometer_rank_microbatch_norm_last')})", legend="rank {{rank}}")
+
 AGENT_OVERHEAD = Query(expr=f"max by (instance) ({rate('gradiometer_agent_seconds_total')})", legend="{{instance}}")
 ROWS_DROPPED = Query(expr=f"sum({increase('gradiometer_rows_dropped_total')})", legend="rows")
 EVENTS_DROPPED = Query(expr=f"sum({increase('gradiometer_events_dropped_total')})", legend="events")

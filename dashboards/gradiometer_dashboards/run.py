@@ -25,7 +25,7 @@ def run() -> builders.Dashboard:
     board = board.description("Gradient norms, clipping and incidents of one training run, by step and by layer.")
     board = board.time("now-1h", "now").refresh("30s").tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
     board = board.variables(list(_variables())).annotations([]).links([_siblings()])
-    for heading, section in (_now(), _gradient(), _clipping(), _training(), _layers(), _instrument()):
+    for heading, section in (_now(), _gradient(), _clipping(), _training(), _layers(), _insight(), _instrument()):
         board = board.with_row(heading)
         for panel in section:
             board = board.with_panel(panel)
@@ -196,6 +196,72 @@ def _layers() -> Section:
     return panels.row(104, "Layers"), [
         panels.layer_map(over_time, queries.LAYERS_OVER_TIME),
         panels.ranking(largest, queries.LAYERS_TOP, label="layer", column="Norm"),
+    ]
+
+
+def _insight() -> Section:
+    return panels.row(106, "Insight"), [*_by_layer(), *_of_the_step()]
+
+
+def _by_layer() -> list[Builder[dashboard.Panel]]:
+    ratios = Card(
+        19,
+        "Update / weight by layer",
+        "none",
+        "Decimal logarithm of the norm of a step's update over that of the weights, in the newest sampled step. "
+        "About -3 is usual; a layer far above the others is about to be torn apart, one far below stands still.",
+        width=16,
+        height=10,
+    )
+    share = Card(
+        20,
+        "Share of the squared norm",
+        "percentunit",
+        "The ten layers with the largest share of the squared gradient norm of the newest step: "
+        "who decides what a global clip does.",
+        height=10,
+    )
+    return [
+        panels.layer_map(ratios, queries.UPDATE_RATIOS),
+        panels.graph(share, queries.LAYER_SHARES).min(0),
+    ]
+
+
+def _of_the_step() -> list[Builder[dashboard.Panel]]:
+    noise = Card(
+        21,
+        "Gradient noise scale",
+        "none",
+        "Micro-batches a step beyond which a larger batch hardly helps. Empty where a step has one micro-batch only.",
+        width=6,
+    )
+    cosine = Card(
+        22,
+        "Cosine to the step before",
+        "none",
+        "Likeness of successive gradients: near -1 the steps undo each other, as with too large a learning rate. "
+        "Measured where the job asked for it.",
+        width=6,
+    )
+    bad = Card(
+        23,
+        "Bad batches by rank",
+        "short",
+        "Steps in which a rank's own gradients, before they were averaged with the others', held NaN or Inf.",
+        width=6,
+    )
+    own = Card(
+        24,
+        "Own gradients by rank",
+        "none",
+        "Norm of each rank's own gradients, before they were averaged, in the newest step with armed backward hooks.",
+        width=6,
+    )
+    return [
+        panels.log_graph(noise, queries.NOISE_SCALE),
+        panels.graph(cosine, queries.GRAD_COSINE).min(-1).max(1),
+        panels.bars(bad, queries.RANK_NONFINITE),
+        panels.log_graph(own, queries.RANK_NORMS),
     ]
 
 

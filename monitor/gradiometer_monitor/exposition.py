@@ -165,7 +165,7 @@ class _LayerLines:
         Otherwise those come first that were non-finite most often, and among equals those whose window maximum is
         furthest above their usual norm.
         """
-        places = max(0, self._budget - taken) // len(LAYER_METRICS)
+        places = max(0, self._budget - taken) // len(layers.metrics)
         exported = layers.exported
         if np.count_nonzero(exported) <= places:
             self._chosen = exported.copy()
@@ -174,7 +174,7 @@ class _LayerLines:
         best = np.lexsort((-anomaly, -layers.nonfinite, ~exported))[:places]
         self._chosen = np.zeros(len(exported), np.bool_)
         self._chosen[best] = True
-        self.dropped += len(LAYER_METRICS) * int(np.count_nonzero(exported & ~self._chosen))
+        self.dropped += len(layers.metrics) * int(np.count_nonzero(exported & ~self._chosen))
 
     def render(self, layers: LayerSummary) -> Iterable[tuple[str, str]]:
         """Yield the name and the lines of each metric that has any."""
