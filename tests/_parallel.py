@@ -31,7 +31,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 import gradiometer
-from gradiometer import ranks
 from tests._ranks import (
     BATCH,
     FEATURES,
@@ -122,6 +121,19 @@ def fsdp2_bf16(rank: int, world: int) -> dict[str, Any]:
     with attach(model, optimizer) as agent:
         train(agent, model, optimizer, lambda step: mine(step, rank, world).bfloat16(), norms=norms)
     return {"norms": norms}
+
+
+def fsdp2_own_clip(rank: int, world: int) -> dict[str, Any]:
+    """The loop clips by itself, as loops do, and the agent looks on."""
+    model = sharded(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer, policy=None):
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            backward(loss_of(model(mine(step, rank, world))))
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    return {}
 
 
 def hsdp(rank: int, world: int) -> dict[str, Any]:
@@ -402,10 +414,13 @@ def bad_arguments_on_one_rank(rank: int, world: int) -> dict[str, Any]:
 
 
 def one_stays_away(rank: int, world: int) -> dict[str, Any]:
-    """Only rank 0 attaches, as some loops do with their loggers."""
-    ranks.PATIENCE_SECONDS = 2.0
-    model = build_model()
-    return {"error": refused(model, sgd(model)) if rank == 0 else "none"}
+    """Only one rank attaches, as some loops do with their loggers; then the other; then both."""
+    model, said = build_model(), "none"
+    for who in range(world):
+        if who == rank:
+            said = refused(model, sgd(model), patience=1.0)
+        dist.barrier()
+    return {"error": said, "then": refused(model, sgd(model))}
 
 
 def other_policies(rank: int, world: int) -> dict[str, Any]:
@@ -433,6 +448,7 @@ CASES: dict[str, Case] = {
         fsdp2_offload,
         fsdp2_accumulate,
         fsdp2_bf16,
+        fsdp2_own_clip,
         hsdp,
         tp,
         tp_sequence,

@@ -156,6 +156,14 @@ def test_a_fused_optimizer_on_shards(two: Ranks) -> None:
         check_run(run.path, wanted, 0.5)
 
 
+def test_own_clipping_of_shards(two: Ranks) -> None:
+    """Where the loop itself clips sharded gradients, the norms before it are those of one process."""
+    wanted = one_process(cases.build_model(), globally)
+    for run in two.runs("fsdp2_own_clip"):
+        check_run(run.path, wanted, 0.5)
+        assert [event["kind"] for event in run.events].count("own_clipping") == 1
+
+
 def test_mixed_precision(two: Ranks) -> None:
     """Under bfloat16 compute the norms are those of the gradients that torch puts together from the shards."""
     for run, result in zip(two.runs("fsdp2_bf16"), two.results("fsdp2_bf16"), strict=True):
@@ -300,12 +308,13 @@ def test_what_does_not_go_together_is_refused_on_every_rank(two: Ranks) -> None:
     said = {
         "other_values": ["ValueError: parameter '0.weight' has other values on rank 1 than on rank 0"] * 2,
         "other_policies": ["ValueError: ranks 0 and 1 were given different policies"] * 2,
-        "one_stays_away": ["RuntimeError: rank 1 could not attach, so no rank does: it has not called", "none"],
+        "one_stays_away": [f"AbsentError: rank {rank} did not call attach() within 1 s" for rank in (1, 0)],
         "bad_arguments_on_one_rank": ["RuntimeError: rank 1 could not attach", "PolicyError: policy: pipeline[0]"],
     }
     for case, beginnings in said.items():
         for result, beginning in zip(two.results(case), beginnings, strict=True):
             assert result["error"].startswith(beginning)
+    assert [result["then"] for result in two.results("one_stays_away")] == ["none", "none"], "a failure passes"
     assert "parts='stage1'" in two.results("other_values")[0]["error"]
 
 

@@ -17,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradiometer import NonFiniteGradientError, open_run
 from gradiometer.transfer import SLOTS
-from tests._training import attach, backward, hand_norms, loss_of, small_model, train
+from tests._training import attach, backward, batch, hand_norms, loss_of, small_model, train
 
 READS = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "unique", "_unique2", "unique_dim",
@@ -166,6 +167,36 @@ def test_sampling_reads_nothing_from_the_device(tmp_path: Path, bad: bool) -> No
     samples = open_run(agent.path).samples
     assert samples is not None
     assert samples.steps.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_read_of_a_loop_that_clips(tmp_path: Path, bad: bool, dtype: torch.dtype) -> None:
+    """Following the loop's own clipping asks the device for nothing, and a bad step's culprit is found all the same."""
+    model = small_model().to(dtype)
+    optimizer = sgd(model)
+    wanted = []
+    with attach(tmp_path, model, optimizer, backward="off") as agent:
+        Event.fired = False
+        for step in range(1 if bad else 4):
+            optimizer.zero_grad()
+            backward(model(batch(step).to(dtype)).square().sum())
+            gradient = model.get_parameter("2.weight").grad
+            assert gradient is not None
+            gradient[0, 0] = math.nan if bad else 1.0
+            wanted.append(hand_norms(model))
+            with Watch() as watch, no_python_reads() as python:
+                clip_grad_norm_(model[0].parameters(), 1.0)
+                clip_grad_norm_(model.parameters(), 0.5)
+                clip_grad_value_(model.parameters(), 0.1)
+                optimizer.step()
+            assert (watch.reads, python) == ([], [])
+            agent.log(loss=torch.ones(()))
+    run = open_run(agent.path)
+    np.testing.assert_allclose(run.parameter_norms, wanted, rtol=1e-6 if dtype is torch.float32 else 5e-3)
+    assert run.first_nonfinite == ["2.weight" if bad else None] * len(wanted)
+    assert run.loss.tolist() == [1.0] * len(wanted)
+    assert run.own_clipping["clip_grad_norm_"].all()
 
 
 @pytest.mark.parametrize("policy", [None, CLIP, [{"value": {"max_abs": 0.1}}], NONFINITE])

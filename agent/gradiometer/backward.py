@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from gradiometer import transfer
 from gradiometer._guard import Guard
 from gradiometer.layers import Parameters
 from gradiometer.norms import tensor_norm
@@ -158,6 +159,8 @@ class BackwardWatch:
     def record(self, index: int, gradient: Tensor) -> None:
         """Note the arrival of one gradient; never raises into the backward pass."""
         with self._guard:
+            if transfer.capturing():
+                return
             if len(self._arrivals) < self._limit:
                 self._arrivals.append((index, tensor_norm(gradient.detach())))
 

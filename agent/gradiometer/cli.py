@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from gradiometer.launch import launch, make_settings
 from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
 from gradiometer.recorder import RunInUseError, check_run_id
 from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs, installed_version
@@ -110,6 +111,35 @@ def demo(
         raise typer.Exit(run_demo(settings, Console()))
     except DemoError as error:
         raise UsageError(str(error)) from error
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[
+        list[str] | None, typer.Argument(help="The program and its arguments, after '--': python train.py --epochs 3")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Policy file to clip by; gradients are only measured without one.")
+    ] = None,
+    directory: Dir = None,
+    run_id: Annotated[str | None, typer.Option(help="Name of the run; made from the clock unless given.")] = None,
+    backward: Annotated[Literal["auto", "every", "off"], typer.Option(help="When backward hooks are armed.")] = "auto",
+    label: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, exported with the run; may be repeated.")] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Tell on stderr which run each process writes. Without it, only the run id is told, at the start, and "
+            "only if stderr is a terminal.",
+        ),
+    ] = False,
+) -> None:
+    """Run a training program as it is, and measure every model that it trains."""
+    settings = make_settings(
+        policy=policy, root=directory, run_id=run_id, backward=backward, labels=label or [], verbose=verbose
+    )
+    launch(command or [], settings)
 
 
 def _add_monitor() -> None:

@@ -17,7 +17,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["StepHooks", "StepListener", "check_free", "current_scaler"]
+from gradiometer import transfer
+
+__all__ = ["StepHooks", "StepListener", "attached_optimizers", "check_free", "current_scaler", "listener_of"]
 
 
 class StepListener(Protocol):
@@ -35,6 +37,9 @@ class StepListener(Protocol):
     def step_failed(self, optimizer: Optimizer) -> None:
         """The step raised: put back what was changed on the optimizer. Safe to call at any time."""
 
+    def captured(self, optimizer: Optimizer) -> None:
+        """The step is being captured into a CUDA graph, of whose replays nothing will be told."""
+
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """A GradScaler found Inf or NaN and did not call the optimizer."""
 
@@ -49,6 +54,17 @@ _scaler_steps: list[tuple[Any, Any]] = []
 def _hooks_of(optimizer: Optimizer) -> StepHooks | None:
     found = _attached.get(optimizer)
     return None if found is None else found()
+
+
+def listener_of(optimizer: Optimizer) -> StepListener | None:
+    """Return the agent that is attached to an optimizer, if any."""
+    hooks = _hooks_of(optimizer)
+    return None if hooks is None else hooks.listener
+
+
+def attached_optimizers() -> list[Optimizer]:
+    """Return the optimizers that have an agent."""
+    return [optimizer for optimizer, hooks in list(_attached.items()) if hooks() is not None]
 
 
 def current_scaler() -> GradScaler | None:
@@ -87,6 +103,9 @@ class StepHooks:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls += 1
+        if transfer.capturing():
+            self.listener.captured(optimizer)
+            return None
         if self.listener.within_step(optimizer):
             return None
         self.listener.step_failed(optimizer)  # what a step that raised has left behind
@@ -110,7 +129,8 @@ class StepHooks:
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del args, kwargs
-        self.listener.after_step(optimizer)
+        if not transfer.capturing():
+            self.listener.after_step(optimizer)
 
     def remove(self) -> None:
         """Remove every hook, leaving no trace. Idempotent."""

@@ -6,6 +6,7 @@ is two events, its first step and its end, however long it lasts.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -14,11 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.clip_calls import ClipCall, Undone, undo
 from gradiometer.recorder import Recorder, RowHeader
-from gradiometer.records import POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
+from gradiometer.records import OWN_CLIPPING, PIPELINE_SLOTS, SCALAR_SLOTS, Flag, Manifest
 
 __all__ = ["Journal", "StepRecord", "first_nonfinite"]
 
+logger = logging.getLogger(__name__)
 Norms = npt.NDArray[np.float32]
 NAN = math.nan
 # Plain integers: the operators of an IntFlag cost a microsecond each.
@@ -50,6 +53,8 @@ class StepRecord:
     passes: int = 0
     """Backward passes of the step where more arrived than are kept, else 0."""
     logged: set[str] = field(default_factory=set)
+    own: tuple[ClipCall, ...] = ()
+    """What the loop's own clipping did before; the norms it measured come last."""
 
 
 class Journal:
@@ -62,6 +67,7 @@ class Journal:
         self._refused = False
         self._episode: int | None = None
         self._order_known = False
+        self._misuses: set[str] = set()
 
     def write(self, record: StepRecord, scalars: Mapping[str, float], values: Norms, order: tuple[int, ...]) -> bool:
         """Write one step; ``values`` is the row as it travelled, ``scalars`` those of it and of the host by name.
@@ -72,8 +78,15 @@ class Journal:
         if record.late:
             late = values[-len(record.late) :].tolist()
             scalars = {**scalars, **dict(zip(record.late, late, strict=True))}
-        pre, post, micro = self._split(record, values, scalars)
-        header = self._header(record, scalars, pre, micro, order)
+            values = values[: -len(record.late)]
+        seen, post, micro = self._split(record, values, scalars)
+        pre, own = seen, None
+        if record.own:
+            own = undo(record.own, seen, scalars, values)
+            pre = own.norms
+            self._report_misuse(record, own)
+        bad = not math.isfinite(scalars["total"]) and not bool(np.isfinite(seen).all())
+        header = self._header(record, scalars, pre, micro, order, own, bad=bad)
         stats = self._recorder.stats
         stats[0], stats[1] = pre, post
         stats[2] = self._microbatch_norms(record, micro) if record.arrivals else -0.0
@@ -114,12 +127,15 @@ class Journal:
         pre: Norms,
         micro: Norms,
         order: tuple[int, ...],
+        own: Undone | None,
+        *,
+        bad: bool,
     ) -> RowHeader:
         skipped = scalars.get("skip", 0.0) > 0
-        before = scalars["total"]
-        after = 0.0 if skipped else scalars.get("total_after", before * scalars.get("coefficient", 1.0))
-        bad = not math.isfinite(before) and not bool(np.isfinite(pre).all())
-        clipped = self._fill_policies(scalars, bad=bad, skipped=skipped)
+        seen = scalars["total"]
+        after = 0.0 if skipped else scalars.get("total_after", seen * scalars.get("coefficient", 1.0))
+        clipped = self._fill_policies(scalars, bad=bad, skipped=skipped) | self._fill_own(own)
+        before, bad = (seen, bad) if own is None else (own.total, bad or own.nonfinite)
         zeroed = bad and math.isfinite(after) and not skipped
         flags = record.flags | NONFINITE * bad | SKIPPED * skipped | CLIPPED * bool(clipped)
         flags |= HOOKED * bool(record.arrivals) | ZEROED * zeroed | LOSS * ("loss" in scalars)
@@ -134,7 +150,7 @@ class Journal:
             first_nonfinite=first_nonfinite(pre, record.arrivals, micro, order) if bad else -1,
             grad_norm_preclip=before,
             grad_norm_postclip=after,
-            coefficient=_coefficient(scalars, before, after, skipped=skipped),
+            coefficient=_coefficient(scalars if own is None else {}, before, after, skipped=skipped),
             learning_rate=scalars.get("learning_rate", NAN),
             loss=scalars.get("loss", NAN),
             loss_scale=scalars.get("loss_scale", NAN),
@@ -155,12 +171,28 @@ class Journal:
         A stage without a threshold was not asked, for a GradScaler had decided.
         """
         columns, clipped = self._recorder.policies, 0
-        for slot in range(min(len(self._policies), POLICY_SLOTS)):
+        for slot in range(min(len(self._policies), PIPELINE_SLOTS)):
             own, threshold = scalars.get(f"strength{slot}"), scalars.get(f"threshold{slot}", NAN)
             strength = (0.0 if bad and not math.isnan(threshold) else 1.0) if own is None else 1.0 if skipped else own
             columns[:, slot] = threshold, strength
             clipped |= (strength < 1.0) << slot
         return clipped
+
+    def _fill_own(self, own: Undone | None) -> int:
+        """Fill the columns of torch's own functions and return the mask of those that changed the gradients."""
+        clipped = 0
+        for slot in OWN_CLIPPING.values():
+            threshold, strength = (NAN, NAN) if own is None else own.columns.get(slot, (NAN, NAN))
+            self._recorder.policies[:, slot] = threshold, strength
+            clipped |= (strength < 1.0) << slot
+        return clipped
+
+    def _report_misuse(self, record: StepRecord, own: Undone) -> None:
+        for misuse, message in own.misuses.items():
+            if misuse not in self._misuses:
+                self._misuses.add(misuse)
+                logger.warning("gradiometer: %s", message)
+                self._recorder.event("clip_misuse", message, step=record.step)
 
     def _fill_scalars(self, scalars: Mapping[str, float]) -> None:
         logged = {key.removeprefix("log."): value for key, value in scalars.items() if key.startswith("log.")}

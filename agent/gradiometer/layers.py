@@ -18,7 +18,7 @@ __all__ = ["Parameters", "collect_parameters", "layer_of"]
 
 ROOT_LAYER = "(root)"
 """Layer of parameters that belong to the model itself and to no submodule."""
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)")
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)(?=\.)")
 _RECURRENT = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)_(l\d+)(?:_reverse)?")
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gradiometer.insight import COSINE_SAMPLES, SAMPLES
+from gradiometer.labels import check_labels
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.recorder import check_run_id
 from gradiometer.records import (
-    COSINE_SAMPLES,
     FORMAT_VERSION,
-    SAMPLES,
     Manifest,
     RingGeometry,
     SampleInfo,
@@ -31,7 +31,6 @@ from gradiometer.records import (
 )
 
 __all__ = [
-    "check_labels",
     "check_sampling",
     "choose_run_id",
     "data_parallel_size",
@@ -42,7 +41,6 @@ __all__ = [
 ]
 
 MAX_ROWS, MIN_ROWS, MIN_SAMPLES = 100_000, 256, 64
-MAX_LABELS, MAX_LABEL_LENGTH = 16, 128
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -112,25 +110,6 @@ def data_parallel_size(model: nn.Module, members: int, given: int | None) -> int
             size: int = module.process_group.size()
             return size
     return 1 if members == 1 else None
-
-
-def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the labels as strings; raises ValueError for a name or a number of them that metrics cannot carry."""
-    if not isinstance(labels, Mapping | None):
-        raise TypeError(f"labels is a {type(labels).__name__}, expected a mapping of names to strings")
-    labels = dict(labels or {})
-    if len(labels) > MAX_LABELS:
-        raise ValueError(f"labels has {len(labels)} entries, expected at most {MAX_LABELS}")
-    for name, value in labels.items():
-        if not isinstance(name, str) or not (name.isascii() and name.isidentifier()) or name.startswith("__"):
-            raise ValueError(
-                f"label name {name!r}: expected letters, digits and '_', not starting with a digit or '__'"
-            )
-        if not isinstance(value, str) or len(value) > MAX_LABEL_LENGTH:
-            raise ValueError(
-                f"label {name} is {value!r:.40}, expected a string of at most {MAX_LABEL_LENGTH} characters"
-            )
-    return labels
 
 
 def describe(

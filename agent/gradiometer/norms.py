@@ -50,7 +50,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._signature: list[torch.dtype | None] = []
         self._buckets: list[list[int]] = []
         self._large: list[int] = []
@@ -69,11 +69,6 @@ class Meter:
         except NotImplementedError:  # a gradient turned sparse since the plan was made
             self._plan(gradients, signature)
             return self._measure(gradients)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the norms are."""
-        return self._device
 
     def add(self, values: Tensor) -> Tensor:
         """Return the sums [K, P] of what all who measure together have of each parameter; here those are ``values``."""
@@ -99,7 +94,7 @@ class Meter:
         self._heads = [bucket[0] for bucket in self._buckets] + self._large[:1] + self._single
         wide = {torch.float64, torch.complex128}
         self.dtype = torch.float64 if wide.intersection(signature) else torch.float32
-        self._absent = torch.full((), -0.0, dtype=self.dtype, device=self._device)  # a fill: no copy to wait for
+        self._absent = torch.full((), -0.0, dtype=self.dtype, device=self.device)  # a fill: no copy to wait for
 
     def _measure(self, gradients: Sequence[Tensor | None]) -> Tensor:
         norms = [self._absent] * len(gradients)
@@ -112,8 +107,8 @@ class Meter:
             gradient = gradients[index]
             assert gradient is not None
             norms[index] = tensor_norm(gradient, self.dtype)
-        if any(norms[index].device != self._device for index in self._heads):
-            norms = [bring(norm, self._device) for norm in norms]
+        if any(norms[index].device != self.device for index in self._heads):
+            norms = [bring(norm, self.device) for norm in norms]
         return torch.stack(norms)
 
 

@@ -12,10 +12,9 @@ but negative zeros is negative zero again.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -27,18 +26,15 @@ from gradiometer.layers import Parameters, layer_of
 from gradiometer.norms import Meter
 from gradiometer.policy.select import compile_pattern
 from gradiometer.records import ParameterInfo
+from gradiometer.rendezvous import job_store, meet
 from gradiometer.transfer import bring
 
 __all__ = ["Agreement", "Group", "Parts", "Ranks", "SharedMeter", "label_parts"]
 
 Group = Any  # torch.distributed.ProcessGroup, which is not there in every build of torch
 Parts = str | Mapping[str, str]
-PATIENCE_SECONDS = 300.0
-"""How long ranks wait for each other at attach."""
 SAMPLES, ALIKE = 16, 1e-2
 """Elements of a parameter that are compared between ranks, and how far those of copies may lie apart."""
-_meetings: dict[tuple[int, ...], Iterator[int]] = {}
-"""Numbers the meetings of each group, which its ranks hold in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +77,13 @@ class _Entry:
 class Ranks:
     """The processes that train one model together: a process group, or this process alone."""
 
-    def __init__(self, group: Group | None = None) -> None:
-        """Take ``group``, else all ranks. Raises ValueError if this process is not in the group."""
+    def __init__(self, group: Group | None = None, patience: float = 300.0) -> None:
+        """Take ``group``, else all ranks, who wait ``patience`` seconds for each other.
+
+        Raises ValueError if this process is not in the group.
+        """
         distributed, self.group, self._members = torch.distributed, None, [0]
+        self._patience = timedelta(seconds=patience)
         if distributed.is_available() and distributed.is_initialized():
             self.group = distributed.group.WORLD if group is None else group
             self._own = distributed.get_rank()
@@ -107,8 +107,8 @@ class Ranks:
         """Settle one run id and one list of parameters. Every rank must call it, and waits for the others.
 
         ``chosen`` tells that the run id is the user's and not of the clock; ``sampling`` says in which steps there is
-        one more all-reduce, if norms are added up at all. Raises RuntimeError if another rank failed or has not come
-        after 5 minutes, ValueError if run ids, policies, parameters or settings of the ranks do not go together.
+        one more all-reduce, if norms are added up at all. Raises RuntimeError if another rank failed or did not come in
+        time, ValueError if run ids, policies, parameters or settings of the ranks do not go together.
         """
         if len(self) == 1:
             return Agreement(run_id=run_id, parameters=parameters, counted=None)
@@ -134,29 +134,11 @@ class Ranks:
         return Agreement(run_id=str(said[0].run_id), parameters=merged, counted=counted)
 
     def _meet(self, mine: _Message) -> list[_Message]:
-        """Exchange messages through the job's store, which knows a timeout of its own: not every rank may come."""
-        store = _store()
+        store = job_store()
         if store is None:
             return self._gather(mine)
-        first, *others = self._members
-        patience = timedelta(seconds=PATIENCE_SECONDS)
-        numbers = _meetings.setdefault(tuple(self._members), itertools.count())
-        house = f"gradiometer/{_digest(self._members)}"
-        room = f"{house}/{next(numbers)}"
-        if self._own == first:
-            said = [mine.to_json(), *(_listen(store, f"{room}/{rank}", patience) for rank in others)]
-            distinct = list(dict.fromkeys(said))  # a thousand ranks mostly say the same
-            store.set(f"{room}/all", json.dumps([distinct, [distinct.index(message) for message in said]]))
-        while self._own != first and store.check([f"{room}/all"]):  # they gave up on this rank: meet them at the next
-            room = f"{house}/{next(numbers)}"
-        if self._own != first:
-            store.set(f"{room}/{self._own}", mine.to_json())
-            try:
-                store.wait([f"{room}/all"], patience + timedelta(seconds=10))
-            except torch.distributed.DistError as error:
-                raise RuntimeError(f"rank {first} {_absent(patience)}") from error
-        distinct, indices = json.loads(store.get(f"{room}/all"))
-        return [_Message(**json.loads(distinct[index])) for index in indices]
+        said = meet(store, self._members, self._own, mine.to_json(), self._patience)
+        return [_Message(**json.loads(message)) for message in said]
 
     def _gather(self, mine: Any) -> list[Any]:
         gathered: list[Any] = [None] * len(self)
@@ -219,28 +201,6 @@ class Ranks:
             holding is not None and holding.copy == copy for holding, copy in zip(merged.holdings, first, strict=True)
         ]
         return merged, counted
-
-
-def _store() -> Any:
-    """Return the key-value store through which the ranks of this job found each other, if this torch tells."""
-    find = getattr(torch.distributed.distributed_c10d, "_get_default_store", None)
-    return None if find is None else find()
-
-
-def _absent(patience: timedelta) -> str:
-    return (
-        f"has not called attach() within {patience.total_seconds():g} s: every rank of the group must, "
-        "or pass another group="
-    )
-
-
-def _listen(store: Any, key: str, patience: timedelta) -> str:
-    try:
-        store.wait([key], patience)
-    except torch.distributed.DistError:
-        return _Message(failure=f"it {_absent(patience)}").to_json()
-    message: bytes = store.get(key)
-    return message.decode()
 
 
 def label_parts(parameters: Parameters, parts: Parts | None) -> Parameters:
@@ -352,7 +312,7 @@ class SharedMeter(Meter):
         try:
             own = super().__call__(gradients).double()
         except Exception:
-            self._sum(torch.full((len(gradients),), math.nan, dtype=torch.float64, device=self._device))
+            self._sum(torch.full((len(gradients),), math.nan, dtype=torch.float64, device=self.device))
             raise
         squares = torch.copysign(own.square(), own)
         # A copy that is not counted still speaks up when it is not finite.
@@ -373,7 +333,7 @@ class SharedMeter(Meter):
     def _sum(self, squares: Tensor) -> Tensor:
         wire = squares.to(self._wire)
         torch.distributed.all_reduce(wire, group=self._group)
-        return bring(wire, self._device)
+        return bring(wire, self.device)
 
 
 def _wire(group: Group, device: torch.device) -> torch.device:

@@ -49,6 +49,7 @@ __all__ = [
     "find_ranks",
     "find_runs",
     "installed_version",
+    "own_clipping",
     "pid_namespace",
     "process_alive",
     "read_events",
@@ -59,18 +60,17 @@ FORMAT_VERSION = 1
 MAGIC = b"GRADRING"
 HEADER_BYTES = 4096
 POLICY_SLOTS = 16
-"""Policies a pipeline may hold: each has a bit in ``clipped`` and a place in the policy columns."""
+"""Places in the policy columns, and bits in ``clipped``: the pipeline's policies, then the loop's own clipping."""
+CLIP_GRAD_NORM, CLIP_GRAD_VALUE = "clip_grad_norm_", "clip_grad_value_"
+OWN_CLIPPING = {CLIP_GRAD_NORM: POLICY_SLOTS - 2, CLIP_GRAD_VALUE: POLICY_SLOTS - 1}
+"""Slots of torch's own functions, by their names; used where the loop has called them."""
+PIPELINE_SLOTS = POLICY_SLOTS - len(OWN_CLIPPING)
+"""Policies a pipeline may hold."""
 SCALAR_SLOTS = 16
 """Scalars beside the loss that ``Agent.log`` may name in one run."""
 STATS = ("grad_norm_preclip", "grad_norm_postclip", "microbatch_norm")
 """Columns kept per parameter. ``microbatch_norm`` is the root mean square over the step's micro-batches, before any
 reduction between ranks; it is negative zero in steps whose backward hooks were not armed."""
-SAMPLES = ("weight_norm", "update_norm")
-"""Columns of ``samples.ring``, estimated for the whole parameter where only some of its elements were read:
-weights before the step, and by how much it changed them."""
-COSINE_SAMPLES = ("grad_norm", "grad_norm_before", "cosine")
-"""Columns that follow where the cosine is on: the gradient's norm before the policies in this step and in the step
-before, and the cosine between the two, NaN where either is missing or not finite."""
 MANIFEST_BYTES = 64 * 2**20
 """A manifest is refused beyond this: it is read at once. A parameter takes some 150 bytes."""
 CHECKSUM_FACTOR = 0x9E3779B97F4A7C15
@@ -88,7 +88,7 @@ class Flag(IntFlag):
 
     NONFINITE = 1  # some gradient held NaN or Inf
     SKIPPED = 2  # the optimizer did not move the parameters
-    CLIPPED = 4  # some policy changed the gradients
+    CLIPPED = 4  # some policy, or the loop itself, clipped the gradients
     ZEROED = 8  # non-finite gradients were replaced by zeros
     SCALER = 16  # a GradScaler skipped the step before the optimizer saw it
     HOOKED = 32  # backward hooks were armed: microbatch_norm is there
@@ -201,7 +201,7 @@ STATUS = np.dtype(
 
 
 class SampleInfo(BaseModel):
-    """What ``samples.ring`` holds, and how often: a row in every ``every`` steps of each optimizer."""
+    """What ``samples.ring`` holds: a row in every ``every`` steps of each optimizer."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     every: Annotated[int, Field(ge=1)]
@@ -233,18 +233,12 @@ class Manifest(BaseModel):
     parameters: tuple[ParameterInfo, ...]
     ring: RingGeometry
     policy: dict[str, Any] | None = None
-    policies: Annotated[tuple[str, ...], Field(max_length=POLICY_SLOTS)] = ()
+    policies: Annotated[tuple[str, ...], Field(max_length=PIPELINE_SLOTS)] = ()
     """Names of the pipeline's policies, in the order of the policy columns."""
     labels: dict[str, str] = {}
     data_parallel: Annotated[int, Field(ge=1)] | None = None
     """Number of ranks whose gradients are averaged, each of a batch of its own; None where that is not known."""
     samples: SampleInfo | None = None
-    """What is measured every so many steps only; None where nothing is."""
-
-    @property
-    def replicas(self) -> int | None:
-        """:attr:`data_parallel`, and 1 for a process that trains by itself."""
-        return 1 if self.world_size == 1 and self.data_parallel is None else self.data_parallel
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -338,6 +332,12 @@ def checksum(words: Word) -> Word:
     """
     mixed: Word = words[..., 2:-1].sum(axis=-1, dtype=np.uint64) + words[..., 0] * np.uint64(CHECKSUM_FACTOR)
     return mixed
+
+
+def own_clipping(rows: Rows, status: np.void) -> set[str]:
+    """Return which of torch's own clipping functions the loop has called, as far as rows and counters tell."""
+    thresholds, events = rows["policy_threshold"], status["clip_events"]
+    return {name for name, slot in OWN_CLIPPING.items() if events[slot] or (thresholds[:, slot] > 0).any()}
 
 
 def _open_file(path: Path) -> FileIO:

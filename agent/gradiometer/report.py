@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradiometer.insight import Episode, bad_episodes, rank_ratios
-from gradiometer.records import State, process_alive
+from gradiometer.records import OWN_CLIPPING, State, process_alive
 from gradiometer.run import Run
 
 __all__ = ["draw", "layer_table", "run_state", "summarize"]
@@ -51,7 +51,8 @@ def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
         "steps_in_ring": len(run),
         "parameters": len(run.parameters),
         "policy": manifest.policy,
-        "clip_events": dict(zip(manifest.policies, run.status["clip_events"].tolist(), strict=False)),
+        "clip_events": dict(zip(manifest.policies, run.status["clip_events"].tolist(), strict=False))
+        | {name: int(run.status["clip_events"][OWN_CLIPPING[name]]) for name in run.own_clipping},
         "nonfinite_steps": int(run.status["nonfinite_steps"]),
         "skipped_steps": int(run.status["skipped_steps"]),
         "rows_dropped": int(run.status["rows_dropped"]),

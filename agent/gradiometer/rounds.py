@@ -129,6 +129,10 @@ class Rounds:
         logger.warning("gradiometer: %s", message)
         return message
 
+    def still_scaled(self, index: int, scaler: GradScaler) -> bool:
+        """Tell whether the scaler has yet to divide the loss scale out of the optimizer's gradients."""
+        return _stage(scaler, self.optimizers[index]) is OptState.READY
+
     def members(self, index: int) -> list[int]:
         """Return the optimizers of the round that ``index`` opens: those whose turn a GradScaler has not ended."""
         if not self.together:

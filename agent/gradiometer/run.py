@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gradiometer.insight import NoiseScale, Samples, average_noise, compose, shares
-from gradiometer.records import STATS, Flag, Manifest, RingReader, Rows, read_events, read_manifest
+from gradiometer.insight import NoiseScale, Samples, average_noise, compose, replicas, shares
+from gradiometer.records import (
+    OWN_CLIPPING,
+    STATS,
+    Flag,
+    Manifest,
+    RingReader,
+    Rows,
+    own_clipping,
+    read_events,
+    read_manifest,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +76,7 @@ class Run:
 
     @property
     def grad_norm_preclip(self) -> Floats:
-        """Global L2 norm before any policy, loss scale divided out, float64[T]."""
+        """Global L2 norm before any clipping, the loop's own included, loss scale divided out, float64[T]."""
         return self._floats("grad_norm_preclip")
 
     @property
@@ -76,7 +86,7 @@ class Run:
 
     @property
     def coefficient(self) -> Floats:
-        """Ratio of the global norms after and before the policies, float64[T]; 1 when nothing was clipped,
+        """Ratio of the global norms after and before clipping, float64[T]; 1 when nothing was clipped,
         0 for a skipped step, NaN where zeros took the place of non-finite gradients."""
         return self._floats("coefficient")
 
@@ -128,6 +138,15 @@ class Run:
         return (self._column("clipped")[:, None] >> bits & 1).astype(np.bool_)
 
     @property
+    def own_clipping(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """The steps in which the loop's own ``clip_grad_norm_`` or ``clip_grad_value_`` changed the gradients, bool[T];
+        only of those that it calls."""
+        bits, used = self._column("clipped"), own_clipping(self.rows, self.status)
+        return {
+            name: (bits >> np.uint32(slot) & 1).astype(np.bool_) for name, slot in OWN_CLIPPING.items() if name in used
+        }
+
+    @property
     def parameter_norms(self) -> npt.NDArray[np.float32]:
         """L2 norm of each parameter's gradient before clipping, float32[T, P]; negative zero where it had none."""
         return self.stat("grad_norm_preclip")
@@ -160,7 +179,7 @@ class Run:
 
         Only steps whose backward hooks were armed can tell: attach with ``backward="every"`` for many of them.
         """
-        return average_noise(self.rows if last is None else self.rows[-last:], self.manifest.replicas)
+        return average_noise(self.rows if last is None else self.rows[-last:], replicas(self.manifest))
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row a step: its numbers, ``log/<name>`` of what was logged, ``layer/<name>`` of pre-clip norms.

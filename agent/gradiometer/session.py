@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
-from gradiometer.hooks import StepHooks, check_free
+from gradiometer.hooks import StepHooks, check_free, listener_of
 from gradiometer.layers import Parameters, collect_parameters
 from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
 from gradiometer.norms import Meter
@@ -36,13 +36,20 @@ from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
 from gradiometer.telemetry import Telemetry
+from gradiometer.transfer import capturing
 from gradiometer.updates import Updates
 
-__all__ = ["Agent", "NonFiniteGradientError", "attach"]
+__all__ = ["Agent", "NonFiniteGradientError", "attach", "live_agents"]
 
 logger = logging.getLogger(__name__)
 
 RING_BYTES = 128 * 2**20
+
+
+class CapturedStepError(RuntimeError):
+    """A policy was to act in a step that is captured into a CUDA graph, whose replays it would know nothing of."""
+
+
 _live: WeakSet[Agent] = WeakSet()
 
 
@@ -58,6 +65,7 @@ def attach(
     together: bool = True,
     group: Group | None = None,
     parts: Parts | None = None,
+    patience: float = 300.0,
     ring_bytes: int = RING_BYTES,
     updates_every: int = 100,
     cosine: bool = False,
@@ -65,7 +73,8 @@ def attach(
 ) -> Agent:
     """Attach to a model and the optimizer that trains it; the training loop stays as it is.
 
-    Attach after the model is on its device. ``policy`` is a YAML file, a dict of the same shape, a list of stages or a
+    Attach after the model is on its device (and prepared, if Accelerate or Fabric does that; the optimizers they return
+    are looked through). ``policy`` is a YAML file, a dict of the same shape, a list of stages or a
     :class:`~gradiometer.policy.spec.PolicySpec`; None observes and touches nothing. ``dir`` is where runs are kept
     (else ``GRADIOMETER_DIR``, else the user's state directory). ``backward`` says when backward hooks are armed:
     ``auto`` (the first steps, every hundredth, after an incident), ``every`` or ``off``. ``labels`` go with the run
@@ -79,18 +88,19 @@ def attach(
     DistributedDataParallel; say it where the model given is not the wrapped one.
 
     In a distributed job every rank of ``group`` (a process group; all ranks unless given) attaches, in the same order:
-    the ranks settle one run id and one list of parameters, which waits for the last of them. Sharded parameters
-    (DTensor, FSDP1) are measured whole. Where ranks hold different parameters under the same names, ``parts`` names
-    this rank's: one name for all (``"stage1"``), or patterns and names (``{"*experts*": "rank1"}``).
+    the ranks settle one run id and one list of parameters, for which they wait ``patience`` seconds at most. Sharded
+    parameters (DTensor, FSDP1) are measured whole. Where ranks hold different parameters under the same names,
+    ``parts`` names this rank's: one name for all (``"stage1"``), or patterns and names (``{"*experts*": "rank1"}``).
 
     Raises ValueError (PolicyError for the policy) for bad arguments, RuntimeError if an optimizer has an agent already
-    or a live process writes the same run or another rank failed, OSError if the run directory cannot be made or its
-    disk is full.
+    or a live process writes the same run or another rank failed or did not come, OSError if the run directory cannot be
+    made or its disk is full.
     """
-    ranks = Ranks(group)
+    ranks = Ranks(group, patience)
     try:
         _check_model(model)
         optimizers = _as_list(optimizer)
+        _make_room(optimizers)
         check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
         check_mode(backward)
         spec = None if policy is None else load_policy(policy)
@@ -127,6 +137,8 @@ def attach(
         stepper.updates = _updates(parameters, meter, recorder, telemetry)
         watch = BackwardWatch(parameters, backward, telemetry.guard, distributed=manifest.world_size > 1)
         undo.callback(watch.remove)
+        stepper.own.listen(telemetry.guard)
+        undo.callback(stepper.own.close)
         agent = Agent(stepper, telemetry, watch, optimizers)
         undo.pop_all()
     return agent
@@ -147,10 +159,32 @@ def _check_model(model: object) -> None:
 
 def _as_list(optimizer: object) -> list[Optimizer]:
     given: list[object] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    optimizers = [each for each in given if isinstance(each, Optimizer)]
+    optimizers = [_unwrap(each) for each in given if isinstance(each, Optimizer)]
     if not optimizers or len(optimizers) < len(given):
         raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer or a non-empty list of them")
     return optimizers
+
+
+def _unwrap(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that steps: Accelerate and Lightning wrap it in one whose hooks never run, or run as its."""
+    inner = getattr(optimizer, "optimizer", None)
+    if not isinstance(inner, Optimizer):
+        return optimizer
+    own = vars(optimizer).get("_optimizer_step_pre_hooks")
+    return _unwrap(inner) if own is None or own is inner._optimizer_step_pre_hooks else optimizer
+
+
+def _make_room(optimizers: list[Optimizer]) -> None:
+    """Detach what ``gradiometer run`` has attached by itself: the program does it on its own after all."""
+    for each in optimizers:
+        holder = listener_of(each)
+        if isinstance(holder, Agent) and holder.gives_way:
+            holder.detach()
+
+
+def live_agents() -> list[Agent]:
+    """Return the agents of this process that have not been detached."""
+    return list(_live)
 
 
 def _home(parameters: Parameters) -> torch.device:
@@ -171,6 +205,9 @@ class Agent:
     ) -> None:
         self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
         self._detached = False
+        self._told_of_capture = False
+        self.gives_way = False
+        """Whether another agent may take this one's place: it was attached by ``gradiometer run``."""
         self._spent = 0.0
         """Host seconds of the agent's own that no row has told of yet."""
         self._hooks = StepHooks(optimizers, self)
@@ -203,12 +240,12 @@ class Agent:
         reaches the host. A value goes with the step in progress or, if that has not begun its backward pass and the
         last one has no such value, with the step just taken: so it may be called before or after ``optimizer.step()``
         (with ``backward="off"``, where nothing tells of backward passes, after it, or at every step). Raises
-        TypeError for anything else. After :meth:`detach` it does nothing.
+        TypeError for anything else. After :meth:`detach`, and while a CUDA graph is captured, it does nothing.
         """
         named = {f"log.{name}": value for name, value in scalars.items()}
         if loss is not None:
             named["loss"] = loss
-        if named and not self._detached:
+        if named and not self._detached and not capturing():
             self._telemetry.log(named, late_allowed=not self._watch.seen)
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,6 +272,8 @@ class Agent:
         _live.discard(self)
         self._hooks.remove()
         self._watch.remove()
+        self._stepper.own.close()
+        self._write_notices()
         self._stepper.restore_all()
         self._write_updates(wait=True)
         self._telemetry.close(self._watch.order)
@@ -246,6 +285,10 @@ class Agent:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    def _write_notices(self) -> None:
+        while self._stepper.notices:
+            self._telemetry.notice(*self._stepper.notices.pop(0))
 
     # What the hooks call.
 
@@ -262,8 +305,7 @@ class Agent:
             taken = self._stepper.before_update(optimizer)
             if taken is not None:
                 self._telemetry.begin(taken, self._watch)
-            while self._stepper.notices:
-                self._telemetry.notice(*self._stepper.notices.pop())
+            self._write_notices()
         self._spent += time.perf_counter() - began
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -271,9 +313,12 @@ class Agent:
         began = time.perf_counter()
         self._stepper.restore(optimizer)
         self._stepper.finished()
+        with self._telemetry.guard:
+            self._stepper.stepped(optimizer)
         self._write_updates()
         if self._telemetry.pending:
-            seconds, self._spent = self._spent + time.perf_counter() - began, 0.0
+            seconds = self._spent + self._stepper.own.spent + time.perf_counter() - began
+            self._spent = self._stepper.own.spent = 0.0
             began = time.perf_counter()
             incident = self._telemetry.finish(self._watch.order, seconds)
             with self._telemetry.guard:
@@ -295,6 +340,19 @@ class Agent:
             if not wait and not self._stepper.midway:  # where norms are added up over ranks, all of them finish
                 updates.finish()
             updates.write(wait=wait)
+
+    def captured(self, optimizer: Optimizer) -> None:
+        """Stand aside from a step that is being captured into a CUDA graph; raise if a policy should act in it."""
+        message = (
+            f"a step of {type(optimizer).__name__} is captured into a CUDA graph: its replays run no Python, so they "
+            "are neither measured nor clipped"
+        )
+        if self._stepper.pipeline is not None:
+            raise CapturedStepError(f"{message}. Step outside of the graph, or attach without a policy")
+        if not self._told_of_capture:
+            self._told_of_capture = True
+            logger.warning("gradiometer: %s", message)
+            self._telemetry.notice("step_captured", message)
 
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """Record a step that a GradScaler skipped before the optimizer saw it."""

@@ -17,6 +17,7 @@ from gradiometer.clipping import Clamped, Undo, amp_state, change_gradients, pre
 from gradiometer.hooks import current_scaler
 from gradiometer.layers import Parameters
 from gradiometer.norms import Meter
+from gradiometer.own_clipping import OwnClip, OwnClipping
 from gradiometer.policy.base import Observation
 from gradiometer.policy.pipeline import Outcome, Pipeline, observe
 from gradiometer.policy.spec import NonFiniteSpec, PolicySpec
@@ -46,6 +47,8 @@ class Taken:
     loss_scale: Tensor | None = None
     learning_rate: float | Tensor
     by_scaler: bool = False
+    own: tuple[OwnClip, ...] = ()
+    """What the loop's own clipping had done to the gradients, oldest first."""
 
     @property
     def after(self) -> Observation | None:
@@ -71,6 +74,8 @@ class Stepper:
         """Kind and message of what should be told the user, to be taken by whoever records."""
         self._rounds = Rounds(parameters, optimizers, together=together)
         self._meter = meter
+        clips = spec is not None and any(not isinstance(stage, NonFiniteSpec) for stage in spec.pipeline)
+        self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=clips)
         self._states = pipeline.init() if pipeline else {}
         self._limit, self._guardian, self._excuse = _raise_limit(spec)
         self._undo: dict[int, Undo] = {}
@@ -109,6 +114,7 @@ class Stepper:
     def observe_skipped(self, optimizer: Optimizer) -> Taken | None:
         """Observe a step that a GradScaler has decided not to take: policies take note of it, and are not asked."""
         index = self._rounds.index(optimizer)
+        own = self.own.take([index])
         with torch.no_grad():
             watched = self._rounds.watched[index]
             if self.updates is not None:
@@ -120,7 +126,11 @@ class Stepper:
             if self.pipeline is not None:
                 _, self._states = self.pipeline.decide(self._states, observation, self.step)
         self._rounds.current = None
-        return self._taken(index, Outcome(before=observation), by_scaler=True)
+        return self._taken(index, Outcome(before=observation), by_scaler=True, own=own)
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        """Note that the optimizer has used its gradients, or skipped them."""
+        self.own.stepped(self._rounds.index(optimizer))
 
     def restore(self, optimizer: Optimizer) -> None:
         """Put back what acting changed on the optimizer; idempotent."""
@@ -181,6 +191,7 @@ class Stepper:
         if not self._rounds.scaled_alike(index, scale):
             self._part("a GradScaler has unscaled only some of them: call scaler.unscale_() on each before stepping")
         members = self._rounds.members(index)
+        own = self.own.take(members, again=again)
         watched = self._rounds.union(members)
         updates = None if again else self.updates
         if updates is not None:
@@ -201,7 +212,7 @@ class Stepper:
         if found_inf is not None:
             stopped = bring(found_inf, norms.device) > 0
             skip = stopped if skip is None else skip | stopped
-        return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale)
+        return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale, own=own)
 
     def _act(
         self, index: int, members: list[int], watched: Watched, outcome: Outcome, scale: Tensor | None
@@ -237,6 +248,7 @@ class Stepper:
         skip: Tensor | None = None,
         scale: Tensor | None = None,
         by_scaler: bool = False,
+        own: tuple[OwnClip, ...] = (),
     ) -> Taken:
         scaler = current_scaler()
         scale = scale if scaler is None else scaler._get_scale_async()
@@ -251,6 +263,7 @@ class Stepper:
             loss_scale=scale,
             learning_rate=self._rounds.optimizers[index].param_groups[0]["lr"],
             by_scaler=by_scaler,
+            own=own,
         )
         self.step += 1
         return taken

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradiometer.insight import NoiseAverage, Samples, microbatch_norms
+from gradiometer.insight import NoiseAverage, Samples, microbatch_norms, replicas
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS, WINDOW_SECONDS
-from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows
+from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows, own_clipping
 
 __all__ = ["LAYER_METRICS", "Histogram", "LayerSummary", "RunSummary", "WindowMax"]
 
@@ -186,6 +186,8 @@ class RunSummary:
         """Rows that the ring overwrote while it was followed, or a crash destroyed, before they were read."""
         self.loss: float | None = None
         """Newest loss that was logged, NaN too; None if none was."""
+        self.own_clipping: set[str] = set()
+        """Which of torch's own clipping functions the loop calls."""
         self.grad_norm = Histogram(GRAD_NORM_BUCKETS)
         self.step_seconds = Histogram(STEP_SECONDS_BUCKETS)
         self.layers = LayerSummary(manifest)
@@ -194,7 +196,7 @@ class RunSummary:
         """Steps in which this rank's own gradients were not finite before the reduction; None if none was looked at."""
         self.microbatch_norm = float("nan")
         """Norm of this rank's own gradients in the newest step with armed hooks; NaN where there was none."""
-        self._replicas = manifest.replicas
+        self._replicas = replicas(manifest)
         self._window = WindowMax(1)
         self._baseline = np.empty(0)
 
@@ -216,6 +218,7 @@ class RunSummary:
         self.rows_missed += newest - self.last_seen - len(rows)
         self.last_seen, self.newest = newest, rows[-1].copy()
         time_ns, norms = rows["time_ns"].astype(np.int64), rows["grad_norm_preclip"].astype(np.float64)
+        self.own_clipping |= own_clipping(rows, status)
         self._update_scalars(rows, time_ns, norms)
         self.layers.update(time_ns, rows["parameters"][:, _PRECLIP, :])
         self._update_own(rows)

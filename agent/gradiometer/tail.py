@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gradiometer.insight import Samples, noise_scale
-from gradiometer.records import POLICY_SLOTS, Flag, RingReader, Rows, RunFormatError, State, read_manifest
+from gradiometer.records import OWN_CLIPPING, Flag, RingReader, Rows, RunFormatError, State, read_manifest
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
 __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
@@ -199,7 +199,9 @@ def _known(run_id: str, gauges: Iterator[tuple[str, float]]) -> Iterator[Sample]
 
 def _policy_samples(tail: RankTail) -> Iterator[Sample]:
     row, events = tail.summary.newest, tail.summary.status["clip_events"]
-    for slot, policy in enumerate(_distinct(tail.manifest.policies[:POLICY_SLOTS])):
+    slots = list(enumerate(_distinct(tail.manifest.policies)))
+    slots += [(slot, name) for name, slot in OWN_CLIPPING.items() if name in tail.summary.own_clipping]
+    for slot, policy in slots:
         labels = (tail.run_id, policy)
         yield "gradiometer_clip_events_total", labels, int(events[slot])
         for name in ("threshold", "coefficient"):

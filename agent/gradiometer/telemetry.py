@@ -17,6 +17,7 @@ from gradiometer import transfer
 from gradiometer._guard import Guard
 from gradiometer.backward import MICROBATCHES, BackwardWatch
 from gradiometer.journal import Journal, StepRecord
+from gradiometer.own_clipping import row_width
 from gradiometer.recorder import Recorder
 from gradiometer.records import POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
 from gradiometer.stepper import Taken
@@ -37,7 +38,8 @@ class Telemetry:
         self.newest_scalars: Mapping[str, float] = {}
         """Scalars of the newest row that reached the host."""
         self._device, self._pid = device, os.getpid()
-        width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2) + (2 + MICROBATCHES) * len(manifest.parameters)
+        width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2)
+        width += (2 + MICROBATCHES) * len(manifest.parameters) + row_width(len(manifest.parameters))
         self._transfer: transfer.Transfer[StepRecord] = transfer.Transfer(width, device)
         self._journal = Journal(recorder, manifest)
         self._current: StepRecord | None = None
@@ -164,6 +166,8 @@ class Telemetry:
         if arrivals:
             record.arrivals = tuple(index for index, _ in arrivals)
             pieces.append(torch.stack([transfer.bring(norm, self._device) for _, norm in arrivals]))
+        record.own = tuple(clip.call for clip in taken.own)
+        pieces += [transfer.bring(clip.norms, self._device) for clip in taken.own if clip.norms is not None]
         return pieces
 
     def _hold(self, name: str, value: float | Tensor) -> float | Tensor:
@@ -232,6 +236,8 @@ def _scalars(taken: Taken) -> dict[str, float | Tensor]:
         scalars[f"threshold{slot}"] = threshold
         if strength is not None:
             scalars[f"strength{slot}"] = strength
+    for number, clip in enumerate(taken.own):
+        scalars |= clip.scalars(number)
     if taken.clamped is not None and outcome.clamp is not None:
         scalars[f"strength{outcome.clamp.slot}"] = taken.clamped.strength
     return scalars

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["SLOTS", "Transfer", "bring", "reads_are_free"]
+__all__ = ["SLOTS", "Transfer", "bring", "capturing", "reads_are_free"]
 
 SLOTS = 16
 """Rows that may be under way; on a GPU the host runs at most a few steps ahead."""
@@ -27,6 +27,15 @@ Record = TypeVar("Record")
 def reads_are_free(device: torch.device) -> bool:
     """Tell whether the host can read a tensor of ``device`` without waiting for queued work."""
     return device.type == "cpu"
+
+
+def capturing() -> bool:
+    """Tell whether the work that is queued now is not run but captured into a CUDA graph.
+
+    Asking for an event then, as much as reading a tensor, would spoil the capture.
+    """
+    initialised: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch
+    return initialised and torch.cuda.is_current_stream_capturing()
 
 
 def bring(tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import gradiometer
+from gradiometer.integrations.lightning import GradiometerCallback as LightningCallback
+from gradiometer.integrations.transformers import GradiometerCallback as TrainerCallback
 
 
 def use(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -24,6 +26,14 @@ def use(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) 
         assert_type(another.step, int)
 
 
+def use_frameworks() -> None:
+    lightning = LightningCallback(policy="policy.yaml", dir=Path("runs"), labels={"team": "a"})
+    hugging_face = TrainerCallback(policy=[{"nonfinite": {}}], run_id="a")
+    for callback in (lightning, hugging_face):
+        assert_type(callback.agent, gradiometer.Agent | None)
+        assert_type(callback.path, Path | None)
+
+
 def read() -> None:
     run = gradiometer.open_run("runs/a", rank=1)
     assert_type(run, gradiometer.Run)
@@ -31,5 +41,6 @@ def read() -> None:
     assert_type(run.parameter_norms, npt.NDArray[np.float32])
     assert_type(run.layer_norms(), npt.NDArray[np.float64])
     assert_type(run.skipped, npt.NDArray[np.bool_])
+    assert_type(run.own_clipping, dict[str, npt.NDArray[np.bool_]])
     assert_type(run.events, list[dict[str, Any]])
     assert_type(run.parameters, list[str])

@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from gradiometer.policy.select import compile_pattern
-from gradiometer.records import POLICY_SLOTS
+from gradiometer.records import OWN_CLIPPING, PIPELINE_SLOTS
 
 __all__ = [
     "GlobalNormSpec",
@@ -165,8 +165,8 @@ class PolicySpec(BaseModel):
     def _untag(cls, entries: object) -> object:
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise ValueError("expected a list of policies, such as '- global_norm: {max_norm: 1.0}'")  # noqa: TRY004
-        if not 1 <= len(entries) <= POLICY_SLOTS:
-            raise ValueError(f"holds {len(entries)} policies, expected at least 1 and at most {POLICY_SLOTS}")
+        if not 1 <= len(entries) <= PIPELINE_SLOTS:
+            raise ValueError(f"holds {len(entries)} policies, expected at least 1 and at most {PIPELINE_SLOTS}")
         return [_untagged(entry, index) for index, entry in enumerate(entries)]
 
     @model_validator(mode="after")
@@ -179,6 +179,8 @@ class PolicySpec(BaseModel):
         for name, count in Counter(spec.name for spec in self.pipeline).items():
             if count > 1:
                 raise ValueError(f"{count} policies are named {name!r}: give each a 'name' of its own")
+            if name in OWN_CLIPPING:
+                raise ValueError(f"a policy is named {name!r}, as torch's own function is in metrics: give it another")
         return self
 
     @property

@@ -1,0 +1,136 @@
+"""A callback for Lightning: measures, and clips by policy, every optimizer step of ``trainer.fit``.
+
+It serves ``lightning.pytorch`` and ``pytorch_lightning`` alike. The agent is attached when training starts, after the
+strategy has placed the model and a checkpoint has been restored, and detached when ``fit`` returns or raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gradiometer.backward import BackwardMode
+from gradiometer.integrations.attachment import Attachment
+from gradiometer.policy.spec import PolicySource
+from gradiometer.session import RING_BYTES, Agent
+
+__all__ = ["GradiometerCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+def _callback_class() -> type:
+    """Return the ``Callback`` of Lightning: of both its packages where both are installed, for each knows its own."""
+    packages = [name for name in ("lightning.pytorch", "pytorch_lightning") if find_spec(name.partition(".")[0])]
+    if not packages:
+        raise ImportError("gradiometer.integrations.lightning needs Lightning: pip install lightning")
+    classes = tuple(import_module(name).Callback for name in packages)
+    return classes[0] if len(classes) == 1 else type("Callback", classes, {})
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    Callback = _callback_class()
+
+
+class GradiometerCallback(Callback):
+    """Attach an agent for the length of a fit; the arguments are those of :func:`gradiometer.attach`.
+
+    ``together`` is False unless given: a module with several optimizers optimizes by hand, usually with backward passes
+    of their own, and each optimizer's step is then a row of its own. The loss that ``training_step`` returns is
+    recorded with each step, without waiting for the device. Step numbers and policy state are in the Trainer's
+    checkpoints.
+
+    Raises PolicyError for a wrong policy at once; at the start of training ValueError if the policy clips and so does
+    ``gradient_clip_val``, and what :func:`gradiometer.attach` raises.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: PolicySource | None = None,
+        run_id: str | None = None,
+        dir: str | os.PathLike[str] | None = None,  # noqa: A002  # attach's word for it
+        backward: BackwardMode = "auto",
+        labels: Mapping[str, str] | None = None,
+        together: bool = False,
+        ring_bytes: int = RING_BYTES,
+    ) -> None:
+        self._attachment = Attachment(
+            policy, run_id=run_id, dir=dir, backward=backward, labels=labels, together=together, ring_bytes=ring_bytes
+        )
+        self._step = 0
+        """The agent's step when a loss was last logged."""
+        self._loss: Tensor | None = None
+        """Sum of the losses of the batches since then."""
+        self._batches = 0
+
+    @property
+    def agent(self) -> Agent | None:
+        """The agent, while training runs."""
+        return self._attachment.agent
+
+    @property
+    def path(self) -> Path | None:
+        """This rank's directory of the latest run, also when it is over; :func:`gradiometer.open_run` takes it."""
+        return self._attachment.path
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach: optimizers exist, the model is on its device, a checkpoint has been restored."""
+        self._check_clipping(trainer)
+        # As the strategy has wrapped it, for FSDP's root knows of parameters of its own.
+        model = pl_module if trainer.model is None else trainer.model
+        agent = self._attachment.start(model, trainer.optimizers, step=trainer.global_step)
+        self._step, self._loss, self._batches = agent.step, None, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record the loss of the batches that led to the step just taken."""
+        agent = self.agent
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if agent is None or not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+            return
+        loss = loss.detach().float()
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._batches += 1
+        if agent.step != self._step:
+            # In automatic optimization Lightning has divided each micro-batch's loss by their number already.
+            divisor = 1 if pl_module.automatic_optimization else self._batches
+            agent.log(loss=self._loss / divisor)
+            self._step, self._loss, self._batches = agent.step, None, 0
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach; what fails here must not hide the exception that ended the training."""
+        try:
+            self._attachment.stop()
+        except Exception:
+            logger.exception("gradiometer: the agent's state could not be kept")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Detach at the end of a fit."""
+        self._attachment.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return step number and policy state, for the Trainer's checkpoint."""
+        return dict(self._attachment.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned; it is used when training starts."""
+        self._attachment.state = state_dict
+
+    def _check_clipping(self, trainer: Trainer) -> None:
+        if trainer.gradient_clip_val and self._attachment.clips:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) clips and so does the policy, which would "
+                "see gradients that are clipped already: leave gradient_clip_val out, or take clipping out of the "
+                "policy"
+            )
