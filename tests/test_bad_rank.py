@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gradiometer
-from gradiometer.insight import bad_episodes, rank_ratios
+from gradiometer.insight import bad_episodes, rank_ratios, replicas
 from gradiometer.records import Flag
 from gradiometer.report import summarize
 from gradiometer_monitor.exposition import Exposition
@@ -202,7 +202,7 @@ def test_what_was_not_looked_at_is_unknown(tmp_path: Path) -> None:
     """Without hooks no rank claims to know, and without DistributedDataParallel the number of replicas is unknown."""
     run = launch(tmp_path, UNWRAPPED, 2)
     opened = gradiometer.open_run(run)
-    assert opened.manifest.replicas is None
+    assert replicas(opened.manifest) is None
     (episode,) = bad_episodes(run)
     assert (episode.ranks, episode.unknown) == ((), (0, 1))
     assert summarize(opened)["bad_ranks"] == [{"step": 0, "parameter": episode.parameter, "ranks": []}]

@@ -16,7 +16,16 @@ from torch.optim import SGD, Optimizer
 
 import gradiometer
 from gradiometer.exporter import collector
-from gradiometer.insight import MIN_STEPS, SETTLING, NoiseAverage, noise_scale, noise_terms, rank_ratios, shares
+from gradiometer.insight import (
+    MIN_STEPS,
+    SETTLING,
+    NoiseAverage,
+    noise_scale,
+    noise_terms,
+    rank_ratios,
+    replicas,
+    shares,
+)
 from gradiometer.records import Flag
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.runs import Runs
@@ -195,9 +204,9 @@ def test_unknown_replicas_say_nothing(tmp_path: Path) -> None:
     with attach(tmp_path, case.model, case.optimizer, backward="every") as agent:
         case.train(40, 2, 1.0)
     run = gradiometer.open_run(agent.path)
-    assert not np.isnan(noise_terms(run.rows, run.manifest.replicas)[0]).all()
+    assert not np.isnan(noise_terms(run.rows, replicas(run.manifest))[0]).all()
     alone = run.manifest.model_copy(update={"world_size": 8, "data_parallel": None})
-    assert np.isnan(noise_terms(run.rows, alone.replicas)[0]).all()
+    assert np.isnan(noise_terms(run.rows, replicas(alone))[0]).all()
 
 
 def test_shares_by_hand() -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "COSINE_SAMPLES",
+    "SAMPLES",
     "Episode",
     "NoiseAverage",
     "NoiseScale",
@@ -42,10 +44,17 @@ __all__ = [
     "noise_scale",
     "noise_terms",
     "rank_ratios",
+    "replicas",
     "shares",
 ]
 
 Floats = npt.NDArray[np.float64]
+SAMPLES = ("weight_norm", "update_norm")
+"""Columns of ``samples.ring``, estimated for the whole parameter where only some of its elements were read:
+weights before the step, and by how much it changed them."""
+COSINE_SAMPLES = ("grad_norm", "grad_norm_before", "cosine")
+"""Columns that follow where the cosine is on: the gradient's norm before the policies in this step and in the step
+before, and the cosine between the two, NaN where either is missing or not finite."""
 SETTLING = 3
 """The first steps of a run are left out of the noise scale: a gradient at its largest would outweigh the others."""
 MIN_STEPS = 8
@@ -56,6 +65,11 @@ RANK_ROWS = 256
 """Newest rows of each rank that are read to compare the ranks."""
 _PRECLIP, _MICRO = STATS.index("grad_norm_preclip"), STATS.index("microbatch_norm")
 _UNUSABLE = int(Flag.NONFINITE | Flag.SKIPPED | Flag.FAILED)
+
+
+def replicas(manifest: Manifest) -> int | None:
+    """Return ``Manifest.data_parallel``, and 1 for a process that trains by itself."""
+    return 1 if manifest.world_size == 1 and manifest.data_parallel is None else manifest.data_parallel
 
 
 def compose(norms: npt.NDArray[np.floating[Any]], index: npt.NDArray[np.intp], groups: int) -> Floats:
@@ -92,16 +106,16 @@ class NoiseScale:
     steps: int
 
 
-def noise_terms(rows: Rows, replicas: int | None) -> tuple[Floats, Floats]:
+def noise_terms(rows: Rows, ranks: int | None) -> tuple[Floats, Floats]:
     """Estimate |G|² and tr(Σ) from each step by itself, two float64[T]; NaN where a step cannot tell.
 
     Both are unbiased (McCandlish, Kaplan, Amodei et al. 2018, "An Empirical Model of Large-Batch Training", appendix
-    A.1), with the micro-batch as the small batch and the step's N = ``replicas`` x micro-batches as the large one.
+    A.1), with the micro-batch as the small batch and the step's N = ``ranks`` x micro-batches as the large one.
     A step can tell if its backward hooks were armed, N >= 2 and it was finite.
     """
     norms, micro = rows["parameters"][:, _PRECLIP, :], rows["parameters"][:, _MICRO, :]
     count = rows["microbatches"].astype(np.float64)
-    total = count * (replicas or np.nan)
+    total = count * (ranks or np.nan)
     # Gradients that are in the backward passes and not in the step, as in a GAN, or the other way round.
     alike = (np.signbit(norms) == np.signbit(micro)).all(axis=1)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -120,9 +134,9 @@ class NoiseAverage:
         self.steps = 0
         self._signal = self._noise = self._weight = 0.0
 
-    def update(self, rows: Rows, replicas: int | None) -> None:
+    def update(self, rows: Rows, ranks: int | None) -> None:
         """Take in rows that follow those seen before."""
-        signal, noise = noise_terms(rows, replicas)
+        signal, noise = noise_terms(rows, ranks)
         signal, noise = signal[~np.isnan(signal)], noise[~np.isnan(noise)]
         weights, decay = DECAY ** np.arange(len(signal) - 1, -1, -1.0), DECAY ** len(signal)
         self._signal = self._signal * decay + float(weights @ signal)
@@ -150,9 +164,9 @@ def _ratio(signals: Floats, noises: Floats, steps: int) -> NoiseScale:
     return NoiseScale(scale=scale, signal=signal, noise=noise, steps=steps)
 
 
-def average_noise(rows: Rows, replicas: int | None) -> NoiseScale:
+def average_noise(rows: Rows, ranks: int | None) -> NoiseScale:
     """Estimate the noise scale over all of the rows, each counting alike."""
-    signal, noise = noise_terms(rows, replicas)
+    signal, noise = noise_terms(rows, ranks)
     known = ~np.isnan(signal)
     return _ratio(signal[known], noise[known], int(np.count_nonzero(known)))
 

@@ -16,14 +16,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from gradiometer.insight import COSINE_SAMPLES, SAMPLES
 from gradiometer.labels import check_labels
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.recorder import check_run_id
 from gradiometer.records import (
-    COSINE_SAMPLES,
     FORMAT_VERSION,
-    SAMPLES,
     Manifest,
     RingGeometry,
     SampleInfo,

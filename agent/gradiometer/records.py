@@ -71,12 +71,6 @@ SCALAR_SLOTS = 16
 STATS = ("grad_norm_preclip", "grad_norm_postclip", "microbatch_norm")
 """Columns kept per parameter. ``microbatch_norm`` is the root mean square over the step's micro-batches, before any
 reduction between ranks; it is negative zero in steps whose backward hooks were not armed."""
-SAMPLES = ("weight_norm", "update_norm")
-"""Columns of ``samples.ring``, estimated for the whole parameter where only some of its elements were read:
-weights before the step, and by how much it changed them."""
-COSINE_SAMPLES = ("grad_norm", "grad_norm_before", "cosine")
-"""Columns that follow where the cosine is on: the gradient's norm before the policies in this step and in the step
-before, and the cosine between the two, NaN where either is missing or not finite."""
 MANIFEST_BYTES = 64 * 2**20
 """A manifest is refused beyond this: it is read at once. A parameter takes some 150 bytes."""
 CHECKSUM_FACTOR = 0x9E3779B97F4A7C15
@@ -207,7 +201,7 @@ STATUS = np.dtype(
 
 
 class SampleInfo(BaseModel):
-    """What ``samples.ring`` holds, and how often: a row in every ``every`` steps of each optimizer."""
+    """What ``samples.ring`` holds: a row in every ``every`` steps of each optimizer."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     every: Annotated[int, Field(ge=1)]
@@ -245,12 +239,6 @@ class Manifest(BaseModel):
     data_parallel: Annotated[int, Field(ge=1)] | None = None
     """Number of ranks whose gradients are averaged, each of a batch of its own; None where that is not known."""
     samples: SampleInfo | None = None
-    """What is measured every so many steps only; None where nothing is."""
-
-    @property
-    def replicas(self) -> int | None:
-        """:attr:`data_parallel`, and 1 for a process that trains by itself."""
-        return 1 if self.world_size == 1 and self.data_parallel is None else self.data_parallel
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gradiometer.insight import NoiseScale, Samples, average_noise, compose, shares
+from gradiometer.insight import NoiseScale, Samples, average_noise, compose, replicas, shares
 from gradiometer.records import (
     OWN_CLIPPING,
     STATS,
@@ -179,7 +179,7 @@ class Run:
 
         Only steps whose backward hooks were armed can tell: attach with ``backward="every"`` for many of them.
         """
-        return average_noise(self.rows if last is None else self.rows[-last:], self.manifest.replicas)
+        return average_noise(self.rows if last is None else self.rows[-last:], replicas(self.manifest))
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row a step: its numbers, ``log/<name>`` of what was logged, ``layer/<name>`` of pre-clip norms.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradiometer.insight import NoiseAverage, Samples, microbatch_norms
+from gradiometer.insight import NoiseAverage, Samples, microbatch_norms, replicas
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS, WINDOW_SECONDS
 from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows, own_clipping
 
@@ -196,7 +196,7 @@ class RunSummary:
         """Steps in which this rank's own gradients were not finite before the reduction; None if none was looked at."""
         self.microbatch_norm = float("nan")
         """Norm of this rank's own gradients in the newest step with armed hooks; NaN where there was none."""
-        self._replicas = manifest.replicas
+        self._replicas = replicas(manifest)
         self._window = WindowMax(1)
         self._baseline = np.empty(0)
 

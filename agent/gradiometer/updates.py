@@ -22,9 +22,10 @@ from torch import Tensor
 
 from gradiometer import transfer
 from gradiometer._guard import Guard
+from gradiometer.insight import COSINE_SAMPLES
 from gradiometer.norms import Meter
 from gradiometer.recorder import RingWriter, RowHeader
-from gradiometer.records import COSINE_SAMPLES, SampleInfo
+from gradiometer.records import SampleInfo
 from gradiometer.rounds import Watched
 from gradiometer.shards import local_part
 
