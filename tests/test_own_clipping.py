@@ -359,7 +359,7 @@ def test_no_second_pass(tmp_path: Path) -> None:
     optimizer = SGD(model.parameters(), lr=0.01, foreach=True)
     with Count() as bare:
         train_and_clip(model, optimizer, CLIPS["by name"])
-    with attach(tmp_path, model, optimizer, backward="off"):
+    with attach(tmp_path, model, optimizer, backward="off", updates_every=0):
         with Count() as observed:
             train_and_clip(model, optimizer)
         with Count() as both:
