@@ -149,27 +149,6 @@ def test_nothing_is_read_from_the_device(tmp_path: Path, case: str, bad: bool) -
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_sampling_reads_nothing_from_the_device(tmp_path: Path, bad: bool) -> None:
-    """Updates and cosines, of a tensor read whole and of one read in part, are sent off without a look at them."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3000), nn.Tanh(), nn.Linear(3000, 2))
-    optimizer = sgd(model)
-    with attach(tmp_path, model, optimizer, policy=CLIP, backward="off", updates_every=1, cosine=True) as agent:
-        train(model, optimizer, [0])
-        Event.fired = False
-        for step in range(1, 4):
-            optimizer.zero_grad()
-            backward(loss_of(model, step) * (math.nan if bad else 1.0))
-            with Watch() as watch, no_python_reads() as python:
-                optimizer.step()
-            assert (watch.reads, python) == ([], [])
-        assert agent.errors == 0
-    samples = open_run(agent.path).samples
-    assert samples is not None
-    assert samples.steps.tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("bad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_read_of_a_loop_that_clips(tmp_path: Path, bad: bool, dtype: torch.dtype) -> None:
     """Following the loop's own clipping asks the device for nothing, and a bad step's culprit is found all the same."""
@@ -197,6 +176,27 @@ def test_nothing_is_read_of_a_loop_that_clips(tmp_path: Path, bad: bool, dtype: 
     assert run.first_nonfinite == ["2.weight" if bad else None] * len(wanted)
     assert run.loss.tolist() == [1.0] * len(wanted)
     assert run.own_clipping["clip_grad_norm_"].all()
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_sampling_reads_nothing_from_the_device(tmp_path: Path, bad: bool) -> None:
+    """Updates and cosines, of a tensor read whole and of one read in part, are sent off without a look at them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3000), nn.Tanh(), nn.Linear(3000, 2))
+    optimizer = sgd(model)
+    with attach(tmp_path, model, optimizer, policy=CLIP, backward="off", updates_every=1, cosine=True) as agent:
+        train(model, optimizer, [0])
+        Event.fired = False
+        for step in range(1, 4):
+            optimizer.zero_grad()
+            backward(loss_of(model, step) * (math.nan if bad else 1.0))
+            with Watch() as watch, no_python_reads() as python:
+                optimizer.step()
+            assert (watch.reads, python) == ([], [])
+        assert agent.errors == 0
+    samples = open_run(agent.path).samples
+    assert samples is not None
+    assert samples.steps.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("policy", [None, CLIP, [{"value": {"max_abs": 0.1}}], NONFINITE])

@@ -107,8 +107,8 @@ class Ranks:
         """Settle one run id and one list of parameters. Every rank must call it, and waits for the others.
 
         ``chosen`` tells that the run id is the user's and not of the clock; ``sampling`` says in which steps there is
-        one more all-reduce, if norms are added up at all. Raises RuntimeError if another rank failed or did not come in
-        time, ValueError if run ids, policies, parameters or settings of the ranks do not go together.
+        one more all-reduce, if norms are added up at all. Raises RuntimeError if another rank failed or did not come
+        in time, ValueError if run ids, policies, parameters or settings of the ranks do not go together.
         """
         if len(self) == 1:
             return Agreement(run_id=run_id, parameters=parameters, counted=None)

@@ -334,13 +334,6 @@ class Agent:
         self._stepper.restore(optimizer)
         self._stepper.finished()
 
-    def _write_updates(self, *, wait: bool = False) -> None:
-        updates = self._stepper.updates
-        if updates is not None:
-            if not wait and not self._stepper.midway:  # where norms are added up over ranks, all of them finish
-                updates.finish()
-            updates.write(wait=wait)
-
     def captured(self, optimizer: Optimizer) -> None:
         """Stand aside from a step that is being captured into a CUDA graph; raise if a policy should act in it."""
         message = (
@@ -353,6 +346,13 @@ class Agent:
             self._told_of_capture = True
             logger.warning("gradiometer: %s", message)
             self._telemetry.notice("step_captured", message)
+
+    def _write_updates(self, *, wait: bool = False) -> None:
+        updates = self._stepper.updates
+        if updates is not None:
+            if not wait and not self._stepper.midway:  # where norms are added up over ranks, all of them finish
+                updates.finish()
+            updates.write(wait=wait)
 
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """Record a step that a GradScaler skipped before the optimizer saw it."""
