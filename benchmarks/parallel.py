@@ -150,7 +150,14 @@ def work(rank: int, options: argparse.Namespace) -> None:
                     report(title, results[title])
                     print("  collectives a step:", json.dumps(collectives[title]), flush=True)
     if rank == 0:
-        write_json(options.json, results, torch=torch.__version__, ranks=options.ranks, collectives=collectives)
+        write_json(
+            options.json,
+            results,
+            benchmark="parallel",
+            torch=torch.__version__,
+            ranks=options.ranks,
+            collectives=collectives,
+        )
     dist.barrier()
     dist.destroy_process_group()
 

@@ -93,13 +93,13 @@ def test_gpu_agent_never_waits_for_the_device(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_benchmarks_run_in_turn(tmp_path: Path) -> None:
-    """One command runs the three benchmarks that need no GPU and writes a file for each."""
+    """One command runs the benchmarks that need no GPU and writes a file for each."""
     done = run("benchmarks", "--quick", "--json", tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("==")] == [
-        "== step_overhead", "== ring", "== exposition",
+        "== step_overhead", "== parallel", "== ring", "== exposition",
     ]  # fmt: skip
-    for name in ("step_overhead", "ring", "exposition"):
+    for name in ("step_overhead", "parallel", "ring", "exposition"):
         assert results_of(tmp_path / f"{name}.json")["benchmark"] == name
 
 
