@@ -5,13 +5,15 @@ on tensors of its own making), so only whole parameters are watched.
 
 A hook on every parameter costs a Python call a parameter a backward pass, so in mode ``auto`` the hooks are registered
 only for the first steps, for every hundredth, and for the few after an incident. One hook stays: it tells that a
-backward pass has happened, so that a loss is logged with the step it belongs to. Where steps are of different parameters
-in turn, as in a GAN that freezes its discriminator, a few such hooks stay. In a distributed job another one stays: it looks, at every step, at one small gradient of this rank's own before the ranks' gradients are reduced. NaN
+backward pass has happened, so that a loss is logged with the step it belongs to. Where steps are of different
+parameters in turn, as in a GAN that freezes its discriminator, a few such hooks stay. In a distributed job another one
+stays: it looks, at every step, at one small gradient of this rank's own before the ranks' gradients are reduced. NaN
 that the loss or a layer sends backwards reaches the layers before it, so it is put where gradients arrive last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -122,7 +124,7 @@ class BackwardWatch:
             self._probe = None
         self._disarm()
 
-    def _arm(self, parameters: list[tuple[int, Tensor]]) -> None:
+    def _arm(self, parameters: Sequence[tuple[int, Tensor]]) -> None:
         self._frozen = [each for each in parameters if not each[1].requires_grad]
         for index, parameter in parameters:
             if parameter.requires_grad:
@@ -137,7 +139,7 @@ class BackwardWatch:
                 parameter._backward_hooks = None  # autograd would go on calling into an empty table
 
     def _watch_for_backward(self) -> None:
-        """Watch the last of the trainable parameters that have a gradient; drop the oldest hook where there are many."""
+        """Watch the last trainable parameter that has a gradient; drop the oldest hook where there are many."""
         trainable = [i for i, (p, leaf) in enumerate(self._leaves) if p.requires_grad and leaf.requires_grad]
         if self._mode == "off" or not trainable:
             return
