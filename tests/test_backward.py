@@ -209,3 +209,44 @@ def test_second_derivatives_are_left_alone(tmp_path: Path) -> None:
             step(twin, reference)
         assert agent.errors == 0
     assert_same(model, twin, exactly=True)
+
+
+def test_players_that_are_frozen_in_turn(tmp_path: Path) -> None:
+    """A GAN that freezes its discriminator has each loss with its own step, though it is logged before the step."""
+    torch.manual_seed(0)
+    players = nn.ModuleDict({"g": nn.Linear(4, 2), "d": nn.Linear(2, 1)})
+    optimizers = {name: sgd(player) for name, player in players.items()}
+    with attach(tmp_path, players, list(optimizers.values()), together=False) as agent:
+        for step in range(20):
+            name = "dg"[step % 2]
+            players["d"].requires_grad_(name == "d")
+            optimizers[name].zero_grad()
+            made = players["g"](torch.randn(8, 4))
+            players["d"](made if name == "g" else made.detach()).square().mean().backward()
+            agent.log(loss=float(step))
+            optimizers[name].step()
+        assert agent.errors == 0
+    run = open_run(agent.path)
+    assert run.loss.tolist() == [float(step) for step in range(20)]
+    assert run.optimizer.tolist() == [1, 0] * 10
+
+
+@pytest.mark.parametrize("frozen", ["0", "2"])
+def test_a_layer_that_thaws_is_watched(tmp_path: Path, frozen: str) -> None:
+    """What is frozen at attach and thaws later is watched from the next step on, as the others are."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = sgd(model)
+    model.get_submodule(frozen).requires_grad_(False)
+    with attach(tmp_path, model, optimizer, backward="every") as agent:
+        for step in range(6):
+            model.get_submodule(frozen).requires_grad_(step >= 3)
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+        assert agent.errors == 0
+    assert all(not parameter._backward_hooks for parameter in model.parameters())
+    run = open_run(agent.path)
+    thawed = [place for place, name in enumerate(run.parameters) if name.startswith(frozen)]
+    watched, used = run.stat("microbatch_norm")[:, thawed], run.parameter_norms[:, thawed]
+    assert np.signbit(watched[:4]).all()
+    np.testing.assert_allclose(watched[4:], used[4:], rtol=1e-6)

@@ -330,7 +330,7 @@ def test_full_disk_fails_at_once_and_leaves_nothing(tmp_path: Path, make_manifes
     assert process.returncode == 1
     assert f"cannot preallocate {manifest.ring.file_bytes} bytes" in message
     assert "smaller ring_bytes" in message
-    assert list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_are_the_users_alone(make_manifest: MakeManifest, write_run: WriteRun) -> None:

@@ -5,13 +5,16 @@ on tensors of its own making), so only whole parameters are watched.
 
 A hook on every parameter costs a Python call a parameter a backward pass, so in mode ``auto`` the hooks are registered
 only for the first steps, for every hundredth, and for the few after an incident. One hook stays: it tells that a
-backward pass has happened, so that a loss is logged with the step it belongs to. In a distributed job a second one
+backward pass has happened, so that a loss is logged with the step it belongs to. Where steps are of different
+parameters in turn, as in a GAN that freezes its discriminator, a few such hooks stay. In a distributed job another one
 stays: it looks, at every step, at one small gradient of this rank's own before the ranks' gradients are reduced. NaN
 that the loss or a layer sends backwards reaches the layers before it, so it is put where gradients arrive last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -28,6 +31,8 @@ BackwardMode = Literal["auto", "every", "off"]
 MICROBATCHES = 8
 """Micro-batches of a step whose norms are kept; the arrivals of later ones are not recorded."""
 FIRST_STEPS, EVERY, BURST = 3, 100, 3
+SENTINELS = 4
+"""Parameters that are watched for backward passes at once, at most."""
 PROBE_ELEMENTS = 65_536
 """A parameter with more elements is not looked at in every step."""
 
@@ -50,23 +55,25 @@ class BackwardWatch:
             if parameter is not None and holding is not None
         ]
         self._parameters = [(i, p) for i, p, holding in held if not holding.sharded and holding.leaf is None]
-        self._leaves = [(p, p if holding.leaf is None else holding.leaf) for _, p, holding in held if p.requires_grad]
-        """Trainable parameters, and the tensor that tells of a backward pass of each."""
+        self._leaves: list[tuple[Tensor, Any]] = [
+            (p, p if holding.leaf is None else holding.leaf) for _, p, holding in held
+        ]
+        """Parameters, frozen ones too for they may thaw, and the tensor that tells of a backward pass of each."""
         self._handles: list[RemovableHandle] = []
-        self._sentinel: RemovableHandle | None = None
+        self._frozen: list[tuple[int, Tensor]] = []
+        """What was frozen when the hooks were armed, and has none."""
+        self._sentinels: dict[int, RemovableHandle] = {}
+        """Hooks that tell of a backward pass, by their place in the leaves, oldest first."""
+        self._counts: dict[int, int] = {}
         self._probe: RemovableHandle | None = None
         self._probed = -1
         self._probing = distributed and mode != "off"
         self._bare = [parameter for _, parameter in self._parameters if parameter._backward_hooks is None]
         self._arrivals: list[tuple[int, Tensor]] = []
         self._burst = FIRST_STEPS + 1
-        self.passes = 0
-        """Backward passes of this step, as the parameter that is always watched has seen them."""
         self.own: Tensor | None = None
         """Sum over this step's backward passes of one small gradient's norm before any reduction, 0-dim; None where it
         was not looked at, as in a process that trains by itself."""
-        self.seen = False
-        """Whether a backward pass has reached the agent since the last :meth:`prepare`."""
         self.order: tuple[int, ...] = ()
         """Parameters in the order in which their gradients last arrived."""
         self._watch_for_backward()
@@ -76,15 +83,27 @@ class BackwardWatch:
     def armed(self) -> bool:
         return bool(self._handles)
 
+    @property
+    def seen(self) -> bool:
+        """Whether a backward pass has reached the agent since the last :meth:`prepare`."""
+        return bool(self._counts)
+
+    @property
+    def passes(self) -> int:
+        """Backward passes of this step, as those parameters have seen them that are always watched."""
+        return max(self._counts.values(), default=0)
+
     def prepare(self, step: int, *, incident: bool) -> None:
         """Get ready for the backward passes of ``step``: arm or disarm, as the mode says."""
-        if self._sentinel is not None and not self.seen:
+        if not self.seen:
             self._watch_for_backward()  # what was watched had no gradient
-        self._arrivals, self.seen, self.passes, self.own = [], False, 0, None
+        self._arrivals, self._counts, self.own = [], {}, None
         self._burst = BURST if incident else max(0, self._burst - 1)
         wanted = self._mode == "every" or (self._mode == "auto" and (self._burst > 0 or step % EVERY == 0))
         if wanted and not self._handles:
-            self._arm()
+            self._arm(self._parameters)
+        elif wanted and self._frozen:
+            self._arm(self._frozen)
         elif not wanted and self._handles:
             self._disarm()
 
@@ -98,43 +117,47 @@ class BackwardWatch:
 
     def remove(self) -> None:
         """Remove every hook and leave the parameters as they were found."""
-        if self._sentinel is not None:
-            self._sentinel.remove()
-            self._sentinel = None
+        while self._sentinels:
+            self._sentinels.popitem()[1].remove()
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
         self._disarm()
 
-    def _arm(self) -> None:
-        for index, parameter in self._parameters:
+    def _arm(self, parameters: Sequence[tuple[int, Tensor]]) -> None:
+        self._frozen = [each for each in parameters if not each[1].requires_grad]
+        for index, parameter in parameters:
             if parameter.requires_grad:
                 self._handles.append(parameter.register_hook(self._hook(index)))  # type: ignore[no-untyped-call]  # torch
 
     def _disarm(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._frozen = [], []
         for parameter in self._bare:
             if not parameter._backward_hooks:
                 parameter._backward_hooks = None  # autograd would go on calling into an empty table
 
     def _watch_for_backward(self) -> None:
-        if self._mode == "off" or not self._leaves:
+        """Watch the last trainable parameter that has a gradient; drop the oldest hook where there are many."""
+        trainable = [i for i, (p, leaf) in enumerate(self._leaves) if p.requires_grad and leaf.requires_grad]
+        if self._mode == "off" or not trainable:
             return
-        if self._sentinel is not None:
-            self._sentinel.remove()
-        used = [leaf for parameter, leaf in self._leaves if parameter.grad is not None]
-        watched: Any = used[-1] if used else self._leaves[-1][1]
+        used = [place for place in trainable if self._leaves[place][0].grad is not None]
+        place = (used or trainable)[-1]
+        if place in self._sentinels:
+            return
+        if len(self._sentinels) == SENTINELS:
+            self._sentinels.pop(next(iter(self._sentinels))).remove()
+        mark, watched = partial(self._mark, place), self._leaves[place][1]
         if hasattr(watched, "placements"):  # a Tensor hook of a parameter that FSDP2 shards never fires
-            self._sentinel = watched.register_post_accumulate_grad_hook(self._mark)
+            self._sentinels[place] = watched.register_post_accumulate_grad_hook(mark)
         else:
-            self._sentinel = watched.register_hook(self._mark)
+            self._sentinels[place] = watched.register_hook(mark)
 
-    def _mark(self, gradient: Tensor) -> None:
+    def _mark(self, place: int, gradient: Tensor) -> None:
         del gradient
-        self.seen = True
-        self.passes += 1
+        self._counts[place] = self._counts.get(place, 0) + 1
 
     def _place_probe(self) -> None:
         """Look at the last small gradient to arrive; until that is known, at the model's first small parameter."""

@@ -16,7 +16,7 @@ from gradiometer.launch import launch, make_settings
 from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
 from gradiometer.recorder import RunInUseError, check_run_id
 from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs, installed_version
-from gradiometer.report import draw, run_state, summarize
+from gradiometer.report import draw, job_state, summarize
 from gradiometer.run import Run, open_run
 
 __all__ = ["app", "main"]
@@ -53,7 +53,7 @@ def runs(
 ) -> None:
     """List the recorded runs, newest last."""
     root = default_root(directory)
-    rows = [_listed(path) for path in find_runs(root)]
+    rows = sorted((_listed(path) for path in find_runs(root)), key=lambda row: row.get("started", ""))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -167,19 +167,25 @@ def _open(run: str, root: Path, rank: int) -> Run:
     try:
         return open_run(path, rank)
     except FileNotFoundError as error:
-        known = ", ".join(each.name for each in find_runs(root)[-5:]) or "none"
+        ranks = [each.name for each in find_ranks(path)]
+        if ranks:
+            raise UsageError(f"run {run!r} has no rank {rank}: in {path} there are {', '.join(ranks)}") from error
+        newest = sorted(find_runs(root), key=lambda each: each.stat().st_mtime)[-5:]
+        known = ", ".join(each.name for each in newest) or "none"
         raise UsageError(f"no run {run!r} (rank {rank}) in {root}; the newest there: {known}") from error
 
 
 def _listed(path: Path) -> dict[str, Any]:
     """Describe one run of a list; one that cannot be read says why."""
     try:
-        run = open_run(find_ranks(path)[0])
+        ranks = find_ranks(path)
+        run = open_run(ranks[0])
     except (RunFormatError, OSError) as error:
         return {"run_id": path.name, "state": "unreadable", "error": str(error)}
     summary = summarize(run, compare_ranks=False)
     keys = ("run_id", "started", "steps", "grad_norm_median", "nonfinite_steps", "skipped_steps", "loss_last")
-    return {"state": run_state(run), "ranks": len(find_ranks(path))} | {key: summary[key] for key in keys}
+    state = job_state(run, ranks[1 : run.manifest.world_size])  # an earlier start may have left more
+    return {"state": state, "ranks": len(ranks)} | {key: summary[key] for key in keys}
 
 
 def _console() -> Console:

@@ -93,7 +93,11 @@ def _label(text: str) -> tuple[str, str]:
 
 def _writable(root: Path) -> Path:
     root = root.absolute()
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        reason = f"{root} cannot be made ({error.strerror})"
+        raise LaunchError(f"{reason}: pass another --dir, or set GRADIOMETER_DIR") from error
     if not os.access(root, os.W_OK | os.X_OK):
         raise LaunchError(f"{root} cannot be written by this user: pass another --dir, or set GRADIOMETER_DIR")
     return root

@@ -224,6 +224,8 @@ class Recorder(RingWriter):
         except OSError:
             self.close()
             shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other ranks, or an earlier run, are in it
+                self.path.parent.rmdir()
             raise
         self._events = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._inode = os.fstat(self._ring).st_ino
@@ -267,7 +269,11 @@ def _make_directory(path: Path) -> None:
         while path.with_name(f"{path.name}.{attempt}").exists():
             attempt += 1
         path.rename(path.with_name(f"{path.name}.{attempt}"))
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        message = f"cannot make the run's directory ({error.strerror}): choose another dir, or set GRADIOMETER_DIR"
+        raise OSError(error.errno, message, str(path.parent)) from error
     shutil.rmtree(path, ignore_errors=True)  # what an attach that failed half-way left
     path.mkdir(mode=0o700)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradiometer.insight import Episode, bad_episodes, rank_ratios
-from gradiometer.records import OWN_CLIPPING, State, process_alive
+from gradiometer.records import OWN_CLIPPING, RingReader, RunFormatError, State, process_alive, read_manifest
 from gradiometer.run import Run
 
 __all__ = ["draw", "layer_table", "run_state", "summarize"]
@@ -29,6 +29,23 @@ def run_state(run: Run) -> str:
     if run.status["state"] == State.FINISHED:
         return "finished"
     return {True: "running", False: "lost", None: "unknown"}[process_alive(run.manifest)]
+
+
+def job_state(run: Run, ranks: Iterable[Path]) -> str:
+    """Tell the state of a run of several ``ranks``: ``lost`` if any of them is, else that of ``run``, one of them."""
+    return "lost" if any(_is_lost(path) for path in ranks) else run_state(run)
+
+
+def _is_lost(path: Path) -> bool:
+    try:
+        manifest = read_manifest(path / "manifest.json")
+        ring = RingReader(path / "steps.ring", manifest.ring)
+    except (RunFormatError, OSError):
+        return False
+    try:
+        return ring.status()["state"] != State.FINISHED and process_alive(manifest) is False
+    finally:
+        ring.close()
 
 
 def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
