@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from gradiometer import transfer
 from gradiometer._guard import Guard
@@ -30,6 +30,10 @@ MICROBATCHES = 8
 FIRST_STEPS, EVERY, BURST = 3, 100, 3
 PROBE_ELEMENTS = 65_536
 """A parameter with more elements is not looked at in every step."""
+
+
+_left_behind: Any = unserializable_hook
+"""Marks a hook as one that does not go along, for torch not to warn when a parameter is sent to another process."""
 
 
 def check_mode(mode: BackwardMode) -> BackwardMode:
@@ -131,6 +135,7 @@ class BackwardWatch:
         else:
             self._sentinel = watched.register_hook(self._mark)
 
+    @_left_behind
     def _mark(self, gradient: Tensor) -> None:
         del gradient
         self.seen = True
@@ -148,6 +153,7 @@ class BackwardWatch:
             self._probe.remove()
         self._probed, self._probe = index, small[index].register_hook(self._look)  # type: ignore[no-untyped-call]  # torch
 
+    @_left_behind
     def _look(self, gradient: Tensor) -> None:
         with self._guard:
             norm = tensor_norm(gradient.detach())
@@ -165,6 +171,7 @@ class BackwardWatch:
                 self._arrivals.append((index, tensor_norm(gradient.detach())))
 
 
+@_left_behind
 class _ArrivalHook:
     """A callable with a slot, not a closure: a thousand of them are registered at once."""
 
