@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import gradiometer
 from gradiometer import PolicyError, open_run
-from tests._training import attach, backward, loss_of, small_model, train
+from tests._training import assert_same, attach, backward, loss_of, small_model, train
 
 CLIP: list[Any] = [{"nonfinite": {"action": "skip"}}, {"global_norm": {"max_norm": 1.0}}]
 
@@ -431,3 +432,15 @@ def test_a_deep_copy_of_the_model_is_free(tmp_path: Path) -> None:
         copied: Tensor = other[0].weight  # type: ignore[assignment]  # a tensor
         assert copied._backward_hooks is None
     assert isinstance(AdamW(other.parameters()), Optimizer)
+
+
+@pytest.mark.parametrize("mode", ["auto", "every", "off"])
+def test_a_model_is_sent_to_another_process_without_a_warning(tmp_path: Path, mode: str) -> None:
+    """What torch.multiprocessing sends of a model in training holds nothing of the agent's, and torch says nothing."""
+    model = small_model()
+    optimizer = sgd(model)
+    with attach(tmp_path, model, optimizer, backward=mode):
+        train(model, optimizer, range(1))
+        sent = ForkingPickler.loads(ForkingPickler.dumps(model))  # warnings are errors here
+    assert_same(sent, model, exactly=True)
+    assert all(not parameter._backward_hooks for parameter in sent.parameters())

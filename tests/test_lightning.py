@@ -108,6 +108,16 @@ def test_norms_are_those_lightning_and_a_hand_measure(
     np.testing.assert_allclose(run.loss, losses, rtol=1e-6)
 
 
+def test_updates_and_cosines(tmp_path: Path, make_trainer: Callable[..., pl.Trainer]) -> None:
+    """Which steps are sampled, and whether cosines are measured, is the user's choice here too."""
+    callback = callback_in(tmp_path, updates_every=2, cosine=True)
+    make_trainer(callback).fit(Plain(), batches())
+    samples = run_of(callback).samples
+    assert samples is not None
+    assert samples.steps.tolist() == [0, 2, 4]
+    assert np.isfinite(samples.total_cosine[1:]).all()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_policy_trains_as_gradient_clip_val_does(
     tmp_path: Path, make_trainer: Callable[..., pl.Trainer], fused: bool

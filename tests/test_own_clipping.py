@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import operator
+import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_no
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradiometer import Run, open_run
+from gradiometer import Run, open_run, own_clipping
 from gradiometer.exporter import collector
 from gradiometer.records import OWN_CLIPPING
 from gradiometer.report import summarize
@@ -372,6 +375,30 @@ def test_no_second_pass(tmp_path: Path) -> None:
     for name in passes:
         counts = [counter.calls.get(name, 0) for counter in (bare, observed, clips, both)]
         assert counts[3] == counts[0] + counts[1] - counts[2], (name, counts)
+
+
+def test_a_loop_that_never_clips_the_same_set_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of the sets that were clipped is bounded by their sizes, and needs no garbage collector."""
+    monkeypatch.setattr(own_clipping, "MAX_COVERED", 2_000)
+    model = nn.ModuleList([nn.Linear(1, 1) for _ in range(50)])
+    optimizer = SGD(model.parameters(), lr=0.01)
+    parameters, choose, held = list(model.parameters()), random.Random(0), []
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with attach(tmp_path, model, optimizer, backward="off", updates_every=0) as agent:
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for _ in range(10):
+                for _ in range(20):
+                    clip_grad_norm_(choose.sample(parameters, 80), 1.0)
+                    optimizer.step()
+                held.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+    assert agent.errors == 0
+    assert max(held) < 1_000_000, held
 
 
 def test_metrics_and_reports(tmp_path: Path) -> None:

@@ -123,6 +123,16 @@ def test_a_policy_takes_the_place_of_max_grad_norm(tmp_path: Path, caplog: pytes
     assert total.max() > 0.6
 
 
+def test_updates_and_cosines(tmp_path: Path) -> None:
+    """Which steps are sampled, and whether cosines are measured, is the user's choice here too."""
+    callback = callback_in(tmp_path, updates_every=2, cosine=True, data_parallel=1)
+    make_trainer(tmp_path, callback).train()
+    samples = run_of(callback).samples
+    assert samples is not None
+    assert samples.steps.tolist() == [0, 2, 4]
+    assert np.isfinite(samples.total_cosine[1:]).all()
+
+
 def test_max_grad_norm_stays_without_a_policy_that_clips(tmp_path: Path) -> None:
     """The Trainer then clips as before, and the norms before and after its clipping are recorded."""
     callback, notes = callback_in(tmp_path, policy=[{"nonfinite": {}}]), Notes()

@@ -38,6 +38,8 @@ class AutomaticAttachError(RuntimeError):
     """A policy was asked for, and no agent could be attached to carry it out."""
 
 
+_OF_THE_PROGRAM = ("own_clipping", "journal", "rounds", "session")
+"""Modules whose warnings say what the program does, and are events of the run as well."""
 _left_alone: WeakSet[Optimizer] = WeakSet()
 """Optimizers that another one's step calls, or that no agent could be attached to."""
 _one_at_a_time = threading.Lock()
@@ -75,6 +77,9 @@ def _attach(optimizer: Optimizer) -> bool:
     agent.gives_way = True
     if multiprocessing.parent_process() is not None:  # which ends without the interpreter's own exit
         _detach_at_the_end_of(os.getpid())
+    if not settings.verbose and settings.policy is None:
+        for name in _OF_THE_PROGRAM:  # the program's output stays its own
+            logging.getLogger(f"gradiometer.{name}").setLevel(logging.ERROR)
     if settings.verbose:
         names = ", ".join(type(each).__name__ for each in found.optimizers)
         print(f"gradiometer: process {os.getpid()} measures {names} in {agent.path}", file=sys.stderr)  # noqa: T201
@@ -107,6 +112,8 @@ def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
             backward=settings.backward,
             labels=settings.labels,
             together=found.together,
+            updates_every=settings.updates_every,
+            cosine=settings.cosine,
             patience=PATIENCE,
         )
     except BaseException:

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from gradiometer import transfer
 from gradiometer._guard import Guard
@@ -35,6 +35,10 @@ SENTINELS = 4
 """Parameters that are watched for backward passes at once, at most."""
 PROBE_ELEMENTS = 65_536
 """A parameter with more elements is not looked at in every step."""
+
+
+_left_behind: Any = unserializable_hook
+"""Marks a hook as one that does not go along, for torch not to warn when a parameter is sent to another process."""
 
 
 def check_mode(mode: BackwardMode) -> BackwardMode:
@@ -149,7 +153,7 @@ class BackwardWatch:
             return
         if len(self._sentinels) == SENTINELS:
             self._sentinels.pop(next(iter(self._sentinels))).remove()
-        mark, watched = partial(self._mark, place), self._leaves[place][1]
+        mark, watched = _left_behind(partial(self._mark, place)), self._leaves[place][1]
         if hasattr(watched, "placements"):  # a Tensor hook of a parameter that FSDP2 shards never fires
             self._sentinels[place] = watched.register_post_accumulate_grad_hook(mark)
         else:
@@ -171,6 +175,7 @@ class BackwardWatch:
             self._probe.remove()
         self._probed, self._probe = index, small[index].register_hook(self._look)  # type: ignore[no-untyped-call]  # torch
 
+    @_left_behind
     def _look(self, gradient: Tensor) -> None:
         with self._guard:
             norm = tensor_norm(gradient.detach())
@@ -188,6 +193,7 @@ class BackwardWatch:
                 self._arrivals.append((index, tensor_norm(gradient.detach())))
 
 
+@_left_behind
 class _ArrivalHook:
     """A callable with a slot, not a closure: a thousand of them are registered at once."""
 

@@ -125,6 +125,12 @@ def run(
     run_id: Annotated[str | None, typer.Option(help="Name of the run; made from the clock unless given.")] = None,
     backward: Annotated[Literal["auto", "every", "off"], typer.Option(help="When backward hooks are armed.")] = "auto",
     label: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, exported with the run; may be repeated.")] = None,
+    updates_every: Annotated[
+        int, typer.Option(help="In which steps it is measured how far weights move; 0: in none.", min=0)
+    ] = 100,
+    cosine: Annotated[
+        bool, typer.Option("--cosine", help="Then also the cosine of the gradient and that of the step before.")
+    ] = False,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -137,7 +143,14 @@ def run(
 ) -> None:
     """Run a training program as it is, and measure every model that it trains."""
     settings = make_settings(
-        policy=policy, root=directory, run_id=run_id, backward=backward, labels=label or [], verbose=verbose
+        policy=policy,
+        root=directory,
+        run_id=run_id,
+        backward=backward,
+        labels=label or [],
+        updates_every=updates_every,
+        cosine=cosine,
+        verbose=verbose,
     )
     launch(command or [], settings)
 

@@ -48,6 +48,8 @@ class LaunchSettings:
     policy: Mapping[str, Any] | None = None
     """The policy itself, not its file: every process has the same, whatever becomes of the file."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    updates_every: int = 100
+    cosine: bool = False
     verbose: bool = False
 
     @classmethod
@@ -70,9 +72,13 @@ def make_settings(
     run_id: str | None,
     backward: Mode,
     labels: Sequence[str],
+    updates_every: int,
+    cosine: bool,
     verbose: bool,
 ) -> LaunchSettings:
     """Check what the user asked for and make the directory of runs; raises ValueError or OSError."""
+    if cosine and not updates_every:
+        raise LaunchError("--cosine is measured in the steps that --updates-every names, which is 0: give it a number")
     chosen = check_run_id(run_id) if run_id else f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     return LaunchSettings(
         run_id=chosen,
@@ -80,6 +86,8 @@ def make_settings(
         labels=check_labels(dict(_label(each) for each in labels)),
         dir=str(_writable(default_root(root))),
         backward=backward,
+        updates_every=updates_every,
+        cosine=cosine,
         verbose=verbose,
     )
 

@@ -36,8 +36,9 @@ __all__ = ["OwnClip", "OwnClipping", "row_width"]
 
 logger = logging.getLogger(__name__)
 
-MAX_COVERAGES = 4096
-"""Sets of parameters that are remembered; a loop clips the same few again and again."""
+MAX_COVERED = 2**17
+"""Parameters in all sets together that are remembered, some 150 bytes each; a loop clips the same few sets again and
+again, but one that leaves out what had no gradient may never clip the same set twice."""
 NORMS = 3
 """Norms from before a clip that a row has room for, for each parameter: by layer, by the whole, and before a clamp."""
 MORE_CALLS = 8
@@ -73,8 +74,9 @@ class _Coverage:
         """The covered parameters of each optimizer that holds any."""
         self.members = set(places)
         self.meter: Meter | None = None
-        self.newest: OwnClip | None = None
-        """The newest call by norm."""
+        self.waiting: set[int] = set()
+        """Optimizers whose steps the newest call by norm awaits: that call's own set, and not the call, which refers
+        to this object and to tensors."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -120,6 +122,8 @@ class OwnClipping:
         self._guard: Guard | None = None
         self._watched: list[Watched] = []
         self._coverages: dict[tuple[int, ...], _Coverage] = {}
+        self._covering = 0
+        """Parameters in the coverages, those in several counted several times."""
         self._clips: list[OwnClip] = []
         self._held = 0
         """Norms that are to travel with them."""
@@ -173,7 +177,7 @@ class OwnClipping:
                 self._clips.append(clip)
                 self._held += 0 if clip.norms is None else clip.norms.numel()
                 if clip.call.function == CLIP_GRAD_NORM:
-                    clip.coverage.newest = clip
+                    clip.coverage.waiting = clip.waiting
         self.spent += time.perf_counter() - began
 
     def refused(self, gradients: Sequence[Tensor], norms: Tensor | None) -> None:
@@ -210,13 +214,14 @@ class OwnClipping:
             self._used[owner] = first, id(gradient), gradient._version
 
     def _covered(self, parameters: Sequence[Tensor]) -> _Coverage:
-        if self._watched is not self._rounds.watched or len(self._coverages) > MAX_COVERAGES:
-            self._watched, self._coverages = self._rounds.watched, {}
+        if self._watched is not self._rounds.watched or self._covering > MAX_COVERED:
+            self._watched, self._coverages, self._covering = self._rounds.watched, {}, 0
         key = tuple(map(id, parameters))  # those watched live as long as the agent, so no other has their id
         coverage = self._coverages.get(key)
         if coverage is None:
             given = np.array([self._index.get(each, -1) for each in key], np.intp)
             coverage = self._coverages[key] = _Coverage(given, self._watched)
+            self._covering += len(key)
         return coverage
 
     def _begin(self, heard: Heard, coverage: _Coverage) -> tuple[list[int], OwnClip | None]:
@@ -240,7 +245,7 @@ class OwnClipping:
                 limit=heard.limit,
                 places=coverage.places,
                 scaled=self._still_scaled(firsts),
-                again=by_norm and coverage.newest is not None and bool(coverage.newest.waiting),
+                again=by_norm and bool(coverage.waiting),
             ),
             coverage=coverage,
             firsts=firsts,

@@ -63,9 +63,19 @@ class GradiometerCallback(Callback):
         labels: Mapping[str, str] | None = None,
         together: bool = False,
         ring_bytes: int = RING_BYTES,
+        updates_every: int = 100,
+        cosine: bool = False,
     ) -> None:
         self._attachment = Attachment(
-            policy, run_id=run_id, dir=dir, backward=backward, labels=labels, together=together, ring_bytes=ring_bytes
+            policy,
+            run_id=run_id,
+            dir=dir,
+            backward=backward,
+            labels=labels,
+            together=together,
+            ring_bytes=ring_bytes,
+            updates_every=updates_every,
+            cosine=cosine,
         )
         self._step = 0
         """The agent's step when a loss was last logged."""

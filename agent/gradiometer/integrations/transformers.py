@@ -46,9 +46,20 @@ class GradiometerCallback(TrainerCallback, ExportableState):
         backward: BackwardMode = "auto",
         labels: Mapping[str, str] | None = None,
         ring_bytes: int = RING_BYTES,
+        updates_every: int = 100,
+        cosine: bool = False,
+        data_parallel: int | None = None,
     ) -> None:
         self._attachment = Attachment(
-            policy, run_id=run_id, dir=dir, backward=backward, labels=labels, ring_bytes=ring_bytes
+            policy,
+            run_id=run_id,
+            dir=dir,
+            backward=backward,
+            labels=labels,
+            ring_bytes=ring_bytes,
+            updates_every=updates_every,
+            cosine=cosine,
+            data_parallel=data_parallel,
         )
         self._max_grad_norm: float | None = None
         """The Trainer's own setting, while it is turned off."""
