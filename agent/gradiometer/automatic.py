@@ -82,7 +82,8 @@ def _attach(optimizer: Optimizer) -> bool:
             logging.getLogger(f"gradiometer.{name}").setLevel(logging.ERROR)
     if settings.verbose:
         names = ", ".join(type(each).__name__ for each in found.optimizers)
-        print(f"gradiometer: process {os.getpid()} measures {names} in {agent.path}", file=sys.stderr)  # noqa: T201
+        # In one write, line end and all: the ranks of a job write to one stderr at the same time.
+        sys.stderr.write(f"gradiometer: process {os.getpid()} measures {names} in {agent.path}\n")
     return True
 
 
