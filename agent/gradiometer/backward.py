@@ -12,7 +12,8 @@ that the loss or a layer sends backwards reaches the layers before it, so it is 
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle, unserializable_hook
@@ -27,13 +28,16 @@ __all__ = ["MICROBATCHES", "BackwardMode", "BackwardWatch", "check_mode"]
 BackwardMode = Literal["auto", "every", "off"]
 MICROBATCHES = 8
 """Micro-batches of a step whose norms are kept; the arrivals of later ones are not recorded."""
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 FIRST_STEPS, EVERY, BURST = 3, 100, 3
 PROBE_ELEMENTS = 65_536
 """A parameter with more elements is not looked at in every step."""
 
 
-_left_behind: Any = unserializable_hook
-"""Marks a hook as one that does not go along, for torch not to warn when a parameter is sent to another process."""
+def _left_behind(hook: Hook) -> Hook:
+    """Mark a hook as one that does not go along, for torch not to warn when a parameter is sent to another process."""
+    marked: Hook = unserializable_hook(hook)  # type: ignore[no-untyped-call]  # torch
+    return marked
 
 
 def check_mode(mode: BackwardMode) -> BackwardMode:

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradiometer.labels import check_labels
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
-from gradiometer.recorder import check_run_id
+from gradiometer.process import pid_namespace
+from gradiometer.recorder import check_labels, check_run_id
 from gradiometer.records import (
     COSINE_SAMPLES,
     FORMAT_VERSION,
@@ -28,7 +28,6 @@ from gradiometer.records import (
     RingGeometry,
     SampleInfo,
     installed_version,
-    pid_namespace,
 )
 
 __all__ = [
