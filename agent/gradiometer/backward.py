@@ -58,9 +58,11 @@ class BackwardWatch:
             if parameter is not None and holding is not None
         ]
         self._parameters = [(i, p) for i, p, holding in held if not holding.sharded and holding.leaf is None]
-        self._leaves = [(p, p if holding.leaf is None else holding.leaf) for _, p, holding in held if p.requires_grad]
-        """Trainable parameters, and the tensor that tells of a backward pass of each."""
+        self._leaves = [(p, p if holding.leaf is None else holding.leaf) for _, p, holding in held]
+        """Parameters, and the tensor that tells of a backward pass of each."""
         self._handles: list[RemovableHandle] = []
+        self._trainable: list[bool] = []
+        """Which parameters required a gradient when the hooks were armed."""
         self._sentinel: RemovableHandle | None = None
         self._probe: RemovableHandle | None = None
         self._probed = -1
@@ -91,7 +93,8 @@ class BackwardWatch:
         self._arrivals, self.seen, self.passes, self.own = [], False, 0, None
         self._burst = BURST if incident else max(0, self._burst - 1)
         wanted = self._mode == "every" or (self._mode == "auto" and (self._burst > 0 or step % EVERY == 0))
-        if wanted and not self._handles:
+        if wanted and (not self._handles or self._trainable != self._requiring()):  # layers are unfrozen as it goes
+            self._disarm()
             self._arm()
         elif not wanted and self._handles:
             self._disarm()
@@ -114,7 +117,11 @@ class BackwardWatch:
             self._probe = None
         self._disarm()
 
+    def _requiring(self) -> list[bool]:
+        return [parameter.requires_grad for _, parameter in self._parameters]
+
     def _arm(self) -> None:
+        self._trainable = self._requiring()
         for index, parameter in self._parameters:
             if parameter.requires_grad:
                 self._handles.append(parameter.register_hook(self._hook(index)))  # type: ignore[no-untyped-call]  # torch
@@ -128,12 +135,13 @@ class BackwardWatch:
                 parameter._backward_hooks = None  # autograd would go on calling into an empty table
 
     def _watch_for_backward(self) -> None:
-        if self._mode == "off" or not self._leaves:
+        trainable = [(parameter, leaf) for parameter, leaf in self._leaves if parameter.requires_grad]
+        if self._mode == "off" or not trainable:
             return
         if self._sentinel is not None:
             self._sentinel.remove()
-        used = [leaf for parameter, leaf in self._leaves if parameter.grad is not None]
-        watched: Any = used[-1] if used else self._leaves[-1][1]
+        used = [leaf for parameter, leaf in trainable if parameter.grad is not None]
+        watched: Any = used[-1] if used else trainable[-1][1]
         if hasattr(watched, "placements"):  # a Tensor hook of a parameter that FSDP2 shards never fires
             self._sentinel = watched.register_post_accumulate_grad_hook(self._mark)
         else:
