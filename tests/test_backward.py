@@ -92,6 +92,25 @@ def test_every_arms_always(tmp_path: Path) -> None:
     assert hooked(open_run(agent.path)) == list(range(7))
 
 
+def test_layers_that_are_unfrozen_are_watched_from_the_next_step_on(tmp_path: Path) -> None:
+    """A layer that is unfrozen in mid-training has its hooks too, though those of the others were armed already."""
+    model = small_model()
+    model[0].requires_grad_(requires_grad=False)
+    optimizer = sgd(model)
+    with attach(tmp_path, model, optimizer, backward="every") as agent:
+        train(model, optimizer, range(2))
+        model[0].requires_grad_(requires_grad=True)
+        train(model, optimizer, range(2))
+        model[2].requires_grad_(requires_grad=False)
+        train(model, optimizer, range(2))
+    assert agent.errors == 0
+    norms = open_run(agent.path).stat("microbatch_norm")
+    assert (norms[:, 0] > 0).tolist() == [False, False, False, True, True, True]
+    assert (norms[:, 2] > 0).tolist() == [True, True, True, True, False, False]
+    np.testing.assert_allclose(norms[3], open_run(agent.path).parameter_norms[3], rtol=1e-6)
+    assert all(parameter._backward_hooks is None for parameter in model.parameters())
+
+
 def test_off_registers_nothing(tmp_path: Path) -> None:
     """Mode off registers no hook on any parameter, and the micro-batch column is negative zero."""
     model = small_model()

@@ -238,7 +238,7 @@ def test_a_writer_that_cannot_be_looked_up_is_left_alone(tmp_path: Path, monkeyp
     """The run id of a writer in another container or host is free only after a quarter of an hour of silence."""
     model = small_model()
     attach_small(tmp_path, model, SGD(model.parameters(), lr=0.1), run_id="shared")
-    monkeypatch.setattr("gradiometer.records.pid_namespace", lambda: "pid:[another]")
+    monkeypatch.setattr("gradiometer.process.pid_namespace", lambda: "pid:[another]")
     other = small_model()
     optimizer = SGD(other.parameters(), lr=0.1)
     with pytest.raises(RunInUseError, match="'shared', rank 0, is being written by process"):

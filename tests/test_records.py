@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradiometer.process import pid_namespace, process_alive
 from gradiometer.recorder import EVENTS_BYTES, Recorder, RowHeader, RunInUseError, check_run_id
 from gradiometer.records import (
     HEADER_BYTES,
@@ -30,8 +31,6 @@ from gradiometer.records import (
     default_root,
     find_ranks,
     find_runs,
-    pid_namespace,
-    process_alive,
     read_events,
     read_manifest,
 )
@@ -440,17 +439,17 @@ def test_a_process_of_another_container_cannot_be_known(
     make_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where both pid namespaces are known and differ, a pid says nothing; where one is not, it is believed."""
-    monkeypatch.setattr("gradiometer.records.pid_namespace", lambda: "pid:[1]")
+    monkeypatch.setattr("gradiometer.process.pid_namespace", lambda: "pid:[1]")
     answers = [process_alive(make_manifest(pid_namespace=name)) for name in ("", "pid:[1]", "pid:[2]")]
     assert answers == [True, True, None]
-    monkeypatch.setattr("gradiometer.records.pid_namespace", lambda: "")
+    monkeypatch.setattr("gradiometer.process.pid_namespace", lambda: "")
     assert process_alive(make_manifest(pid_namespace="pid:[2]")) is True
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pid namespaces")
 def test_pid_namespace_is_this_process(spawn: Spawn) -> None:
     """The name is not empty, and that of a child is the same."""
-    code = "from gradiometer.records import pid_namespace; print(pid_namespace())"
+    code = "from gradiometer.process import pid_namespace; print(pid_namespace())"
     child = spawn(sys.executable, "-c", code, stdout=subprocess.PIPE).communicate(timeout=60)[0]
     assert pid_namespace() == child.strip() != ""
 

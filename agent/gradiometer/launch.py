@@ -20,9 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
-from gradiometer.labels import check_labels
 from gradiometer.policy.spec import load_policy
-from gradiometer.recorder import check_run_id
+from gradiometer.recorder import check_labels, check_run_id
 from gradiometer.records import default_root
 
 __all__ = ["ENVIRONMENT", "LaunchError", "LaunchSettings", "find_command", "launch", "make_settings"]

@@ -17,17 +17,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradiometer.insight import COSINE_SAMPLES, SAMPLES
-from gradiometer.labels import check_labels
 from gradiometer.layers import Parameters
 from gradiometer.policy.spec import PolicySpec
-from gradiometer.recorder import check_run_id
+from gradiometer.process import pid_namespace
+from gradiometer.recorder import check_labels, check_run_id
 from gradiometer.records import (
     FORMAT_VERSION,
     Manifest,
     RingGeometry,
     SampleInfo,
     installed_version,
-    pid_namespace,
 )
 
 __all__ = [

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.process import process_alive
 from gradiometer.records import (
     CHECKSUM_FACTOR,
     FORMAT_VERSION,
@@ -36,16 +37,14 @@ from gradiometer.records import (
     RingGeometry,
     RunFormatError,
     State,
-    process_alive,
     read_manifest,
 )
 
-__all__ = ["Recorder", "RingWriter", "RowHeader", "RunInUseError", "Status", "check_run_id"]
+__all__ = ["Recorder", "RingWriter", "RowHeader", "RunInUseError", "Status", "check_labels", "check_run_id"]
 
 EVENTS_BYTES = 16 * 2**20
 """Events beyond this size of ``events.jsonl`` are dropped and counted."""
-
-
+MAX_LABELS, MAX_LABEL_LENGTH = 16, 128
 UNKNOWN_SECONDS = 900.0
 """How long a writer whose process cannot be looked up from here may be silent before its run id is free again."""
 _MASK = 2**64 - 1
@@ -70,6 +69,25 @@ def check_run_id(run_id: str) -> str:
             f"run_id {run_id!r}: expected up to 128 letters, digits, '.', '_' or '-', starting with a letter or digit"
         )
     return run_id
+
+
+def check_labels(labels: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the labels as strings; raises ValueError for a name or a number of them that metrics cannot carry."""
+    if not isinstance(labels, Mapping | None):
+        raise TypeError(f"labels is a {type(labels).__name__}, expected a mapping of names to strings")
+    labels = dict(labels or {})
+    if len(labels) > MAX_LABELS:
+        raise ValueError(f"labels has {len(labels)} entries, expected at most {MAX_LABELS}")
+    for name, value in labels.items():
+        if not isinstance(name, str) or not (name.isascii() and name.isidentifier()) or name.startswith("__"):
+            raise ValueError(
+                f"label name {name!r}: expected letters, digits and '_', not starting with a digit or '__'"
+            )
+        if not isinstance(value, str) or len(value) > MAX_LABEL_LENGTH:
+            raise ValueError(
+                f"label {name} is {value!r:.40}, expected a string of at most {MAX_LABEL_LENGTH} characters"
+            )
+    return labels
 
 
 class RowHeader(NamedTuple):

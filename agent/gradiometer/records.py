@@ -20,7 +20,6 @@ import errno
 import json
 import os
 import re
-import socket
 import stat
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
@@ -32,7 +31,6 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 import platformdirs
-import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 __all__ = [
@@ -50,8 +48,6 @@ __all__ = [
     "find_runs",
     "installed_version",
     "own_clipping",
-    "pid_namespace",
-    "process_alive",
     "read_events",
     "read_manifest",
 ]
@@ -99,7 +95,7 @@ class Flag(IntFlag):
 
 
 class State(IntEnum):
-    """What the writer last said of itself; whether it still lives is for :func:`process_alive`."""
+    """What the writer last said of itself; whether it still lives is for :func:`gradiometer.process.process_alive`."""
 
     RUNNING = 1
     FINISHED = 2
@@ -223,7 +219,8 @@ class Manifest(BaseModel):
     """Creation time of the process in seconds since the epoch: pids are used again."""
     host: str
     pid_namespace: str = ""
-    """What :func:`pid_namespace` returned: elsewhere ``pid`` is another process, or none. Empty where unknown."""
+    """What :func:`gradiometer.process.pid_namespace` returned: elsewhere ``pid`` is another process, or none.
+    Empty where unknown."""
     created_ns: int
     gradiometer_version: str
     torch_version: str
@@ -297,32 +294,6 @@ def find_ranks(run: Path) -> list[Path]:
     return sorted(
         p.parent for p in run.glob("rank-[0-9][0-9][0-9][0-9][0-9]/manifest.json") if not p.parent.is_symlink()
     )
-
-
-def pid_namespace() -> str:
-    """Name the namespace in which this process's pid is one, as Linux does; empty where that cannot be known."""
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return ""
-
-
-def process_alive(manifest: Manifest) -> bool | None:
-    """Tell whether the writer's process lives; None when it cannot be seen from this host, or from this container."""
-    if manifest.host != socket.gethostname():
-        return None
-    own = pid_namespace()
-    if own and manifest.pid_namespace and own != manifest.pid_namespace:
-        return None
-    try:
-        process = psutil.Process(manifest.pid)
-        same = abs(process.create_time() - manifest.process_start) < 1.0
-        # Where nobody reaps, as in a container without an init, a killed process stays as a zombie.
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return None
 
 
 def checksum(words: Word) -> Word:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradiometer.insight import Episode, bad_episodes, rank_ratios
-from gradiometer.records import OWN_CLIPPING, RingReader, RunFormatError, State, process_alive, read_manifest
+from gradiometer.process import process_alive
+from gradiometer.records import OWN_CLIPPING, RingReader, RunFormatError, State, read_manifest
 from gradiometer.run import Run
 
 __all__ = ["draw", "layer_table", "run_state", "summarize"]

@@ -16,7 +16,8 @@ from itertools import chain, groupby
 from logging import getLogger
 from pathlib import Path
 
-from gradiometer.records import find_ranks, find_runs, process_alive
+from gradiometer.process import process_alive
+from gradiometer.records import find_ranks, find_runs
 from gradiometer.tail import Frame, RankTail, frame, identity
 
 __all__ = ["Run", "Runs"]
