@@ -178,7 +178,7 @@ def line_searches(rank: int, world: int) -> dict[str, Any]:
 
     with attach(model, optimizer, policy=None, parts=f"rank{rank}"):
         for _ in range(STEPS):
-            optimizer.step(closure)  # type: ignore[arg-type, no-untyped-call]  # torch
+            optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch
     return {"evaluations": evaluations}
 
 
