@@ -402,7 +402,7 @@ def other_values(rank: int, world: int) -> dict[str, Any]:
 def refused(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> str:
     try:
         attach(model, optimizer, **options)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "none"
 

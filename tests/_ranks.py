@@ -79,12 +79,12 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -
 
 
 def full_norms(model: nn.Module) -> list[float]:
-    """Return the norm of every gradient, put together from its shards by torch itself."""
+    """Return the norm of every gradient, put together from its shards by torch itself; -0 for none."""
     norms = []
     for parameter in model.parameters():
         gradient: Any = parameter.grad
         whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-        norms.append(float(whole.double().norm()) if whole is not None else 0.0)
+        norms.append(float(whole.double().norm()) if whole is not None else -0.0)
     return norms
 
 

@@ -180,6 +180,32 @@ def test_training_can_go_on_after_the_error(tmp_path: Path) -> None:
         train(model, optimizer, range(2))
 
 
+class Failing(SGD):
+    """Raises in its step while ``fails``."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise MemoryError("no room for the step")
+        return super().step(closure)
+
+
+def test_a_bad_step_is_not_overlooked(tmp_path: Path) -> None:
+    """A bad step whose row reaches the host together with that of a good one, as rows do on a GPU, raises as well."""
+    model = small_model()
+    optimizer = Failing(model.parameters(), lr=0.01)
+    with attach(tmp_path, model, optimizer, policy=[{"nonfinite": {"action": "raise"}}]):
+        train(model, optimizer, range(2))
+        optimizer.fails = True
+        with pytest.raises(MemoryError):
+            bad_step(model, optimizer)
+        optimizer.fails = False
+        with pytest.raises(NonFiniteGradientError, match=r"1 step\(s\) in a row, up to step 2"):
+            train(model, optimizer, [3])
+        train(model, optimizer, [4])
+
+
 def test_an_episode_is_two_events(tmp_path: Path) -> None:
     """Bad steps in a row are one incident that names step and parameter, and one when it is over."""
     model = small_model()

@@ -43,6 +43,8 @@ COLLECTIVES = {"ddp": 0, "groups_of_their_own": 0, "fsdp2": 1, "fsdp2_fused": 1,
 class Ranks:
     """What the ranks of one job left behind."""
 
+    module = "tests._parallel"
+
     def __init__(self, root: Path, world: int, names: Sequence[str], **environment: str) -> None:
         self.root, self.world = root, world
         with socket.socket() as probe:
@@ -51,7 +53,7 @@ class Ranks:
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         workers = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests._parallel", str(rank), str(world), str(port), str(root), *names],
+                [sys.executable, "-m", self.module, str(rank), str(world), str(port), str(root), *names],
                 stderr=subprocess.PIPE,
                 text=True,
                 env=environment,

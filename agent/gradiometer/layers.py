@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,6 +63,7 @@ def collect_parameters(model: nn.Module, optimizers: Sequence[torch.optim.Optimi
 
     Raises ValueError if there is none.
     """
+    _reshard(model)
     order = {id(tensor): (name, tensor) for name, tensor in model.named_parameters()}  # tied ones once
     for number, optimizer in enumerate(optimizers):
         for group_number, group in enumerate(optimizer.param_groups):
@@ -75,6 +78,14 @@ def collect_parameters(model: nn.Module, optimizers: Sequence[torch.optim.Optimi
         for (name, tensor), holding in zip(order.values(), held, strict=True)
     ]
     return Parameters(infos=infos, tensors=list(tensors), holdings=list(held))
+
+
+def _reshard(model: nn.Module) -> None:
+    """Have FSDP2 modules show their shards: after a forward pass without a backward one the root shows the whole."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: then no module is of its making
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def _describe(name: str, tensor: nn.Parameter, holding: Holding) -> ParameterInfo:

@@ -49,6 +49,9 @@ class Meter:
     bucketed is worked out once and again whenever the set of gradients or a dtype changes.
     """
 
+    shared = False
+    """Whether others measure together with this one."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._signature: list[torch.dtype | None] = []
@@ -58,6 +61,8 @@ class Meter:
         self._heads: list[int] = []
         """One of every bucket: enough to tell whether all norms are where they should be."""
         self.dtype = torch.float32
+        self.calls = 0
+        """How often this rank has told the others what it measured, if there are others."""
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Return the norms [P], float32 (float64 if any gradient is), in the order of ``gradients``."""
@@ -73,6 +78,9 @@ class Meter:
     def add(self, values: Tensor) -> Tensor:
         """Return the sums [K, P] of what all who measure together have of each parameter; here those are ``values``."""
         return values
+
+    def abstain(self) -> None:
+        """Tell all who measure together that there is nothing to hear from here; here that is nobody."""
 
     def maximum(self, value: Tensor) -> Tensor:
         """Return the largest of what all who measure together have (0-dim); here that is the value itself."""

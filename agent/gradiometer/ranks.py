@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from gradiometer.norms import Meter
 from gradiometer.policy.select import compile_pattern
 from gradiometer.records import ParameterInfo
 from gradiometer.rendezvous import job_store, meet
+from gradiometer.shards import local_part
 from gradiometer.transfer import bring
 
 __all__ = ["Agreement", "Group", "Parts", "Ranks", "SharedMeter", "label_parts"]
@@ -57,7 +59,7 @@ class _Message:
     policy: str = ""
     parameters: str = ""
     samples: str = ""
-    sampling: str = ""
+    settings: str = ""
     failure: str | None = None
 
     def to_json(self) -> str:
@@ -96,23 +98,38 @@ class Ranks:
     def __len__(self) -> int:
         return len(self._members)
 
-    def excuse(self, error: Exception) -> None:
-        """Tell the other ranks, which wait in :meth:`agree`, that this one cannot attach."""
+    @contextmanager
+    def excused(self) -> Iterator[None]:
+        """Tell the other ranks, which wait in :meth:`agree` or :meth:`confirm`, of what fails here, and raise it."""
+        try:
+            yield
+        except Exception as error:
+            if len(self) > 1:
+                self._meet(_Message(failure=f"{type(error).__name__}: {error}"))
+            raise
+
+    def confirm(self) -> None:
+        """Wait until every rank has all it needs for its agent; raises RuntimeError if one has not.
+
+        A rank that went on without an agent would leave the others in an all-reduce that it knows nothing of.
+        """
         if len(self) > 1:
-            self._meet(_Message(failure=f"{type(error).__name__}: {error}"))
+            self._check(self._meet(_Message()))
 
     def agree(
-        self, parameters: Parameters, *, run_id: str, chosen: bool, policy: object, sampling: str = ""
+        self, parameters: Parameters, *, run_id: str, chosen: bool, policy: object, settings: str = ""
     ) -> Agreement:
         """Settle one run id and one list of parameters. Every rank must call it, and waits for the others.
 
-        ``chosen`` tells that the run id is the user's and not of the clock; ``sampling`` says in which steps there is
-        one more all-reduce, if norms are added up at all. Raises RuntimeError if another rank failed or did not come in
-        time, ValueError if run ids, policies, parameters or settings of the ranks do not go together.
+        ``chosen`` tells that the run id is the user's and not of the clock; ``settings`` says in which steps there are
+        how many all-reduces, if norms are added up at all. Raises RuntimeError if another rank failed or did not come
+        in time, ValueError if run ids, policies, parameters or settings of the ranks do not go together.
         """
         if len(self) == 1:
             return Agreement(run_id=run_id, parameters=parameters, counted=None)
-        samples = _samples(parameters)
+        with self.excused():
+            self._check_meshes(parameters)
+            samples = _samples(parameters)
         said = self._meet(
             _Message(
                 run_id=run_id if chosen or self._own == self._members[0] else None,
@@ -120,17 +137,16 @@ class Ranks:
                 policy=_digest(policy),
                 parameters=_digest(_comparable(parameters)),
                 samples=_digest(samples),
-                sampling=sampling,
+                settings=settings,
             )
         )
         self._check(said)
-        self._check_meshes(parameters)
         if len({each.parameters for each in said}) == len({each.samples for each in said}) == 1:
             merged, counted = parameters, self._counted_alike(parameters)
         else:
             merged, counted = self._merge(parameters, samples)
-        if counted is not None and len({each.sampling for each in said}) > 1:
-            raise ValueError(f"ranks were given different settings: {', '.join(sorted({e.sampling for e in said}))}")
+        if counted is not None and len({each.settings for each in said}) > 1:
+            raise ValueError(f"ranks were given different settings: {'; '.join(sorted({e.settings for e in said}))}")
         return Agreement(run_id=str(said[0].run_id), parameters=merged, counted=counted)
 
     def _meet(self, mine: _Message) -> list[_Message]:
@@ -240,7 +256,7 @@ def _samples(parameters: Parameters) -> list[list[float]]:
 
 
 def _sample(parameter: nn.Parameter) -> list[float]:
-    values = parameter.detach()
+    values = local_part(parameter.detach())
     values = (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
     if not values.numel():
         return []
@@ -298,6 +314,8 @@ class SharedMeter(Meter):
     If this rank cannot measure, it says so with NaN, lest the others wait for it; then it raises.
     """
 
+    shared = True
+
     def __init__(self, device: torch.device, group: Group, agreement: Agreement) -> None:
         super().__init__(device)
         assert agreement.counted is not None
@@ -312,12 +330,18 @@ class SharedMeter(Meter):
         try:
             own = super().__call__(gradients).double()
         except Exception:
-            self._sum(torch.full((len(gradients),), math.nan, dtype=torch.float64, device=self.device))
+            self.abstain()
             raise
+        self.calls += 1
         squares = torch.copysign(own.square(), own)
         # A copy that is not counted still speaks up when it is not finite.
         heard = self._counted | ~(squares < math.inf)
         return self._sum(torch.where(heard, squares, self._nothing)).sqrt().to(self._result)
+
+    def abstain(self) -> None:
+        """Take part in the all-reduce of a measurement that failed here, with NaN: the others are in it."""
+        self.calls += 1
+        self._sum(torch.full(self._counted.shape, math.nan, dtype=torch.float64, device=self.device))
 
     def add(self, values: Tensor) -> Tensor:
         """Return the sums [K, P] over all ranks' ``values`` (float64), each copy counted once: one more all-reduce."""

@@ -81,6 +81,6 @@ def _share(store: Any, room: str, members: Sequence[int], own: int, patience: ti
 def _wait(store: Any, key: str, patience: timedelta) -> bool:
     try:
         store.wait([key], patience)
-    except torch.distributed.DistStoreError:
+    except RuntimeError:  # of which kind is for the store to say; one that has gone fails again, where it is read
         return False
     return True

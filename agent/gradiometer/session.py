@@ -97,7 +97,7 @@ def attach(
     made or its disk is full.
     """
     ranks = Ranks(group, patience)
-    try:
+    with ranks.excused():
         _check_model(model)
         optimizers = _as_list(optimizer)
         _make_room(optimizers)
@@ -105,40 +105,40 @@ def attach(
         check_mode(backward)
         spec = None if policy is None else load_policy(policy)
         own = label_parts(collect_parameters(model, optimizers), parts)
-        chosen, sampling = choose_run_id(run_id), check_sampling(updates_every, cosine=cosine)
+        chosen, settings = choose_run_id(run_id), check_sampling(updates_every, cosine=cosine)
+        settings += f", together={together}" + ("" if together else f", {len(optimizers)} optimizers")
         replicas = data_parallel_size(model, len(ranks), data_parallel)
-    except Exception as error:
-        ranks.excuse(error)
-        raise
     agreement = ranks.agree(
-        own, run_id=chosen, chosen=run_id is not None, policy=spec and spec.to_dict(), sampling=sampling
+        own, run_id=chosen, chosen=run_id is not None, policy=spec and spec.to_dict(), settings=settings
     )
-    parameters, device = agreement.parameters, _home(own)
-    layout = Layout(names=parameters.names, layers=parameters.layers, device=device)
-    pipeline = None if spec is None else build_pipeline(spec, layout)
-    manifest = describe(
-        run_id=agreement.run_id,
-        parameters=parameters,
-        optimizers=optimizers,
-        device=device,
-        ring_bytes=ring_bytes,
-        policy=spec,
-        labels=labels,
-        data_parallel=replicas,
-        updates_every=updates_every,
-        cosine=cosine,
-    )
-    meter = Meter(device) if agreement.counted is None else SharedMeter(device, ranks.group, agreement)
     with contextlib.ExitStack() as undo:
-        stepper = Stepper(parameters, optimizers, pipeline, spec, meter, together=together)
-        recorder = Recorder(default_root(dir), manifest)
-        undo.callback(recorder.close)
-        telemetry = Telemetry(recorder, manifest, device)
-        stepper.updates = _updates(parameters, meter, recorder, telemetry)
-        watch = BackwardWatch(parameters, backward, telemetry.guard, distributed=manifest.world_size > 1)
-        undo.callback(watch.remove)
-        stepper.own.listen(telemetry.guard)
-        undo.callback(stepper.own.close)
+        with ranks.excused():
+            parameters, device = agreement.parameters, _home(own)
+            layout = Layout(names=parameters.names, layers=parameters.layers, device=device)
+            pipeline = None if spec is None else build_pipeline(spec, layout)
+            manifest = describe(
+                run_id=agreement.run_id,
+                parameters=parameters,
+                optimizers=optimizers,
+                device=device,
+                ring_bytes=ring_bytes,
+                policy=spec,
+                labels=labels,
+                data_parallel=replicas,
+                updates_every=updates_every,
+                cosine=cosine,
+            )
+            meter = Meter(device) if agreement.counted is None else SharedMeter(device, ranks.group, agreement)
+            stepper = Stepper(parameters, optimizers, pipeline, spec, meter, together=together)
+            recorder = Recorder(default_root(dir), manifest)
+            undo.callback(recorder.close)
+            telemetry = Telemetry(recorder, manifest, device)
+            stepper.updates = _updates(parameters, meter, recorder, telemetry)
+            watch = BackwardWatch(parameters, backward, telemetry.guard, distributed=manifest.world_size > 1)
+            undo.callback(watch.remove)
+            stepper.own.listen(telemetry.guard)
+            undo.callback(stepper.own.close)
+        ranks.confirm()
         agent = Agent(stepper, telemetry, watch, optimizers)
         undo.pop_all()
     return agent

@@ -98,7 +98,7 @@ def _holding(tensor: Any) -> Holding:
     dims = mesh.mesh_dim_names or tuple(f"dim{number}" for number in range(mesh.ndim))
     index = tuple(
         place if placement.is_replicate() else slice(None)
-        for place, placement in zip(coordinate, placements, strict=True)
+        for place, placement in zip(coordinate or [0] * mesh.ndim, placements, strict=True)  # no place: nothing here
     )
     return Holding(
         shape=shape,

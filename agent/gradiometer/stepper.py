@@ -5,8 +5,9 @@ What gradients belong to a step is for :mod:`gradiometer.rounds`, what is done t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,9 +97,9 @@ class Stepper:
         rounds = self._rounds
         index = rounds.index(optimizer)
         self.restore(optimizer)
-        rounds.refresh(index)
-        with torch.no_grad():
-            again = rounds.enter(index)
+        again = rounds.enter(index)
+        with torch.no_grad(), self._in_phase(index, again=again):
+            rounds.refresh(index)
             taken = None
             if not again and self._joins(index):
                 self._prepare(index)
@@ -112,13 +113,20 @@ class Stepper:
         return self._rounds.within(self._rounds.index(optimizer))
 
     def observe_skipped(self, optimizer: Optimizer) -> Taken | None:
-        """Observe a step that a GradScaler has decided not to take: policies take note of it, and are not asked."""
+        """Observe a step that a GradScaler has decided not to take: policies take note of it, and are not asked.
+
+        But they are where ranks measure together: the GradScaler of another rank may have decided otherwise, and what
+        that rank measures, and which optimizers act on it, must be the same here.
+        """
+        if self._meter.shared:
+            taken = self.before_update(optimizer)
+            return None if taken is None else replace(taken, by_scaler=True)
         index = self._rounds.index(optimizer)
         own = self.own.take([index])
-        with torch.no_grad():
+        with torch.no_grad(), self._in_phase(index):
             watched = self._rounds.watched[index]
             if self.updates is not None:
-                self.updates.begin(self.step, index, watched)
+                self.updates.begin(self.step, index)
             gradients = gradients_of(watched)
             observation = observe(self._meter(gradients))
             if self.updates is not None:
@@ -176,6 +184,21 @@ class Stepper:
         }
         self.step = int(state["step"])
 
+    @contextmanager
+    def _in_phase(self, index: int, *, again: bool = False) -> Iterator[None]:
+        """Take part in the step's all-reduces even if this rank fails before them: the other ranks are in them."""
+        calls = self._meter.calls
+        try:
+            yield
+        except Exception:
+            if self._meter.calls == calls and not self._rounds.awaits(index):
+                if not again and self.updates is not None and self.updates.step != self.step:
+                    self.updates.begin(self.step, index)
+                self._meter.abstain()
+            if self.pipeline is None and not again:
+                self.step += 1  # the optimizer takes it: its number must not be another step's
+            raise
+
     def _joins(self, index: int) -> bool:
         """Tell whether this step belongs to the open round; notice optimizers that do not step together."""
         joins = self._rounds.joins(index)
@@ -192,10 +215,12 @@ class Stepper:
             self._part("a GradScaler has unscaled only some of them: call scaler.unscale_() on each before stepping")
         members = self._rounds.members(index)
         own = self.own.take(members, again=again)
+        if again and self.pipeline is None and len(members) == 1:
+            return None  # nobody asks for these norms, and another rank may evaluate its closure less often
         watched = self._rounds.union(members)
         updates = None if again else self.updates
         if updates is not None:
-            updates.begin(self.step, index, watched)
+            updates.begin(self.step, index)
         gradients = gradients_of(watched)
         norms = self._meter(gradients)
         observation = observe(norms if scale is None else norms / bring(scale, norms.device))

@@ -36,7 +36,7 @@ class Telemetry:
         self.recorder, self.manifest = recorder, manifest
         self.guard = Guard("recording", self._count_error)
         self.newest_scalars: Mapping[str, float] = {}
-        """Scalars of the newest row that reached the host."""
+        """Scalars of the newest row that reached the host, or of an older one with more non-finite steps in a row."""
         self._device, self._pid = device, os.getpid()
         width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2)
         width += (2 + MICROBATCHES) * len(manifest.parameters) + row_width(len(manifest.parameters))
@@ -213,9 +213,11 @@ class Telemetry:
         with self.guard:
             for record, values in self._transfer.arrived(wait=wait, keep_newest=keep_newest):
                 travelled = dict(zip(record.travelling, values[: len(record.travelling)].tolist(), strict=True))
-                self.newest_scalars = record.host | travelled | {"step": float(record.step)}
+                scalars = record.host | travelled | {"step": float(record.step)}
+                if scalars.get("consecutive", 0.0) >= self.newest_scalars.get("consecutive", 0.0):
+                    self.newest_scalars = scalars
                 with self.guard:
-                    incident |= self._journal.write(record, self.newest_scalars, values, order)
+                    incident |= self._journal.write(record, scalars, values, order)
                     self._written = record
         return incident
 

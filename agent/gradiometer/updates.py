@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class _Begun:
     """A sampled step whose weights have not moved yet."""
 
     header: RowHeader
-    watched: Watched
+    watched: Watched = field(default_factory=list)
     weights: Tensor | None = None
     """Samples of them; None where they could not be taken."""
     whole: Sequence[Tensor] = ()
@@ -135,18 +135,21 @@ class Updates:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         """Samples and norms of the gradients of the step before a sampled one."""
         self._begun: _Begun | None = None
+        self.step = -1
+        """The newest step that was begun."""
         self._keep = False
         """Whether the step in progress is the one before a sampled one."""
         self._transfer: transfer.Transfer[RowHeader] = transfer.Transfer(math.prod(self._shape), meter.device)
         self._pid = os.getpid()
 
-    def begin(self, step: int, optimizer: int, watched: Watched) -> None:
+    def begin(self, step: int, optimizer: int) -> None:
         """Note that a step begins, before anything of it is measured: what may fail must not put ranks out of phase."""
         self.finish()  # a step that not all its optimizers have taken
+        self.step = step
         count = self._steps[optimizer] = self._steps.get(optimizer, -1) + 1
         self._keep = self._cosine and (count + 1) % self._every == 0
         if count % self._every == 0:
-            self._begun = _Begun(_header(step, optimizer), watched)
+            self._begun = _Begun(_header(step, optimizer))
 
     def look(self, optimizer: int, watched: Watched, gradients: Sequence[Tensor | None], norms: Tensor) -> None:
         """Take the samples of a step whose gradients, of ``norms`` [P], are final and not yet clipped."""
@@ -156,7 +159,7 @@ class Updates:
             if self._cosine:
                 self._compare(self._begun, optimizer, self._sampler.read(gradients), norms)
             if self._begun is not None:
-                self._begun.weights = self._sampler.read(watched)
+                self._begun.watched, self._begun.weights = watched, self._sampler.read(watched)
 
     def _compare(self, begun: _Begun | None, optimizer: int, gradients: Tensor, norms: Tensor) -> None:
         """Compare samples of the gradients with those of the step before, and keep them for the next, as wanted."""
