@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Comparison", "arguments", "compare", "report", "write_json"]
+import gradiometer
+
+__all__ = ["Comparison", "arguments", "attach", "compare", "report", "write_json"]
 
 Call = Callable[[], object]
 _TWIN = "baseline again (A/A)"
@@ -82,6 +84,13 @@ def _time_prepared(call: Call, prepare: Call) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+def attach(*arguments: Any, **options: Any) -> gradiometer.Agent:
+    """Attach an agent that does not follow the clipping of the calls it is compared with: they are torch's own."""
+    agent = gradiometer.attach(*arguments, ring_bytes=2**24, **options)
+    agent._stepper.own.close()
+    return agent
 
 
 def report(title: str, comparison: Comparison) -> None:

@@ -31,8 +31,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-import gradiometer
-from benchmarks._measure import Comparison, write_json
+from benchmarks._measure import Comparison, attach, write_json
 from benchmarks._models import Workload, backward, transformer
 from gradiometer.norms import Meter
 
@@ -154,7 +153,7 @@ def step_calls(workload: Workload, root: Path, stack: contextlib.ExitStack) -> d
     def agent(max_norm: float | None = None) -> Call:
         model, optimizer = _copy(workload)
         policy: list[Any] = [{"nonfinite": {"action": "skip"}}, {"global_norm": {"max_norm": max_norm}}]
-        attached = gradiometer.attach(model, optimizer, policy=policy if max_norm else None, dir=root, ring_bytes=2**24)
+        attached = attach(model, optimizer, policy=policy if max_norm else None, dir=root)
         stack.enter_context(attached)
         return _step(workload, model, optimizer)
 

@@ -30,8 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-import gradiometer
-from benchmarks._measure import Comparison, report, write_json
+from benchmarks._measure import Comparison, attach, report, write_json
 from benchmarks._models import Workload, backward, tensors, transformer
 from benchmarks.step_overhead import _Idle
 
@@ -98,7 +97,7 @@ def calls_of(model: nn.Module, root: Path, stack: contextlib.ExitStack) -> dict[
     }
     for name, policy in policies.items():
         optimizer = _Idle(parameters, fused=True)
-        stack.enter_context(gradiometer.attach(model, optimizer, policy=policy, dir=root, ring_bytes=2**24))
+        stack.enter_context(attach(model, optimizer, policy=policy, dir=root))
         calls[name] = optimizer.step
     return calls
 

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import gc
 import math
 import statistics
@@ -30,8 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-import gradiometer
-from benchmarks._measure import Comparison, compare, write_json
+from benchmarks._measure import Comparison, attach, compare, write_json
 from benchmarks._models import Workload, backward, mlp, tensors, transformer
 from benchmarks._others import GRAD_NORM, WATCH, grad_norm, missing, wandb_watch
 
@@ -123,8 +121,7 @@ def component_calls(workload: Workload, root: Path, stack: contextlib.ExitStack)
         calls[GRAD_NORM] = _idle_step(parameters, idle, lambda: with_norms(model, 2))
     for name, case in CASES.items():
         optimizer = _Idle(parameters, fused=case.fused)
-        attach = functools.partial(gradiometer.attach, dir=root, ring_bytes=2**24, backward="off")
-        stack.enter_context(attach(model, optimizer, policy=case.policy))
+        stack.enter_context(attach(model, optimizer, policy=case.policy, dir=root, backward="off"))
         calls[f"agent: {name}"] = _idle_step(parameters, optimizer, spike=case.spike)
     return calls
 
@@ -154,7 +151,7 @@ def whole_calls(workload: Workload, root: Path, stack: contextlib.ExitStack) -> 
 
     def agent(policy: Policy | None = None, **options: Any) -> Call:
         model, optimizer = _copy(workload)
-        stack.enter_context(gradiometer.attach(model, optimizer, policy=policy, dir=root, ring_bytes=2**24, **options))
+        stack.enter_context(attach(model, optimizer, policy=policy, dir=root, **options))
         return _whole_step(workload, model, optimizer)
 
     def other(work: Callable[[nn.Module, list[nn.Parameter]], object] | None = None) -> Call:

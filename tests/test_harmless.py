@@ -174,6 +174,21 @@ def test_a_forgotten_agent_may_be_collected_while_another_is_made(
         gc.enable()
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_an_optimizer_that_takes_anothers_place_is_noticed(
+    tmp_path: Path, first: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where backward passes go by and the optimizer that was given does not step, that is said once."""
+    monkeypatch.setattr("gradiometer.backward.UNSTEPPED", 5)
+    model = small_model()
+    given = SGD(model.parameters(), lr=0.1)
+    with attach_small(tmp_path, model, given, policy=CLIP) as agent, caplog.at_level(logging.WARNING, "gradiometer"):
+        train(model, given, range(first))
+        train(model, SGD(model.parameters(), lr=0.1), range(4 + 4 * (first > 0)))
+    assert caplog.text.count("without a step of the optimizer") == 1
+    assert [event["kind"] for event in open_run(agent.path).events].count("no_step") == 1
+
+
 def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
     """Steps of a child made by fork are clipped, and leave no row in the parent's run."""
     model = small_model()
@@ -211,10 +226,13 @@ def test_plain_mistakes_are_named(tmp_path: Path) -> None:
         ((model, None), {}, "expected a torch.optim.Optimizer"),
         ((model, optimizer), {"labels": ["a"]}, "labels is a list"),
         ((model, optimizer), {"ring_bytes": "1M"}, "ring_bytes is '1M'"),
+        ((model, optimizer), {"parts": 3}, "parts is 3, expected a name"),
     ]
     for arguments, options, said in mistakes:
         with pytest.raises(TypeError, match=said):
             attach(*arguments, dir=tmp_path, **options)
+    with pytest.raises(ValueError, match="patience is 0, expected a positive number"):
+        attach(model, optimizer, dir=tmp_path, patience=0)
     with pytest.raises(ValueError, match="run_id 3"):
         attach(model, optimizer, dir=tmp_path, run_id=3)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

@@ -54,9 +54,10 @@ def test_what_a_program_does_wrong_is_in_the_record(tmp_path: Path, verbose: boo
 
 
 def test_updates_and_cosines(tmp_path: Path) -> None:
-    """Which steps are sampled, and whether cosines are measured, is the user's choice here too."""
-    options = ["--updates-every", "2", "--cosine"]
+    """Which steps are sampled, whether cosines are measured, and the ring's size are the user's choice here too."""
+    options = ["--updates-every", "2", "--cosine", "--ring-bytes", str(2**20)]
     launch(tmp_path, sys.executable, script(tmp_path, PLAIN), options=options)
+    assert the_run(tmp_path).manifest.ring.file_bytes <= 2**20 + 4096
     samples = the_run(tmp_path).samples
     assert samples is not None
     assert samples.steps.tolist() == [0, 2]

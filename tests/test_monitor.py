@@ -130,6 +130,19 @@ Train = Callable[..., "subprocess.Popen[str]"]
 Start = Callable[..., Monitor]
 
 
+def test_a_run_is_lost_with_any_of_its_ranks(
+    start: Start, train: Train, make_manifest: MakeManifest, wait_until: WaitUntil
+) -> None:
+    """When one rank is killed the run is lost, though the lowest goes on."""
+    monitor = start()
+    lead, victim = (make_manifest("job").model_copy(update={"rank": rank, "world_size": 2}) for rank in range(2))
+    train(lead, 5)
+    killed = train(victim, 5)
+    wait_until(lambda: monitor.state("job") == "running")
+    killed.kill()
+    wait_until(lambda: monitor.state("job") == "lost")
+
+
 def test_states_of_runs(start: Start, train: Train, make_manifest: MakeManifest, wait_until: WaitUntil) -> None:
     """A run is running, finished when it says so, and lost when its process was killed."""
     monitor = start()

@@ -116,6 +116,7 @@ def _attach_to(found: Found, settings: LaunchSettings) -> session.Agent:
             updates_every=settings.updates_every,
             cosine=settings.cosine,
             patience=PATIENCE,
+            ring_bytes=session.RING_BYTES if settings.ring_bytes is None else settings.ring_bytes,
         )
     except BaseException:
         if claimed:

@@ -34,6 +34,8 @@ MICROBATCHES = 8
 FIRST_STEPS, EVERY, BURST = 3, 100, 3
 SENTINELS = 4
 """Parameters that are watched for backward passes at once, at most."""
+UNSTEPPED = 1000
+"""More backward passes than anybody accumulates in one step."""
 PROBE_ELEMENTS = 65_536
 """A parameter with more elements is not looked at in every step."""
 
@@ -54,7 +56,17 @@ def check_mode(mode: BackwardMode) -> BackwardMode:
 class BackwardWatch:
     """The backward hooks of one agent. Hooks may run in autograd's own threads; lists take appends from any of them."""
 
-    def __init__(self, parameters: Parameters, mode: BackwardMode, guard: Guard, *, distributed: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        mode: BackwardMode,
+        guard: Guard,
+        *,
+        distributed: bool = False,
+        unstepped: Callable[[], None] | None = None,
+    ) -> None:
+        """``unstepped`` is called when :data:`UNSTEPPED` backward passes went by without a step."""
+        self._unstepped = unstepped
         self._mode, self._guard, self._limit = mode, guard, MICROBATCHES * len(parameters)
         held = [
             (index, parameter, holding)
@@ -164,7 +176,10 @@ class BackwardWatch:
 
     def _mark(self, place: int, gradient: Tensor) -> None:
         del gradient
-        self._counts[place] = self._counts.get(place, 0) + 1
+        count = self._counts[place] = self._counts.get(place, 0) + 1
+        if count == UNSTEPPED and self._unstepped is not None:
+            with self._guard:
+                self._unstepped()
 
     def _place_probe(self) -> None:
         """Look at the last small gradient to arrive; until that is known, at the model's first small parameter."""

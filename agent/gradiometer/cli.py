@@ -131,6 +131,10 @@ def run(
     cosine: Annotated[
         bool, typer.Option("--cosine", help="Then also the cosine of the gradient and that of the step before.")
     ] = False,
+    ring_bytes: Annotated[
+        int | None,
+        typer.Option(help="Disk space of a rank's ring: how many steps are kept [default: 134217728].", min=1),
+    ] = None,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -150,6 +154,7 @@ def run(
         labels=label or [],
         updates_every=updates_every,
         cosine=cosine,
+        ring_bytes=ring_bytes,
         verbose=verbose,
     )
     launch(command or [], settings)

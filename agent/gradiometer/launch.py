@@ -49,6 +49,8 @@ class LaunchSettings:
     labels: Mapping[str, str] = field(default_factory=dict)
     updates_every: int = 100
     cosine: bool = False
+    ring_bytes: int | None = None
+    """None leaves it to :func:`gradiometer.attach`."""
     verbose: bool = False
 
     @classmethod
@@ -73,6 +75,7 @@ def make_settings(
     labels: Sequence[str],
     updates_every: int,
     cosine: bool,
+    ring_bytes: int | None,
     verbose: bool,
 ) -> LaunchSettings:
     """Check what the user asked for and make the directory of runs; raises ValueError or OSError."""
@@ -87,6 +90,7 @@ def make_settings(
         backward=backward,
         updates_every=updates_every,
         cosine=cosine,
+        ring_bytes=ring_bytes,
         verbose=verbose,
     )
 

@@ -82,8 +82,10 @@ class Ranks:
     def __init__(self, group: Group | None = None, patience: float = 300.0) -> None:
         """Take ``group``, else all ranks, who wait ``patience`` seconds for each other.
 
-        Raises ValueError if this process is not in the group.
+        Raises ValueError if this process is not in the group, or ``patience`` is no time.
         """
+        if not isinstance(patience, int | float) or not 0 < patience < math.inf:
+            raise ValueError(f"patience is {patience!r}, expected a positive number of seconds")
         distributed, self.group, self._members = torch.distributed, None, [0]
         self._patience = timedelta(seconds=patience)
         if distributed.is_available() and distributed.is_initialized():
@@ -148,6 +150,10 @@ class Ranks:
         if counted is not None and len({each.settings for each in said}) > 1:
             raise ValueError(f"ranks were given different settings: {'; '.join(sorted({e.settings for e in said}))}")
         return Agreement(run_id=str(said[0].run_id), parameters=merged, counted=counted)
+
+    def meter(self, agreement: Agreement, device: torch.device) -> Meter:
+        """Return what measures the agreed parameters: over the ranks, if their norms need adding up."""
+        return Meter(device) if agreement.counted is None else SharedMeter(device, self.group, agreement)
 
     def _meet(self, mine: _Message) -> list[_Message]:
         store = job_store()
@@ -227,6 +233,8 @@ def label_parts(parameters: Parameters, parts: Parts | None) -> Parameters:
     """
     if parts is None:
         return parameters
+    if not isinstance(parts, str | Mapping):
+        raise TypeError(f"parts is {parts!r}, expected a name for this rank's part, or a mapping of patterns to names")
     named = {"*": parts} if isinstance(parts, str) else dict(parts)
     patterns = [(compile_pattern(pattern), part) for pattern, part in named.items()]
     infos = []

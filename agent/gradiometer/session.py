@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -30,8 +31,8 @@ from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_si
 from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout
 from gradiometer.policy.pipeline import build_pipeline
-from gradiometer.policy.spec import PolicySource, load_policy
-from gradiometer.ranks import Group, Parts, Ranks, SharedMeter, label_parts
+from gradiometer.policy.spec import PolicySource, PolicySpec, load_policy
+from gradiometer.ranks import Group, Parts, Ranks, label_parts
 from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
@@ -113,14 +114,11 @@ def attach(
     )
     with contextlib.ExitStack() as undo:
         with ranks.excused():
-            parameters, device = agreement.parameters, _home(own)
-            layout = Layout(names=parameters.names, layers=parameters.layers, device=device)
-            pipeline = None if spec is None else build_pipeline(spec, layout)
             manifest = describe(
                 run_id=agreement.run_id,
-                parameters=parameters,
+                parameters=agreement.parameters,
                 optimizers=optimizers,
-                device=device,
+                device=_home(own),
                 ring_bytes=ring_bytes,
                 policy=spec,
                 labels=labels,
@@ -128,13 +126,13 @@ def attach(
                 updates_every=updates_every,
                 cosine=cosine,
             )
-            meter = Meter(device) if agreement.counted is None else SharedMeter(device, ranks.group, agreement)
-            stepper = Stepper(parameters, optimizers, pipeline, spec, meter, together=together)
+            meter = ranks.meter(agreement, _home(own))
+            stepper = _stepper(agreement.parameters, optimizers, spec, meter, together=together)
             recorder = Recorder(default_root(dir), manifest)
             undo.callback(recorder.close)
-            telemetry = Telemetry(recorder, manifest, device)
-            stepper.updates = _updates(parameters, meter, recorder, telemetry)
-            watch = BackwardWatch(parameters, backward, telemetry.guard, distributed=manifest.world_size > 1)
+            telemetry = Telemetry(recorder, manifest, meter.device)
+            stepper.updates = _updates(agreement.parameters, meter, recorder, telemetry)
+            watch = _watch(agreement.parameters, backward, telemetry)
             undo.callback(watch.remove)
             stepper.own.listen(telemetry.guard)
             undo.callback(stepper.own.close)
@@ -144,12 +142,39 @@ def attach(
     return agent
 
 
+def _stepper(
+    parameters: Parameters, optimizers: list[Optimizer], spec: PolicySpec | None, meter: Meter, *, together: bool
+) -> Stepper:
+    layout = Layout(names=parameters.names, layers=parameters.layers, device=meter.device)
+    pipeline = None if spec is None else build_pipeline(spec, layout)
+    return Stepper(parameters, optimizers, pipeline, spec, meter, together=together)
+
+
+def _watch(parameters: Parameters, backward: BackwardMode, telemetry: Telemetry) -> BackwardWatch:
+    return BackwardWatch(
+        parameters,
+        backward,
+        telemetry.guard,
+        distributed=telemetry.manifest.world_size > 1,
+        unstepped=functools.partial(_tell_unstepped, telemetry),
+    )
+
+
 def _updates(parameters: Parameters, meter: Meter, recorder: Recorder, telemetry: Telemetry) -> Updates | None:
     """Make what samples the weights, if the run has a ring for it."""
     info = telemetry.manifest.samples
     if info is None or recorder.samples is None:
         return None
     return Updates(parameters.tensors, meter, info, recorder.samples, telemetry.guard)
+
+
+def _tell_unstepped(telemetry: Telemetry) -> None:
+    message = (
+        "backward passes go by without a step of the optimizer that was given: if another has taken its place, nothing "
+        "is measured and no policy acts; detach() and attach to that one"
+    )
+    logger.warning("gradiometer: %s", message)
+    telemetry.notice("no_step", message)
 
 
 def _check_model(model: object) -> None:
@@ -269,6 +294,8 @@ class Agent:
         if self._detached:
             return
         self._detached = True
+        if self._stepper.step == 0 and self._watch.passes:
+            _tell_unstepped(self._telemetry)
         _live.discard(self)
         self._hooks.remove()
         self._watch.remove()

@@ -320,8 +320,11 @@ def _caught_up(ranks: list[_Rank]) -> list[_Rank]:
 
 
 def _run(ranks: list[_Rank]) -> Run:
-    """The state of a run is its lowest rank's, like everything about it that has no rank."""
-    return Run(run_id=ranks[0].tail.run_id, state=ranks[0].state, ranks=[rank.tail for rank in ranks])
+    """A run is lost if a rank of it is, and else what its lowest rank is, like everything about it that has no rank."""
+    lead = ranks[0].tail.manifest.created_ns / 1e9
+    lost = any(rank.state == "lost" and rank.tail.heartbeat >= lead for rank in ranks)  # not of an earlier start
+    state = "lost" if lost else ranks[0].state
+    return Run(run_id=ranks[0].tail.run_id, state=state, ranks=[rank.tail for rank in ranks])
 
 
 def _identity(path: Path) -> Identity | None:
