@@ -159,8 +159,10 @@ class BackwardWatch:
 
     def _watch_for_backward(self) -> None:
         """Watch the last trainable parameter that has a gradient; drop the oldest hook where there are many."""
+        if self._mode == "off":
+            return
         trainable = [i for i, (p, leaf) in enumerate(self._leaves) if p.requires_grad and leaf.requires_grad]
-        if self._mode == "off" or not trainable:
+        if not trainable:
             return
         used = [place for place in trainable if self._leaves[place][0].grad is not None]
         place = (used or trainable)[-1]

@@ -78,6 +78,8 @@ class Rounds:
         self._watch()
 
     def index(self, optimizer: Optimizer) -> int:
+        if optimizer is self.optimizers[0]:
+            return 0
         return next(index for index, each in enumerate(self.optimizers) if each is optimizer)
 
     def refresh(self, index: int) -> None:
@@ -116,8 +118,12 @@ class Rounds:
 
     def scaled_alike(self, index: int, scale: Tensor | None) -> bool:
         """Tell whether those that step with ``index`` have gradients that carry the same loss scale as its own."""
+        scaler = current_scaler()
+        if scaler is None or len(self.optimizers) == 1:
+            return True
         others = [self.optimizers[member] for member in self.members(index) if member != index]
-        return _scaled_alike(current_scaler(), scale, others)
+        wanted = OptState.READY if scale is not None else OptState.UNSCALED
+        return all(_stage(scaler, other) is wanted for other in others)
 
     def part(self, reason: str, step: int) -> str:
         """Let every optimizer be a round by itself from ``step`` on; say so and return what was said."""
@@ -135,7 +141,7 @@ class Rounds:
 
     def members(self, index: int) -> list[int]:
         """Return the optimizers of the round that ``index`` opens: those whose turn a GradScaler has not ended."""
-        if not self.together:
+        if not self.together or len(self.optimizers) == 1:
             return [index]
         scaler = current_scaler()
         done = [_stage(scaler, each) is OptState.STEPPED for each in self.optimizers]
@@ -184,14 +190,6 @@ def _held(optimizer: Optimizer) -> list[nn.Parameter]:
 def _first_gradient(watched: Watched) -> Tensor | None:
     first = next((each.grad for each in watched if each is not None and each.grad is not None), None)
     return None if first is None else local_part(first)  # a change in place is counted there
-
-
-def _scaled_alike(scaler: GradScaler | None, scale: Tensor | None, others: list[Optimizer]) -> bool:
-    """Tell whether the other optimizers' gradients carry the same loss scale as those about to be used."""
-    if scaler is None:
-        return True
-    wanted = OptState.READY if scale is not None else OptState.UNSCALED
-    return all(_stage(scaler, other) is wanted for other in others)
 
 
 def _stage(scaler: GradScaler | None, optimizer: Optimizer) -> OptState:
