@@ -18,6 +18,7 @@ import gradiometer
 from gradiometer import Agent, Run
 
 __all__ = [
+    "ABORTED",
     "ROWS",
     "assert_same",
     "attach",
@@ -34,6 +35,8 @@ __all__ = [
 Floats = npt.NDArray[np.float64]
 RING_BYTES = 2**20
 """A small ring: hundreds of tests make one each."""
+ABORTED = "terminate called without an active exception"
+"""What gloo's threads say when they abort a Python that ends: one of some forty, with or without an agent."""
 ROWS = 16
 """Rows of a batch."""
 

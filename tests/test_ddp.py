@@ -13,7 +13,7 @@ from torch import nn
 import gradiometer
 
 WORKER = """
-import sys, torch, gradiometer
+import os, sys, torch, gradiometer
 from torch import nn
 rank, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
@@ -32,6 +32,8 @@ with gradiometer.attach(model, optimizer, policy=policy, dir=root, backward="eve
         optimizer.step()
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads abort one Python of some forty that ends by itself, with or without an agent
 """
 
 

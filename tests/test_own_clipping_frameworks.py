@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from gradiometer import Run, open_run
 from tests._training import attach, small_model
 
+pytestmark = pytest.mark.slow
+"""All of them together take long: the wheel's tests leave them out."""
+
 STEPS, MAX_NORM = 4, 0.5
 
 

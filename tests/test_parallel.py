@@ -23,6 +23,9 @@ from tests import _ranks as cases
 from tests._parallel import CASES, build_experts
 from tests._training import Floats, backward, check_run, hand_norms
 
+pytestmark = pytest.mark.slow
+"""All of them together take long: the wheel's tests leave them out."""
+
 ON_TWO = [name for name in CASES if name not in ("hsdp", "fsdp_tp", "ddp_tp", "dies")]
 ON_FOUR = ["ddp", "fsdp2", "fsdp1_full", "hsdp", "tp", "fsdp_tp", "ddp_tp", "experts"]
 SAME_AS_ONE_PROCESS = [

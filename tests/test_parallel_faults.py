@@ -15,6 +15,9 @@ from tests._parallel_faults import CASES
 from tests._training import check_run
 from tests.test_parallel import Ranks, check_same, globally, one_process
 
+pytestmark = pytest.mark.slow
+"""All of them together take long: the wheel's tests leave them out."""
+
 ON_THREE = ["mesh_of_some", "mesh_outside_the_group"]
 
 

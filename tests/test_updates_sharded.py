@@ -13,6 +13,9 @@ from gradiometer.insight import Samples
 from tests._training import attach, backward, batch, small_model
 from tests.test_bad_rank import launch
 
+pytestmark = pytest.mark.slow
+"""All of them together take long: the wheel's tests leave them out."""
+
 SHARDED = """
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
