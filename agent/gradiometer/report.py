@@ -179,7 +179,7 @@ def layer_table(layers: Sequence[dict[str, Any]]) -> Table:
         title += f" (the {MAX_LAYERS} of {len(layers)} with the largest share)"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("layer", overflow="fold")
-    for heading in ("median", "max", "share", "update/weight", "clipped steps", "non-finite"):
+    for heading in ("median", "max", "share", "update ratio", "clipped steps", "non-finite"):
         table.add_column(heading, justify="right")
     for layer in shown:
         share = "-" if layer["share"] is None else f"{layer['share']:.1%}"
