@@ -145,7 +145,7 @@ BAD: dict[str, tuple[Callable[[nn.Module, Optimizer], tuple[Any, Any, Any]], typ
     ),
     "ring_bytes": (lambda m, o: (m, o, {"ring_bytes": 1000}), ValueError, r"ring_bytes is 1000;.* pass ring_bytes=\d"),
     "run_id": (lambda m, o: (m, o, {"run_id": "../up"}), ValueError, r"run_id '\.\./up': expected up to 128 letters"),
-    "policy": (lambda m, o: (m, o, {"policy": [{"clip": {}}]}), PolicyError, "policies: nonfinite, global_norm"),
+    "policy": (lambda m, o: (m, o, {"policy": [{"clip": {}}]}), PolicyError, "policies: nonfinite, skip, global_norm"),
     "pattern": (
         lambda m, o: (m, o, {"policy": [{"global_norm": {"max_norm": 1, "match": "x.*"}}]}), PolicyError, "'x",
     ),

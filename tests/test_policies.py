@@ -19,7 +19,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from gradiometer import open_run
 from gradiometer.policy.base import Layout
-from gradiometer.policy.pipeline import Pipeline, build_pipeline, observe
+from gradiometer.policy.build import build_pipeline
+from gradiometer.policy.pipeline import Pipeline, observe
 from gradiometer.policy.spec import load_policy
 from tests._training import assert_same, attach, backward, check_run, hand_norms, loss_of, small_model, train
 
@@ -37,7 +38,9 @@ def vectors(name: str) -> dict[str, Any]:
 def bind(*stages: Any) -> Pipeline:
     """Bind stages to three parameters in two layers."""
     layout = Layout(names=list(LAYERS), layers=list(LAYERS.values()), device=CPU)
-    return build_pipeline(load_policy(list(stages)), layout)
+    pipeline = build_pipeline(load_policy(list(stages)), layout)
+    assert pipeline is not None
+    return pipeline
 
 
 def decide(pipeline: Pipeline, *norms: float) -> list[float]:
@@ -302,7 +305,7 @@ def test_coefficients_are_factors(norms: list[float], dtype: torch.dtype) -> Non
     for stages in [*([stage] for stage in STAGES), STAGES]:
         pipeline = bind(*stages)
         outcome, _ = pipeline.decide(pipeline.init(), observe(torch.tensor(norms, dtype=dtype)), 0)
-        parts = [outcome.coefficient, *outcome.strengths]
+        parts = [outcome.coefficient, *(decision.strength for decision in outcome.decisions)]
         for part in (part for part in parts if part is not None):
             assert bool(((part >= 0) & (part <= 1)).all())
 

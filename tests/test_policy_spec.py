@@ -11,8 +11,8 @@ import yaml
 
 from gradiometer import PolicyError, PolicySpec, load_policy
 from gradiometer.policy.base import Layout
-from gradiometer.policy.pipeline import build_pipeline
-from gradiometer.policy.spec import GlobalNormSpec, NonFiniteSpec
+from gradiometer.policy.build import build_pipeline
+from gradiometer.policy.kinds import GlobalNormSpec, NonFiniteSpec
 
 WHOLE: dict[str, Any] = {
     "version": 1,
@@ -68,15 +68,15 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "zero in a row": ([{"nonfinite": {"max_consecutive": 0}}], ["nonfinite.max_consecutive", "is 0", "equal to 1"]),
     "bad expression": ([{"value": {"max_abs": 1, "match": "re:("}}], ["pipeline[0].value.match", "'re:('", "regular"]),
     "bad name": ([{"value": {"max_abs": 1, "name": "a b"}}], ["pipeline[0].value.name", "'a b'", "pattern"]),
-    "unknown policy": ([{"clip": {"max_norm": 1}}], ["pipeline", "'clip'", "global_norm, group_norm, value"]),
+    "unknown policy": ([{"clip": {"max_norm": 1}}], ["pipeline", "'clip'", "global_norm, group_norm, "]),
     "torch's name": ([{"value": {"max_abs": 1, "name": "clip_grad_value_"}}], ["'clip_grad_value_'", "torch's own"]),
     "two in one": ([{"value": {"max_abs": 1}, "nonfinite": {}}], ["entry 0", "expected one policy"]),
     "no settings": ([{"global_norm": 1.0}], ["entry 0", "1.0", "key: value"]),
     "not a list": ({"version": 1, "pipeline": "nonfinite"}, ["pipeline", "'nonfinite'", "list of policies"]),
-    "empty": ([], ["pipeline", "at least 1"]),
+    "empty": ([], ["hold 0 policies", "at least 1"]),
     "too many": (
         [{"global_norm": {"max_norm": 1, "name": f"g{place}"}} for place in range(15)],
-        ["pipeline", "holds 15", "at most 14"],
+        ["hold 15 policies", "at most 14"],
     ),
     "nonfinite late": ([{"value": {"max_abs": 1}}, "nonfinite"], ["nonfinite must be the first"]),
     "value early": ([{"value": {"max_abs": 1}}, {"global_norm": {"max_norm": 1}}], ["value must be the last"]),

@@ -173,7 +173,9 @@ class Journal:
         columns, clipped = self._recorder.policies, 0
         for slot in range(min(len(self._policies), PIPELINE_SLOTS)):
             own, threshold = scalars.get(f"strength{slot}"), scalars.get(f"threshold{slot}", NAN)
-            strength = (0.0 if bad and not math.isnan(threshold) else 1.0) if own is None else 1.0 if skipped else own
+            strength = (0.0 if bad and not math.isnan(threshold) else 1.0) if own is None else own
+            if skipped and own:  # a stage that skips has strength 0, and leaves nothing to the others
+                strength = 1.0
             columns[:, slot] = threshold, strength
             clipped |= (strength < 1.0) << slot
         return clipped

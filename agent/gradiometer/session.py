@@ -30,7 +30,7 @@ from gradiometer.layers import Parameters, collect_parameters
 from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
 from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout
-from gradiometer.policy.pipeline import build_pipeline
+from gradiometer.policy.build import build_pipeline
 from gradiometer.policy.spec import PolicySource, PolicySpec, load_policy
 from gradiometer.ranks import Group, Parts, Ranks, label_parts
 from gradiometer.recorder import Recorder

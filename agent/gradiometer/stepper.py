@@ -20,8 +20,9 @@ from gradiometer.layers import Parameters
 from gradiometer.norms import Meter
 from gradiometer.own_clipping import OwnClip, OwnClipping
 from gradiometer.policy.base import Observation
+from gradiometer.policy.kinds import NonFiniteSpec
 from gradiometer.policy.pipeline import Outcome, Pipeline, observe
-from gradiometer.policy.spec import NonFiniteSpec, PolicySpec
+from gradiometer.policy.spec import PolicySpec
 from gradiometer.rounds import Rounds, Watched
 from gradiometer.shards import gradients_of
 from gradiometer.transfer import bring

@@ -234,10 +234,10 @@ def _scalars(taken: Taken) -> dict[str, float | Tensor]:
     scalars |= {name: value for name, value in optional.items() if value is not None}
     if taken.by_scaler:
         scalars["skip"] = 1.0
-    for slot, (strength, threshold) in enumerate(zip(outcome.strengths, outcome.thresholds, strict=True)):
-        scalars[f"threshold{slot}"] = threshold
-        if strength is not None:
-            scalars[f"strength{slot}"] = strength
+    for slot, decision in enumerate(outcome.decisions):
+        scalars[f"threshold{slot}"] = decision.threshold
+        if decision.strength is not None:
+            scalars[f"strength{slot}"] = decision.strength
     for number, clip in enumerate(taken.own):
         scalars |= clip.scalars(number)
     if taken.clamped is not None and outcome.clamp is not None:

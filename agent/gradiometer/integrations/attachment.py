@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from gradiometer.policy.spec import NonFiniteSpec, PolicySource, load_policy
+from gradiometer.policy.kinds import NonFiniteSpec
+from gradiometer.policy.spec import PolicySource, load_policy
 from gradiometer.session import Agent, attach
 
 __all__ = ["Attachment"]

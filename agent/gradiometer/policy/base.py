@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradiometer.policy.kinds import Scope
+
 __all__ = ["Decision", "Layout", "Observation", "Policy", "State"]
 
 State = dict[str, Tensor]
@@ -22,10 +24,14 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What there is to decide about: P parameters and the layer of each."""
+    """What there is to decide about: P parameters, and the layer and the named group of each."""
 
     names: Sequence[str]
     layers: Sequence[str]
+    groups: Sequence[str | None] = ()
+    """The group of each parameter that the policy file names, None where it names none; empty without groups."""
+    by: Scope = "layer"
+    """What is bounded by itself where a policy does not say."""
     device: torch.device
 
 
@@ -37,6 +43,10 @@ class Observation:
     """L2 norm of each parameter's gradient, float32 or float64 [P]; negative zero where it has none."""
     total: Tensor
     """Global L2 norm, 0-dim, of the same dtype."""
+    loss: Tensor | None = None
+    """Loss of the step, 0-dim, the same on all ranks, NaN where none was logged; None where no policy asks for it."""
+    skipped: Tensor | None = None
+    """bool, 0-dim: an earlier stage skips the step, so there is nothing to learn from it; None: none can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +63,9 @@ class Decision:
     """Clamp every element of the gradients chosen by :attr:`clamp_mask` to ±this."""
     clamp_mask: Sequence[bool] = ()
     strength: Tensor | None = None
-    """The smallest factor applied, 0-dim, 1 when nothing changed; None: 0 in a non-finite step, else 1."""
+    """The smallest factor applied, 0-dim, 1 when nothing changed; None where :attr:`skip` or :attr:`zero` tells."""
     threshold: float | Tensor
-    """Threshold in force, in units of what it bounds."""
+    """Threshold in force, in units of what it bounds; of several, that of the unit that was scaled the most."""
 
 
 class Policy(Protocol):
@@ -71,5 +81,8 @@ class Policy(Protocol):
         ...
 
     def decide(self, state: State, observation: Observation, step: int) -> tuple[Decision, State]:
-        """Decide about one step. ``step`` is a host integer, so warm-up branches cost nothing."""
+        """Decide about one step: the ``step``-th since the policy came into force, from 0.
+
+        That is a host integer, so warm-up branches cost nothing.
+        """
         ...

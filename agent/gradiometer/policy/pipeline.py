@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import mul, or_
 
@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from gradiometer.norms import total_norm
-from gradiometer.policy.base import Decision, Layout, Observation, Policy, State
-from gradiometer.policy.global_norm import GlobalNorm
-from gradiometer.policy.group_norm import GroupNorm
-from gradiometer.policy.nonfinite import NonFinite
-from gradiometer.policy.select import select
-from gradiometer.policy.spec import AnySpec, GlobalNormSpec, GroupNormSpec, NonFiniteSpec, PolicyError, PolicySpec
-from gradiometer.policy.value import Value
+from gradiometer.policy.base import Decision, Observation, Policy, State
 
-__all__ = ["Clamp", "Outcome", "Pipeline", "build_pipeline", "observe"]
+__all__ = ["Clamp", "Outcome", "Pipeline", "Shadow", "observe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +38,58 @@ class Outcome:
     skip: Tensor | None = None
     zero: Tensor | None = None
     clamp: Clamp | None = None
-    strengths: tuple[Tensor | None, ...] = ()
-    """For each stage, the smallest factor it applied, as in :class:`~gradiometer.policy.base.Decision`."""
-    thresholds: tuple[float | Tensor, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    """What each stage wanted."""
 
 
-def observe(norms: Tensor) -> Observation:
+def observe(norms: Tensor, loss: Tensor | None = None) -> Observation:
     """Compose the parameters' norms [P] into an observation."""
-    return Observation(norms=norms, total=total_norm(norms))
+    return Observation(norms=norms, total=total_norm(norms), loss=loss)
 
 
-class Pipeline:
-    """The stages of one policy. Holds no state: :meth:`decide` is a pure function of what it is given."""
+class _Stages:
+    """Policies bound to one layout. They hold no state: deciding is a pure function of what it is given."""
 
-    def __init__(self, stages: Sequence[Policy]) -> None:
+    def __init__(self, stages: Sequence[Policy], born: Mapping[str, int] | None = None) -> None:
         self.stages = tuple(stages)
         self.names = tuple(stage.name for stage in stages)
+        self.born = dict.fromkeys(self.names, 0) | dict(born or {})
+        """Step at which each stage came into force: it counts its own from there."""
 
     def init(self) -> dict[str, State]:
         """Return every stage's first state, by name."""
         return {stage.name: stage.init() for stage in self.stages}
 
+
+class Pipeline(_Stages):
+    """The stages of a policy that act."""
+
     def decide(self, states: dict[str, State], observation: Observation, step: int) -> tuple[Outcome, dict[str, State]]:
         """Run the stages over one step's observation; return what is to be done and the next states."""
         seen, following, decisions, alike = observation, {}, [], True
         for stage in self.stages:
-            decision, following[stage.name] = stage.decide(states[stage.name], seen, step)
+            decision, following[stage.name] = stage.decide(states[stage.name], seen, step - self.born[stage.name])
             decisions.append(decision)
             alike = alike and _scales_alike(decision)
             if stage is not self.stages[-1] or not alike:
                 seen = _after(seen, decision)
         return _outcome(observation, seen, decisions), following
+
+
+class Shadow(_Stages):
+    """The policies that decide, are recorded, and never act. Each sees the gradients as they were measured."""
+
+    def decide(
+        self, states: dict[str, State], observation: Observation, step: int
+    ) -> tuple[tuple[Decision, ...], dict[str, State]]:
+        """Ask every policy about one step; return what each would do and the next states."""
+        decisions, following = [], {}
+        for stage in self.stages:
+            decision, following[stage.name] = stage.decide(
+                states[stage.name], observation, step - self.born[stage.name]
+            )
+            decisions.append(decision)
+        return tuple(decisions), following
 
 
 def _outcome(before: Observation, after: Observation, decisions: list[Decision]) -> Outcome:
@@ -87,8 +102,7 @@ def _outcome(before: Observation, after: Observation, decisions: list[Decision])
         skip=_fold(or_, [decision.skip for decision in decisions]),
         zero=_fold(or_, [decision.zero for decision in decisions]),
         clamp=None if last.clamp is None else Clamp(last.clamp, last.clamp_mask, len(decisions) - 1),
-        strengths=tuple(decision.strength for decision in decisions),
-        thresholds=tuple(decision.threshold for decision in decisions),
+        decisions=tuple(decisions),
     )
 
 
@@ -98,33 +112,17 @@ def _scales_alike(decision: Decision) -> bool:
 
 
 def _after(observation: Observation, decision: Decision) -> Observation:
+    """Return what the next stage sees."""
+    skipped = _fold(or_, [observation.skipped, decision.skip])
     if decision.zero is not None:
-        return observe(torch.where(decision.zero, torch.zeros_like(observation.norms), observation.norms))
+        norms = torch.where(decision.zero, torch.zeros_like(observation.norms), observation.norms)
+        return replace(observation, norms=norms, total=total_norm(norms), skipped=skipped)
     if decision.coefficient is None:
-        return observation
+        return replace(observation, skipped=skipped)
     norms = observation.norms * decision.coefficient
     total = observation.total * decision.coefficient if decision.coefficient.dim() == 0 else total_norm(norms)
-    return Observation(norms=norms, total=total)
+    return replace(observation, norms=norms, total=total, skipped=skipped)
 
 
-def _fold(operator: Callable[[Tensor, Tensor], Tensor], parts: list[Tensor | None]) -> Tensor | None:
+def _fold(operator: Callable[[Tensor, Tensor], Tensor], parts: Sequence[Tensor | None]) -> Tensor | None:
     return reduce(operator, [part for part in parts if part is not None]) if any(p is not None for p in parts) else None
-
-
-def build_pipeline(spec: PolicySpec, layout: Layout) -> Pipeline:
-    """Bind a policy to a model's parameters; raises PolicyError for a pattern that covers none of them."""
-    return Pipeline([_build(stage, layout) for stage in spec.pipeline])
-
-
-def _build(spec: AnySpec, layout: Layout) -> Policy:
-    if isinstance(spec, NonFiniteSpec):
-        return NonFinite(name=spec.name, layout=layout, zero=spec.action == "zero")
-    try:
-        chosen = select(layout.names, spec.match, spec.exclude)
-    except ValueError as error:
-        raise PolicyError(f"policy {spec.name}: {error}") from error
-    if isinstance(spec, GlobalNormSpec):
-        return GlobalNorm(name=spec.name, layout=layout, max_norm=spec.max_norm, chosen=chosen)
-    if isinstance(spec, GroupNormSpec):
-        return GroupNorm(name=spec.name, layout=layout, max_norm=spec.max_norm, scope=spec.scope, chosen=chosen)
-    return Value(name=spec.name, layout=layout, max_abs=spec.max_abs, chosen=chosen)

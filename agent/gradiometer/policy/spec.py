@@ -4,196 +4,123 @@ version: 1
 pipeline:
   - nonfinite: {action: skip}
   - global_norm: {max_norm: 1.0}
+shadow:
+  - zclip: {z: 2.5}
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator, model_validator
 
-from gradiometer.policy.select import compile_pattern
+from gradiometer.policy import kinds
+from gradiometer.policy.kinds import KINDS, AnySpec, GroupsSpec, Spec
 from gradiometer.records import OWN_CLIPPING, PIPELINE_SLOTS
 
-__all__ = [
-    "GlobalNormSpec",
-    "GroupNormSpec",
-    "NonFiniteSpec",
-    "PolicyError",
-    "PolicySource",
-    "PolicySpec",
-    "ValueSpec",
-    "load_policy",
-]
-
-
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("expected a number")  # noqa: TRY004 - pydantic collects ValueErrors
-    return value
-
-
-Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+__all__ = ["PolicyError", "PolicySource", "PolicySpec", "load_policy"]
 
 
 class PolicyError(ValueError):
     """A policy that cannot be used; the message names the source, the path in it, the value and what was expected."""
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")] = ""
-    """Name in metrics and records; the kind of policy unless given."""
-
-    @model_validator(mode="after")
-    def _default_name(self) -> _Spec:
-        if not self.name:
-            object.__setattr__(self, "name", self.kind)  # type: ignore[attr-defined]  # every subclass has a kind
-        return self
-
-
-class _Selecting(_Spec):
-    match: tuple[str, ...] = ()
-    """Parameters the policy covers, by glob or ``re:`` pattern; all when empty."""
-    exclude: tuple[str, ...] = ()
-    """Parameters it leaves alone, likewise."""
-
-    @field_validator("match", "exclude", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("match", "exclude")
-    @classmethod
-    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                compile_pattern(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        return patterns
-
-
-class NonFiniteSpec(_Spec):
-    """What happens to a step whose gradients hold NaN or Inf."""
-
-    kind: Literal["nonfinite"] = "nonfinite"
-    action: Literal["skip", "zero", "raise"] = "skip"
-    """``skip`` the step; ``zero`` the tensors that are not finite; ``raise``: skip the step and stop the job."""
-    max_consecutive: Annotated[int, Field(ge=1)] | None = None
-    """Raise after this many non-finite steps in a row."""
-    then: Literal["raise"] = "raise"
-
-
-class GlobalNormSpec(_Selecting):
-    """Scale all gradients so that their norm together is at most ``max_norm``."""
-
-    kind: Literal["global_norm"] = "global_norm"
-    max_norm: Positive
-    norm_type: float = 2.0
-
-    @field_validator("norm_type")
-    @classmethod
-    def _only_l2(cls, value: float) -> float:
-        if value != 2:
-            raise ValueError("only the L2 norm (2) is measured")
-        return value
-
-
-class GroupNormSpec(_Selecting):
-    """Scale each layer's, or each parameter's, gradients so that their norm is at most ``max_norm``."""
-
-    kind: Literal["group_norm"] = "group_norm"
-    max_norm: Positive
-    scope: Literal["layer", "parameter"] = "layer"
-
-
-class ValueSpec(_Selecting):
-    """Clamp every element of the gradients to ±``max_abs``."""
-
-    kind: Literal["value"] = "value"
-    max_abs: Positive
-
-
 def _kind(entry: object) -> str | None:
-    if isinstance(entry, _Spec):
+    if isinstance(entry, Spec):
         return str(getattr(entry, "kind", None))
     return str(entry.get("kind")) if isinstance(entry, Mapping) else None
 
 
-AnySpec: TypeAlias = Annotated[
-    Annotated[NonFiniteSpec, Tag("nonfinite")]
-    | Annotated[GlobalNormSpec, Tag("global_norm")]
-    | Annotated[GroupNormSpec, Tag("group_norm")]
-    | Annotated[ValueSpec, Tag("value")],
+Stage: TypeAlias = Annotated[
+    Annotated[kinds.NonFiniteSpec, Tag("nonfinite")]
+    | Annotated[kinds.GlobalNormSpec, Tag("global_norm")]
+    | Annotated[kinds.GroupNormSpec, Tag("group_norm")]
+    | Annotated[kinds.ValueSpec, Tag("value")]
+    | Annotated[kinds.AgcSpec, Tag("agc")]
+    | Annotated[kinds.PercentileSpec, Tag("percentile")]
+    | Annotated[kinds.ZClipSpec, Tag("zclip")]
+    | Annotated[kinds.AdaGCSpec, Tag("adagc")]
+    | Annotated[kinds.EmaRatioSpec, Tag("ema_ratio")]
+    | Annotated[kinds.SkipSpec, Tag("skip")],
     Discriminator(_kind),
 ]
-_MODELS: dict[object, type[_Spec]] = {
-    "nonfinite": NonFiniteSpec,
-    "global_norm": GlobalNormSpec,
-    "group_norm": GroupNormSpec,
-    "value": ValueSpec,
-}
-KINDS = tuple(map(str, _MODELS))
 
 
 class PolicySpec(BaseModel):
-    """A whole policy: the pipeline, in the order in which its stages see the gradients."""
+    """A whole policy: the pipeline, in the order in which its stages see the gradients, and what only watches."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     version: Literal[1] = 1
-    pipeline: tuple[AnySpec, ...]
+    """Version of this file's shape."""
+    groups: GroupsSpec = GroupsSpec()
+    """How the model is divided."""
+    pipeline: tuple[Stage, ...] = ()
+    """Policies that act, in the order in which they see the gradients."""
+    shadow: tuple[Stage, ...] = ()
+    """Policies that decide and are recorded, and never act; each sees the gradients as they were measured."""
 
-    @field_validator("pipeline", mode="before")
+    @field_validator("pipeline", "shadow", mode="before")
     @classmethod
     def _untag(cls, entries: object) -> object:
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise ValueError("expected a list of policies, such as '- global_norm: {max_norm: 1.0}'")  # noqa: TRY004
-        if not 1 <= len(entries) <= PIPELINE_SLOTS:
-            raise ValueError(f"holds {len(entries)} policies, expected at least 1 and at most {PIPELINE_SLOTS}")
         return [_untagged(entry, index) for index, entry in enumerate(entries)]
 
     @model_validator(mode="after")
     def _ordered(self) -> PolicySpec:
-        kinds = [spec.kind for spec in self.pipeline]
-        if "nonfinite" in kinds[1:]:
+        if not 1 <= len(self.stages) <= PIPELINE_SLOTS:
+            raise ValueError(
+                f"pipeline and shadow hold {len(self.stages)} policies together, expected at least 1 and at most "
+                f"{PIPELINE_SLOTS}"
+            )
+        acting = [spec.kind for spec in self.pipeline]
+        if "nonfinite" in acting[1:]:
             raise ValueError("nonfinite must be the first of the pipeline, and only once: clipping cannot mend NaN")
-        if "value" in kinds[:-1]:
-            raise ValueError("value must be the last of the pipeline, and only once: it changes norms unpredictably")
-        for name, count in Counter(spec.name for spec in self.pipeline).items():
+        for kind in ("value", "agc"):
+            if kind in acting[:-1]:
+                raise ValueError(
+                    f"{kind} must be the last of the pipeline, and only once: what it does to norms is known only when "
+                    "it is done"
+                )
+        for name, count in Counter(self.names).items():
             if count > 1:
                 raise ValueError(f"{count} policies are named {name!r}: give each a 'name' of its own")
             if name in OWN_CLIPPING:
                 raise ValueError(f"a policy is named {name!r}, as torch's own function is in metrics: give it another")
+        for spec in self.stages:
+            if getattr(spec, "scope", None) == "group" and not isinstance(self.groups.by, dict):
+                raise ValueError(
+                    f"policy {spec.name!r} has scope 'group', but groups.by is {self.groups.by!r}, expected names and "
+                    "patterns such as {embeddings: 'embed*'}"
+                )
         return self
 
     @property
+    def stages(self) -> tuple[AnySpec, ...]:
+        """The pipeline, then what is in shadow."""
+        return self.pipeline + self.shadow
+
+    @property
     def names(self) -> tuple[str, ...]:
-        return tuple(spec.name for spec in self.pipeline)
+        """Names of :attr:`stages`."""
+        return tuple(spec.name for spec in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as one would write it in YAML, defaults left out."""
-        return {"version": self.version, "pipeline": [_tagged(spec) for spec in self.pipeline]}
+        whole: dict[str, Any] = {"version": self.version}
+        if self.groups != GroupsSpec():
+            whole["groups"] = self.groups.model_dump(mode="json", exclude_defaults=True)
+        whole["pipeline"] = [_tagged(spec) for spec in self.pipeline]
+        return whole | ({"shadow": [_tagged(spec) for spec in self.shadow]} if self.shadow else {})
 
 
 PolicySource: TypeAlias = (
-    PolicySpec | Mapping[str, Any] | Sequence[Mapping[str, Any] | _Spec | str] | str | os.PathLike[str]
+    PolicySpec | Mapping[str, Any] | Sequence[Mapping[str, Any] | Spec | str] | str | os.PathLike[str]
 )
 
 
@@ -240,7 +167,7 @@ def _read_yaml(path: Path) -> object:
 
 def _untagged(entry: object, index: int) -> object:
     """Turn ``{global_norm: {max_norm: 1}}`` into ``{kind: global_norm, max_norm: 1}``."""
-    if isinstance(entry, _Spec):
+    if isinstance(entry, Spec):
         return entry
     if isinstance(entry, str):
         entry = {entry: None}
@@ -271,8 +198,8 @@ def _explain(where: str, item: Any) -> str:
 
 def _expected(item: Any) -> str:
     if item["type"] == "extra_forbidden":
-        kind = next((part for part in item["loc"] if part in _MODELS), None)
-        known = [name for name in (_MODELS[kind] if kind else PolicySpec).model_fields if name != "kind"]
+        kind = next((part for part in item["loc"] if part in KINDS), None)
+        known = [name for name in (KINDS[kind] if kind else PolicySpec).model_fields if name != "kind"]
         return f"no such setting; there are {', '.join(known)}"
     if item["type"] == "model_type":
         return "expected a mapping such as 'pipeline: [{global_norm: {max_norm: 1.0}}]'"
