@@ -31,6 +31,7 @@ from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_si
 from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout
 from gradiometer.policy.build import build_pipeline
+from gradiometer.policy.coverage import coverage
 from gradiometer.policy.spec import PolicySource, PolicySpec, load_policy
 from gradiometer.ranks import Group, Parts, Ranks, label_parts
 from gradiometer.recorder import Recorder
@@ -131,6 +132,8 @@ def attach(
             recorder = Recorder(default_root(dir), manifest)
             undo.callback(recorder.close)
             telemetry = Telemetry(recorder, manifest, meter.device)
+            if spec is not None:
+                _tell_coverage(spec, agreement.parameters, telemetry)
             stepper.updates = _updates(agreement.parameters, meter, recorder, telemetry)
             watch = _watch(agreement.parameters, backward, telemetry)
             undo.callback(watch.remove)
@@ -175,6 +178,14 @@ def _tell_unstepped(telemetry: Telemetry) -> None:
     )
     logger.warning("gradiometer: %s", message)
     telemetry.notice("no_step", message)
+
+
+def _tell_coverage(spec: PolicySpec, parameters: Parameters, telemetry: Telemetry) -> None:
+    """Say what the policy leaves out: in every rank's events, and in the log of the first."""
+    for message in coverage(spec, parameters.names):
+        if telemetry.manifest.rank == 0:
+            logger.warning("gradiometer: policy coverage: %s", message)
+        telemetry.notice("policy_coverage", message)
 
 
 def _check_model(model: object) -> None:

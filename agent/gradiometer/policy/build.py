@@ -6,17 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from gradiometer.policy import kinds
+from gradiometer.policy.adagc import AdaGC
 from gradiometer.policy.base import Layout, Policy
+from gradiometer.policy.coverage import group_of
+from gradiometer.policy.ema_ratio import EmaRatio
 from gradiometer.policy.global_norm import GlobalNorm
 from gradiometer.policy.group_norm import GroupNorm
 from gradiometer.policy.kinds import AnySpec, GroupsSpec, Scope, SelectingSpec
+from gradiometer.policy.learning import state_dtype
 from gradiometer.policy.nonfinite import NonFinite
+from gradiometer.policy.percentile import Percentile
 from gradiometer.policy.pipeline import Pipeline, Shadow
-from gradiometer.policy.select import compile_pattern, select
+from gradiometer.policy.select import select
+from gradiometer.policy.skip import Skip
 from gradiometer.policy.spec import PolicyError, PolicySpec
 from gradiometer.policy.units import Units
 from gradiometer.policy.value import Value
+from gradiometer.policy.window import MAX_VALUES, Window
+from gradiometer.policy.zclip import ZClip
 
 __all__ = ["build_pipeline", "build_shadow"]
 
@@ -37,7 +47,7 @@ def build_shadow(spec: PolicySpec, layout: Layout, born: Mapping[str, int] | Non
 
 def _build_all(stages: Sequence[AnySpec], groups: GroupsSpec, layout: Layout) -> list[Policy]:
     by: Scope = "group" if isinstance(groups.by, dict) else groups.by
-    grouped = replace(layout, groups=_group_of(layout.names, groups), by=by)
+    grouped = replace(layout, groups=group_of(layout.names, groups), by=by)
     return [_build(stage, groups, grouped) for stage in stages]
 
 
@@ -55,15 +65,6 @@ def _chosen(spec: SelectingSpec, groups: GroupsSpec, layout: Layout) -> tuple[bo
         raise PolicyError(f"policy {spec.name}: {error}") from error
 
 
-def _group_of(names: Sequence[str], groups: GroupsSpec) -> list[str | None]:
-    """Return the first of the named groups that covers each parameter."""
-    named = groups.by.items() if isinstance(groups.by, dict) else ()
-    compiled = [(name, [compile_pattern(pattern) for pattern in patterns]) for name, patterns in named]
-    return [
-        next((group for group, patterns in compiled if any(p.search(name) for p in patterns)), None) for name in names
-    ]
-
-
 def _global_norm(spec: kinds.GlobalNormSpec, layout: Layout, chosen: tuple[bool, ...]) -> Policy:
     return GlobalNorm(name=spec.name, units=Units(layout, "model", chosen), max_norm=spec.max_norm)
 
@@ -76,8 +77,68 @@ def _value(spec: kinds.ValueSpec, layout: Layout, chosen: tuple[bool, ...]) -> P
     return Value(name=spec.name, layout=layout, max_abs=spec.max_abs, chosen=chosen)
 
 
+def _percentile(spec: kinds.PercentileSpec, layout: Layout, chosen: tuple[bool, ...]) -> Policy:
+    units = Units(layout, spec.scope, chosen)
+    return Percentile(
+        name=spec.name,
+        units=units,
+        window=_window(spec, units.shape, layout),
+        p=spec.p,
+        min_history=spec.min_history,
+        safe=spec.compat == "safe",
+    )
+
+
+def _zclip(spec: kinds.ZClipSpec, layout: Layout, chosen: tuple[bool, ...]) -> Policy:
+    settings = spec.model_dump(exclude={"kind", "match", "exclude", "compat", "scope"})
+    return ZClip(units=Units(layout, spec.scope, chosen), safe=spec.compat == "safe", **settings)
+
+
+def _adagc(spec: kinds.AdaGCSpec, layout: Layout, chosen: tuple[bool, ...]) -> Policy:
+    settings = spec.model_dump(exclude={"kind", "match", "exclude", "compat", "scope"})
+    return AdaGC(units=Units(layout, spec.scope, chosen), safe=spec.compat == "safe", **settings)
+
+
+def _ema_ratio(spec: kinds.EmaRatioSpec, layout: Layout, chosen: tuple[bool, ...]) -> Policy:
+    settings = spec.model_dump(exclude={"kind", "match", "exclude", "compat", "scope"})
+    return EmaRatio(units=Units(layout, spec.scope, chosen), safe=spec.compat == "safe", **settings)
+
+
+def _skip(spec: kinds.SkipSpec, layout: Layout, chosen: tuple[bool, ...]) -> Policy:
+    factors = {"sigma": spec.sigma, "abs": spec.threshold, "median_mad": spec.k}
+    factor = factors[spec.rule]
+    assert factor is not None  # the spec sees to it
+    return Skip(
+        name=spec.name,
+        units=Units(layout, "model", chosen),
+        on=spec.on,
+        window=None if spec.rule == "abs" else _window(spec, torch.Size([len(spec.on)]), layout),
+        rule=spec.rule,
+        factor=factor,
+        floor=spec.floor,
+        min_history=spec.min_history,
+        accept_after=spec.max_consecutive if spec.then == "accept" else None,
+        safe=spec.compat == "safe",
+    )
+
+
+def _window(spec: kinds.PercentileSpec | kinds.SkipSpec, shape: torch.Size, layout: Layout) -> Window:
+    values = spec.window * shape.numel()
+    if values > MAX_VALUES:
+        raise PolicyError(
+            f"policy {spec.name}: window is {spec.window} for each of {shape.numel()} units, {values} values, expected "
+            f"at most {MAX_VALUES} together: give it a smaller window or a wider scope"
+        )
+    return Window(spec.window, shape, state_dtype(layout.device), layout.device)
+
+
 _BUILDERS: dict[type, Callable[[Any, Layout, tuple[bool, ...]], Policy]] = {
     kinds.GlobalNormSpec: _global_norm,
     kinds.GroupNormSpec: _group_norm,
     kinds.ValueSpec: _value,
+    kinds.PercentileSpec: _percentile,
+    kinds.ZClipSpec: _zclip,
+    kinds.AdaGCSpec: _adagc,
+    kinds.EmaRatioSpec: _ema_ratio,
+    kinds.SkipSpec: _skip,
 }

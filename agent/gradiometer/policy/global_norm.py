@@ -41,4 +41,5 @@ class GlobalNorm:
     def decide(self, state: State, observation: Observation, step: int) -> tuple[Decision, State]:
         """Decide one coefficient for every gradient, or [P] where some are left out."""
         del step
-        return self.units.scale(clip_coefficient(self.units.norms(observation), self.max_norm), self.max_norm), state
+        coefficient = clip_coefficient(self.units.norms(observation), self.max_norm)
+        return self.units.scale(coefficient, self.max_norm, observation), state

@@ -51,6 +51,7 @@ def _compiles(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
+Share = Annotated[Number, Field(ge=0)]
 Decay = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Steps = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
@@ -160,7 +161,7 @@ class PercentileSpec(_Learning):
     window: Annotated[int, BeforeValidator(_no_bool), Field(ge=2, le=100_000)] = 1000
     """Steps of history that are kept."""
     min_history: Count = 1
-    """Norms that must have been seen before anything is clipped."""
+    """Norms that must have been seen, this step's included, before anything is clipped."""
     scope: Scope = "model"
     """What has a history and a threshold of its own."""
 
@@ -188,7 +189,9 @@ class ZClipSpec(_Learning):
     """Largest norm in any case; null for none."""
     warmup_steps: Count = 25
     """Steps whose norms make the first mean and variance."""
-    floor: Annotated[Number, Field(ge=0)] = 0.01
+    learn_from_spikes: bool = True
+    """Whether a spike teaches mean and variance what it was cut to, or nothing (``skip_update_on_spike``)."""
+    floor: Share = 0.01
     """With ``compat: safe``, the least deviation that is believed, as a share of the mean."""
     scope: Scope = "model"
     """What has a mean and a variance of its own."""
@@ -205,7 +208,7 @@ class AdaGCSpec(_Learning):
     warmup_steps: Steps = 100
     """Steps that are clipped by their global norm instead, while the averages form."""
     warmup_max_norm: Positive = 1.0
-    """Largest global norm in these."""
+    """Largest global norm in these; with ``compat: safe`` also the largest first norm of what appears only later."""
     floor: Positive = 1e-8
     """With ``compat: safe``, the least average."""
     scope: Scope = "parameter"
@@ -220,6 +223,8 @@ class EmaRatioSpec(_Learning):
     """Largest norm, in running averages."""
     beta: Decay = 0.95
     """Share of the old average that each step keeps; OLMo takes the larger of the optimizer's betas."""
+    floor: Positive = 1e-8
+    """With ``compat: safe``, the least average."""
     scope: Scope = "parameter"
     """What has an average of its own."""
 
@@ -244,12 +249,20 @@ class SkipSpec(SelectingSpec):
     threshold: Positive | None = None
     """Largest value, for ``rule: abs``."""
     min_history: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] = 64
-    """Steps that must have been seen before any is skipped."""
+    """Steps that must have been seen, this one included, before any is skipped."""
+    floor: Share = 0.01
+    """The least deviation that is believed, as a share of the mean (with ``compat: safe``) or of the median."""
+    max_consecutive: Count | None = 20
+    """Steps in a row that may be skipped; null for any number, which is the default with ``compat: reference``."""
+    then: Literal["accept", "raise"] = "accept"
+    """After ``max_consecutive``, ``accept`` the next step if its values are finite, or ``raise``."""
     compat: Compat = "safe"
     """``reference`` reproduces OLMo-core to the letter, its faults included; ``safe`` adds guards."""
 
     @model_validator(mode="after")
     def _complete(self) -> SkipSpec:
+        if self.compat == "reference" and "max_consecutive" not in self.model_fields_set:
+            object.__setattr__(self, "max_consecutive", None)
         if (self.rule == "abs") != (self.threshold is not None):
             raise ValueError("threshold goes with rule: abs, and rule: abs needs it")
         if self.min_history > self.window:

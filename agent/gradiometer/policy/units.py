@@ -41,7 +41,7 @@ class Units:
         return torch.full(self.shape, value, dtype=dtype, device=self.device)
 
     def norms(self, observation: Observation) -> Tensor:
-        """Return the L2 norm of each unit, of the observation's dtype; negative zero where it has no gradient.
+        """Return the L2 norm of each unit, of the observation's dtype; zero where it has no gradient.
 
         Gathered and reduced row by row, never scattered: atomic adds would make ranks decide differently.
         """
@@ -55,6 +55,15 @@ class Units:
         norms: Tensor = torch.linalg.vector_norm(members, dim=1, dtype=torch.float64).to(observation.norms.dtype)
         return norms
 
+    def present(self, observation: Observation) -> Tensor | None:
+        """Return, bool [U], which units have a gradient; None where the unit is the model, which is taken to have one."""
+        if self._whole:
+            return None
+        absent = torch.signbit(observation.norms) & (observation.norms == 0)
+        if self._identity:
+            return ~absent
+        return ~torch.nn.functional.pad(absent, (0, 1), value=True)[self._members].all(dim=1)
+
     def spread(self, values: Tensor) -> Tensor:
         """Return the units' factors as the parameters': 0-dim where it is one for all, else [P], 1 outside of units."""
         if self._whole:
@@ -64,14 +73,21 @@ class Units:
         spread = values[self._unit]
         return spread if self._covered is None else torch.where(self._covered, spread, 1.0)
 
-    def scale(self, coefficient: Tensor, threshold: float | Tensor) -> Decision:
+    def scale(self, coefficient: Tensor, threshold: float | Tensor, observation: Observation) -> Decision:
         """Decide to scale each unit by its ``coefficient``, which its ``threshold`` has brought about."""
-        strength = coefficient
+        strength = coefficient = coefficient.to(observation.norms.dtype)
         if not self._whole:
             strength, strongest = coefficient.min(dim=0)
             if isinstance(threshold, Tensor) and threshold.dim():
                 threshold = threshold.gather(0, strongest.unsqueeze(0)).squeeze(0)
         return Decision(coefficient=self.spread(coefficient), strength=strength, threshold=threshold)
+
+    def scale_together(self, coefficient: Tensor, threshold: float, observation: Observation) -> Decision:
+        """Decide to scale all units by one ``coefficient``, 0-dim, which one ``threshold`` has brought about."""
+        strength = coefficient = coefficient.to(observation.norms.dtype)
+        if self._covered is not None:
+            coefficient = torch.where(self._covered, coefficient, 1.0)
+        return Decision(coefficient=coefficient, strength=strength, threshold=threshold)
 
 
 def _owners(layout: Layout, scope: Scope, chosen: Sequence[bool]) -> list[str | None]:
