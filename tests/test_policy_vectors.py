@@ -185,7 +185,7 @@ def test_skip_median_mad(case: Any, compat: str) -> None:
 
 @pytest.mark.parametrize("case", vectors("skip_step_sigma")["adam_state_under_skip"])
 def test_a_skipped_step_moves_nothing(tmp_path: Path, case: Any) -> None:
-    """A step that ``skip`` skips leaves AdamW's parameters and moments as they were, where OLMo-core spreads NaN too."""
+    """A step that ``skip`` skips leaves AdamW's numbers as they were, also where OLMo-core's NaN spreads."""
     given, wanted = case["in"], case["out"]
     parameter = nn.Parameter(torch.tensor(given["param0"], dtype=torch.float32))
     optimizer = AdamW([parameter], foreach=given["foreach"])

@@ -22,6 +22,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradiometer import NonFiniteGradientError, open_run
+from gradiometer.policy import KINDS
+from gradiometer.policy.spec import load_policy
 from gradiometer.transfer import SLOTS
 from tests._training import attach, backward, batch, hand_norms, loss_of, small_model, train
 
@@ -124,7 +126,43 @@ CASES: dict[str, tuple[Any, str]] = {
     "max_consecutive fused": ([{"nonfinite": {"max_consecutive": 9}}], "fused"),
     "zero": ([{"nonfinite": {"action": "zero"}}, *CLIP], "foreach"),
     "zero fused": ([{"nonfinite": {"action": "zero"}}, *CLIP], "fused"),
+    "percentile": ([{"percentile": {"window": 3}}], "fused"),
+    "percentile by layer": ([{"percentile": {"window": 3, "scope": "layer", "exclude": "0.bias"}}], "foreach"),
+    "zclip": ([{"zclip": {"warmup_steps": 2}}], "fused"),
+    "zclip by layer": ([{"zclip": {"warmup_steps": 2, "scope": "layer"}}], "foreach"),
+    "adagc": ([{"adagc": {"warmup_steps": 2}}], "foreach"),
+    "adagc of some": ([{"adagc": {"warmup_steps": 2, "match": "*.weight"}}], "fused"),
+    "adagc of the model": ([{"adagc": {"warmup_steps": 0, "scope": "model"}}], "fused"),
+    "ema_ratio": ([{"ema_ratio": {}}], "foreach"),
+    "named groups": (
+        {
+            "groups": {"by": {"first": "0.*", "last": "2.*"}},
+            "pipeline": [{"ema_ratio": {"scope": "group"}}, {"group_norm": {"max_norm": 1.0}}],
+        },
+        "foreach",
+    ),
+    "learn after a skip": ([*NONFINITE[:1], {"adagc": {"warmup_steps": 1}}, {"zclip": {"warmup_steps": 1}}], "fused"),
+    "skip sigma": ([{"skip": {"min_history": 2, "on": ["loss", "global_norm"]}}], "fused"),
+    "skip median_mad": ([{"skip": {"rule": "median_mad", "min_history": 2}}], "fused"),
+    "skip abs": ([{"skip": {"rule": "abs", "threshold": 1.0, "max_consecutive": 2}}], "fused"),
+    "to the letter": (
+        [
+            {"skip": {"min_history": 2, "compat": "reference"}},
+            {"percentile": {"compat": "reference"}},
+            {"zclip": {"compat": "reference", "warmup_steps": 1}},
+            {"adagc": {"compat": "reference", "warmup_steps": 1}},
+            {"ema_ratio": {"compat": "reference"}},
+        ],
+        "fused",
+    ),
+    "shadow": ({"pipeline": CLIP, "shadow": [{"zclip": {"warmup_steps": 1}}, {"skip": {"min_history": 2}}]}, "fused"),
 }
+
+
+def test_every_kind_is_watched() -> None:
+    """A kind of policy that is not among the cases fails here."""
+    stages = [stage for policy, _ in CASES.values() if policy is not None for stage in load_policy(policy).stages]
+    assert {stage.kind for stage in stages} >= set(KINDS) - {"agc"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -247,7 +285,9 @@ def count(tmp_path: Path, parameters: int, policy: Any, how: str) -> Counter[str
         return take(optimizer) - alone
 
 
-@pytest.mark.parametrize(("case", "bound"), [("observe", 10), ("global_norm fused", 30), ("skip fused", 40)])
+@pytest.mark.parametrize(
+    ("case", "bound"), [("observe", 10), ("global_norm fused", 30), ("skip fused", 40), ("adagc", 60), ("zclip", 80)]
+)
 def test_the_work_of_a_step_is_bounded(tmp_path: Path, case: str, bound: int) -> None:
     """The agent runs as many operators for 200 parameters as for 10, and few of them."""
     policy, how = CASES[case]

@@ -65,10 +65,10 @@ class AdaGC:
 
     def _safely(self, average: Tensor, seen: Lesson, observation: Observation) -> tuple[Decision, Tensor]:
         known = average < math.inf
-        average = average.clamp(min=self.floor)
-        bound = torch.where(known, average * self.ratio, self.warmup_max_norm)
+        floored = average.clamp(min=self.floor)
+        bound = torch.where(known, floored * self.ratio, self.warmup_max_norm)
         fed = torch.minimum(seen.norms, bound)
-        learned = torch.where(known, torch.lerp(fed, average, self.beta), fed.clamp(min=self.floor))
+        learned = torch.where(known, torch.lerp(fed, floored, self.beta), fed)
         decision = self.units.scale(scaled_to(bound, seen), bound, observation)
         return decision, torch.where(seen.learned, learned, average)
 

@@ -55,7 +55,12 @@ def _build(spec: AnySpec, groups: GroupsSpec, layout: Layout) -> Policy:
     if isinstance(spec, kinds.NonFiniteSpec):
         return NonFinite(name=spec.name, layout=layout, zero=spec.action == "zero")
     chosen = _chosen(spec, groups, layout)
-    return _BUILDERS[type(spec)](spec, layout, chosen)
+    try:
+        return _BUILDERS[type(spec)](spec, layout, chosen)
+    except PolicyError:
+        raise
+    except ValueError as error:
+        raise PolicyError(f"policy {spec.name}: {error}") from error
 
 
 def _chosen(spec: SelectingSpec, groups: GroupsSpec, layout: Layout) -> tuple[bool, ...]:

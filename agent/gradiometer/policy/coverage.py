@@ -30,9 +30,7 @@ def coverage(spec: PolicySpec, names: Sequence[str]) -> list[str]:
     if isinstance(spec.groups.by, dict):
         empty = [group for group in spec.groups.by if group not in groups]
         if empty:
-            messages.append(
-                f"groups own no parameter: {_some(empty, 'groups')}; a parameter goes to the first that fits"
-            )
+            messages.append(f"groups without a parameter: {_some(empty, 'groups')}; each goes to the first that fits")
         loose = [name for name, group in zip(names, groups, strict=True) if group is None]
         if loose:
             messages.append(f"in no named group: {_some(loose)}; a policy of scope group leaves them alone")
@@ -69,4 +67,4 @@ def _covers(
 
 def _some(names: Sequence[str], what: str = "parameters") -> str:
     """Return up to three names, and how many there are."""
-    return ", ".join(names[:3]) + (f", … ({len(names)} {what})" if len(names) > 3 else "")
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") + f" ({len(names)} {what})"

@@ -26,6 +26,8 @@ class Units:
         owners = _owners(layout, scope, chosen)
         self.names = tuple(dict.fromkeys(owner for owner in owners if owner is not None))
         """What each unit is called, U of them."""
+        if not self.names:
+            raise ValueError(f"no parameter it covers is in any {scope}, so there is nothing to bound")
         place = {name: index for index, name in enumerate(self.names)}
         self._covered = None if None not in owners else torch.tensor([o is not None for o in owners], device=device)
         self._whole = scope == "model"
@@ -56,7 +58,7 @@ class Units:
         return norms
 
     def present(self, observation: Observation) -> Tensor | None:
-        """Return, bool [U], which units have a gradient; None where the unit is the model, which is taken to have one."""
+        """Return, bool [U], which units have a gradient; None for the model as a whole, which is taken to have one."""
         if self._whole:
             return None
         absent = torch.signbit(observation.norms) & (observation.norms == 0)

@@ -16,8 +16,8 @@ MAX_VALUES = 2**24
 class Window:
     """A ring of ``size`` values for each of the series that ``shape`` counts. Every method is pure.
 
-    State: ``window`` [*shape, size] of ``dtype``, Inf where nothing has been put yet; ``count`` int64 [*shape], how many
-    values have ever been put in.
+    State: ``window`` [*shape, size] of ``dtype``, Inf where nothing has been put yet; ``count`` int64 [*shape], how
+    many values have ever been put in.
     """
 
     def __init__(self, size: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
