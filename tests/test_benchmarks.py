@@ -57,6 +57,18 @@ def test_parallel_counts_collectives(tmp_path: Path) -> None:
         assert agent == ({0} if name.endswith("DDP") else {1})
 
 
+def test_policies_count_operators(tmp_path: Path) -> None:
+    """The benchmark of deciding names every policy, for one unit and for many, with what it asks of torch."""
+    path = tmp_path / "policies.json"
+    done = run("benchmarks.policies", "--rounds", "1", "--json", path)
+    assert done.returncode == 0, done.stderr
+    body = results_of(path)
+    assert body["operators"].keys() == body["results"].keys() == {"one unit", "300 units"}
+    for title, counts in body["operators"].items():
+        assert counts.keys() == body["results"][title]["seconds"].keys()
+        assert all(0 < count <= 100 for count in counts.values())
+
+
 def test_gpu_dry_run_covers_every_variant(tmp_path: Path) -> None:
     """A dry run of the GPU benchmark goes through every variant, its host waits and its kernels, on the CPU."""
     path = tmp_path / "gpu.json"
@@ -97,9 +109,9 @@ def test_all_benchmarks_run_in_turn(tmp_path: Path) -> None:
     done = run("benchmarks", "--quick", "--json", tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("==")] == [
-        "== step_overhead", "== parallel", "== ring", "== exposition",
+        "== step_overhead", "== parallel", "== policies", "== ring", "== exposition",
     ]  # fmt: skip
-    for name in ("step_overhead", "parallel", "ring", "exposition"):
+    for name in ("step_overhead", "parallel", "policies", "ring", "exposition"):
         assert results_of(tmp_path / f"{name}.json")["benchmark"] == name
 
 

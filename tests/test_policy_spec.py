@@ -12,7 +12,7 @@ import yaml
 from gradiometer import PolicyError, PolicySpec, load_policy
 from gradiometer.policy.base import Layout
 from gradiometer.policy.build import build_pipeline
-from gradiometer.policy.kinds import GlobalNormSpec, NonFiniteSpec
+from gradiometer.policy.kinds import GlobalNormSpec, NonFiniteSpec, SkipSpec
 
 WHOLE: dict[str, Any] = {
     "version": 1,
@@ -50,6 +50,19 @@ def test_to_dict_goes_round() -> None:
 def test_names_default_to_the_kind() -> None:
     """A stage is named after its kind unless it has a name."""
     assert load_policy(WHOLE).names == ("nonfinite", "group_norm", "outer", "value")
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [({}, 20), ({"compat": "reference"}, None), ({"compat": "reference", "max_consecutive": 3}, 3)],
+)
+def test_a_skip_has_a_bound_unless_it_is_to_the_letter(settings: dict[str, Any], wanted: int | None) -> None:
+    """``max_consecutive`` is 20, with ``compat: reference`` none, and what is written wins; all go round."""
+    spec = load_policy([{"skip": settings}])
+    (stage,) = spec.pipeline
+    assert isinstance(stage, SkipSpec)
+    assert stage.max_consecutive == wanted
+    assert load_policy(spec.to_dict()) == spec
 
 
 GLOBAL = "pipeline[0].global_norm"

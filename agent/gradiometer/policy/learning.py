@@ -37,7 +37,10 @@ class Lesson:
     usable: Tensor
     """bool: the norm is finite and strictly positive, so a coefficient can be worked out."""
     learned: Tensor
-    """bool: usable, and no earlier stage skips the step."""
+    """bool: usable, in a step whose gradients are all finite and that no earlier stage skips.
+
+    A GradScaler skips what is not all finite, on each rank by itself: the global norm says so on every rank alike.
+    """
     rejected: Tensor
     """int64: 1 where the unit has a gradient whose norm teaches nothing."""
 
@@ -46,7 +49,9 @@ def lesson(units: Units, observation: Observation, dtype: torch.dtype) -> Lesson
     """Sort out what one step may teach each of the units."""
     norms = units.norms(observation).to(dtype)
     usable = (norms > 0) & (norms < largest(dtype))  # NaN compares false
-    learned = usable if observation.skipped is None else usable & ~observation.skipped
+    learned = usable & (observation.total < math.inf) if norms.dim() else usable
+    if observation.skipped is not None:
+        learned = learned & ~observation.skipped
     present = units.present(observation)
     rejected = ~learned if present is None else present & ~learned
     return Lesson(norms, usable, learned, rejected.long())
