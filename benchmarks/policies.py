@@ -42,7 +42,9 @@ STAGES: dict[str, dict[str, Any]] = {
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     """Counts operators."""
 
-    calls = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
+        self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
@@ -70,7 +72,8 @@ def operators(call: Callable[[], object]) -> int:
     """Count what one call asks of torch."""
     with Count() as count:
         call()
-    return count.calls
+    calls: int = count.calls
+    return calls
 
 
 def main() -> None:
