@@ -77,9 +77,14 @@ class Skip:
         """Decide whether to skip one step; the threshold is the limit of the value that exceeds its own the most."""
         del step
         values, limit = self._values(observation), self._limit(state)
-        missing = values.isnan() & self._may_be_missing
-        broken = (~(values < largest(values.dtype)) | (values == -math.inf)) & ~missing
-        outlier = (~(values <= limit) & ~missing) | (broken if self.safe else False)
+        broken, outlier = ~(values < largest(values.dtype)), ~(values <= limit)  # NaN compares false
+        missing = None
+        if self.safe:
+            outlier = outlier | broken
+            if "loss" in self.on:  # which may be -Inf, or not there
+                missing = values.isnan() & self._may_be_missing
+                broken, outlier = (broken | (values == -math.inf)) & ~missing, outlier & ~missing
+                outlier = outlier | broken
         skip = outlier.any()
         if self.accept_after is not None:
             skip = skip & ((state["consecutive"] < self.accept_after) | broken.any())
@@ -87,7 +92,7 @@ class Skip:
         if observation.skipped is not None:
             skip = skip & ~observation.skipped
             consecutive = torch.where(observation.skipped, state["consecutive"], consecutive)
-        following = {"consecutive": consecutive} | self._learn(state, values, limit, missing | broken, observation)
+        following = {"consecutive": consecutive} | self._learn(state, values, limit, broken, missing, observation)
         strength = (~skip).to(observation.norms.dtype)
         return Decision(skip=skip, strength=strength, threshold=_nearest(values, limit)), following
 
@@ -114,12 +119,18 @@ class Skip:
         return torch.where(state["count"] >= seen, middle + self.factor * deviation, math.inf)
 
     def _learn(
-        self, state: State, values: Tensor, limit: Tensor, unfit: Tensor, observation: Observation
-    ) -> dict[str, Tensor]:
-        learned = (values > self._least) & ~unfit
+        self,
+        state: State,
+        values: Tensor,
+        limit: Tensor,
+        broken: Tensor,
+        missing: Tensor | None,
+        observation: Observation,
+    ) -> State:
+        learned = (values > self._least) & ~broken  # a missing value is NaN, which compares false
         if observation.skipped is not None:
             learned = learned & ~observation.skipped
-        rejected = ~learned & ~(values.isnan() & self._may_be_missing)
+        rejected = ~learned if missing is None else ~(learned | missing)
         following = {"rejected": state["rejected"] + rejected}
         if self.window is None:
             return following
