@@ -30,7 +30,7 @@ from gradiometer.layers import Parameters, collect_parameters
 from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
 from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout
-from gradiometer.policy.build import build_pipeline
+from gradiometer.policy.build import build_pipeline, build_shadow
 from gradiometer.policy.spec import PolicySource, PolicySpec, load_policy
 from gradiometer.ranks import Group, Parts, Ranks, label_parts
 from gradiometer.recorder import Recorder
@@ -134,6 +134,7 @@ def attach(
             stepper.updates = _updates(agreement.parameters, meter, recorder, telemetry)
             watch = _watch(agreement.parameters, backward, telemetry)
             undo.callback(watch.remove)
+            stepper.shadows.listen(telemetry.guard)
             stepper.own.listen(telemetry.guard)
             undo.callback(stepper.own.close)
         ranks.confirm()
@@ -147,7 +148,8 @@ def _stepper(
 ) -> Stepper:
     layout = Layout(names=parameters.names, layers=parameters.layers, device=meter.device)
     pipeline = None if spec is None else build_pipeline(spec, layout)
-    return Stepper(parameters, optimizers, pipeline, spec, meter, together=together)
+    shadow = None if spec is None else build_shadow(spec, layout)
+    return Stepper(parameters, optimizers, pipeline, shadow, spec, meter, together=together)
 
 
 def _watch(parameters: Parameters, backward: BackwardMode, telemetry: Telemetry) -> BackwardWatch:

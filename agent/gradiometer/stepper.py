@@ -21,9 +21,10 @@ from gradiometer.norms import Meter
 from gradiometer.own_clipping import OwnClip, OwnClipping
 from gradiometer.policy.base import Observation
 from gradiometer.policy.kinds import NonFiniteSpec
-from gradiometer.policy.pipeline import Outcome, Pipeline, observe
+from gradiometer.policy.pipeline import Outcome, Pipeline, Shadow, observe
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.rounds import Rounds, Watched
+from gradiometer.shadows import Shadows, Verdict
 from gradiometer.shards import gradients_of
 from gradiometer.transfer import bring
 from gradiometer.updates import Updates
@@ -51,6 +52,10 @@ class Taken:
     by_scaler: bool = False
     own: tuple[OwnClip, ...] = ()
     """What the loop's own clipping had done to the gradients, oldest first."""
+    stages: tuple[str, ...] = ()
+    """Names of the policies that act; those of ``outcome.decisions`` where there are any."""
+    shadow: tuple[Verdict, ...] = ()
+    """What each policy in shadow would have done."""
 
     @property
     def after(self) -> Observation | None:
@@ -66,6 +71,7 @@ class Stepper:
         parameters: Parameters,
         optimizers: Sequence[Optimizer],
         pipeline: Pipeline | None,
+        shadow: Shadow | None,
         spec: PolicySpec | None,
         meter: Meter,
         *,
@@ -80,6 +86,8 @@ class Stepper:
         self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=clips)
         self._states = pipeline.init() if pipeline else {}
         self._limit, self._guardian, self._excuse = _raise_limit(spec)
+        self.shadows = Shadows(shadow, meter, self.notices)
+        """What only watches; it raises nothing."""
         self._undo: dict[int, Undo] = {}
         self.updates: Updates | None = None
         """Shown every step's gradients before they are changed; it raises nothing."""
@@ -130,12 +138,14 @@ class Stepper:
                 self.updates.begin(self.step, index)
             gradients = gradients_of(watched)
             observation = observe(self._meter(gradients))
+            largest = self.shadows.weigh(gradients, None)
             if self.updates is not None:
                 self.updates.look(index, watched, gradients, observation.norms)
             if self.pipeline is not None:
                 _, self._states = self.pipeline.decide(self._states, observation, self.step)
+            shadow = self.shadows.look(observation, largest, self.step)
         self._rounds.current = None
-        return self._taken(index, Outcome(before=observation), by_scaler=True, own=own)
+        return self._taken(index, Outcome(before=observation), by_scaler=True, own=own, shadow=shadow)
 
     def stepped(self, optimizer: Optimizer) -> None:
         """Note that the optimizer has used its gradients, or skipped them."""
@@ -188,14 +198,17 @@ class Stepper:
     @contextmanager
     def _in_phase(self, index: int, *, again: bool = False) -> Iterator[None]:
         """Take part in the step's all-reduces even if this rank fails before them: the other ranks are in them."""
-        calls = self._meter.calls
+        calls, weighed = self._meter.calls, self.shadows.weighed
         try:
             yield
         except Exception:
-            if self._meter.calls == calls and not self._rounds.awaits(index):
+            measures = not self._rounds.awaits(index)
+            if self._meter.calls == calls and measures:
                 if not again and self.updates is not None and self.updates.step != self.step:
                     self.updates.begin(self.step, index)
                 self._meter.abstain()
+            if self.shadows.weighed == weighed and measures and not again:
+                self.shadows.abstain()
             if self.pipeline is None and not again:
                 self.step += 1  # the optimizer takes it: its number must not be another step's
             raise
@@ -224,12 +237,14 @@ class Stepper:
             updates.begin(self.step, index)
         gradients = gradients_of(watched)
         norms = self._meter(gradients)
+        largest = None if again else self.shadows.weigh(gradients, scale)
         observation = observe(norms if scale is None else norms / bring(scale, norms.device))
         outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
         if updates is not None:
             updates.look(index, watched, gradients, observation.norms)
+        shadow = () if again else self.shadows.look(observation, largest, self.step)
         clamped = self._act(index, members, watched, outcome, scale)
         if again:
             return None
@@ -238,7 +253,7 @@ class Stepper:
         if found_inf is not None:
             stopped = bring(found_inf, norms.device) > 0
             skip = stopped if skip is None else skip | stopped
-        return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale, own=own)
+        return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale, own=own, shadow=shadow)
 
     def _act(
         self, index: int, members: list[int], watched: Watched, outcome: Outcome, scale: Tensor | None
@@ -275,6 +290,7 @@ class Stepper:
         scale: Tensor | None = None,
         by_scaler: bool = False,
         own: tuple[OwnClip, ...] = (),
+        shadow: tuple[Verdict, ...] = (),
     ) -> Taken:
         scaler = current_scaler()
         scale = scale if scaler is None else scaler._get_scale_async()
@@ -290,6 +306,8 @@ class Stepper:
             learning_rate=self._rounds.optimizers[index].param_groups[0]["lr"],
             by_scaler=by_scaler,
             own=own,
+            stages=() if self.pipeline is None else self.pipeline.names,
+            shadow=shadow,
         )
         self.step += 1
         return taken
