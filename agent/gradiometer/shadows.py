@@ -45,17 +45,18 @@ class Shadows:
     ``notices`` takes the kind and message of what should be told the user.
     """
 
-    def __init__(self, shadow: Shadow | None, meter: Meter, notices: list[tuple[str, str]]) -> None:
+    def __init__(self, meter: Meter, notices: list[tuple[str, str]]) -> None:
         self._meter, self._notices = meter, notices
         self._guard: AbstractContextManager[bool | None] = nullcontext()
         self.weighed = 0
         """How often the elements of a step's gradients were looked at, by all who measure together."""
-        self.put(shadow, {} if shadow is None else shadow.init())
+        self.put(None, {})
 
     def put(self, shadow: Shadow | None, states: Mapping[str, State]) -> None:
-        """Let these policies watch from now on, with these memories."""
-        self.shadow, self.states = shadow, dict(states)
+        """Let these policies watch from now on; ``states`` holds what they remember, by name, and may hold more."""
+        self.shadow = shadow
         self._stages: tuple[Policy, ...] = () if shadow is None else shadow.stages
+        self.states = {stage.name: states[stage.name] for stage in self._stages}
         self._weighing = tuple(stage for stage in self._stages if isinstance(stage, Value))
 
     def listen(self, guard: AbstractContextManager[bool | None]) -> None:

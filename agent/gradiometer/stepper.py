@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradiometer import checkpoint
 from gradiometer.clipping import Clamped, Undo, amp_state, change_gradients, prepare_step, takes_grad_scale, unscale
 from gradiometer.hooks import current_scaler
 from gradiometer.layers import Parameters
 from gradiometer.norms import Meter
 from gradiometer.own_clipping import OwnClip, OwnClipping
-from gradiometer.policy.base import Observation
+from gradiometer.policy.base import Layout, Observation, State
+from gradiometer.policy.build import Binding, bind
 from gradiometer.policy.kinds import NonFiniteSpec
-from gradiometer.policy.pipeline import Outcome, Pipeline, Shadow, observe
+from gradiometer.policy.pipeline import Outcome, observe
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.rounds import Rounds, Watched
 from gradiometer.shadows import Shadows, Verdict
@@ -70,27 +73,34 @@ class Stepper:
         self,
         parameters: Parameters,
         optimizers: Sequence[Optimizer],
-        pipeline: Pipeline | None,
-        shadow: Shadow | None,
+        layout: Layout,
         spec: PolicySpec | None,
         meter: Meter,
         *,
         together: bool,
     ) -> None:
-        self.pipeline, self.step = pipeline, 0
+        self.step, self.attached = 0, spec
         self.notices: list[tuple[str, str]] = []
         """Kind and message of what should be told the user, to be taken by whoever records."""
         self._rounds = Rounds(parameters, optimizers, together=together)
-        self._meter = meter
-        clips = spec is not None and any(not isinstance(stage, NonFiniteSpec) for stage in spec.pipeline)
-        self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=clips)
-        self._states = pipeline.init() if pipeline else {}
-        self._limit, self._guardian, self._excuse = _raise_limit(spec)
-        self.shadows = Shadows(shadow, meter, self.notices)
+        self._meter, self._layout = meter, layout
+        self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=False)
+        self.shadows = Shadows(meter, self.notices)
         """What only watches; it raises nothing."""
         self._undo: dict[int, Undo] = {}
         self.updates: Updates | None = None
         """Shown every step's gradients before they are changed; it raises nothing."""
+        binding = bind(spec, layout)
+        self.put(binding, binding.init())
+
+    def put(self, binding: Binding, states: Mapping[str, State]) -> None:
+        """Put a policy in force, whose stages remember these states; between two steps."""
+        spec = binding.spec
+        self.binding, self.pipeline = binding, binding.pipeline
+        self._states = {name: states[name] for name in binding.pipeline.names} if binding.pipeline else {}
+        self.shadows.put(binding.shadow, states)
+        self._limit, self._guardian, self._excuse = _raise_limit(spec)
+        self.own.policy_clips = spec is not None and any(not isinstance(s, NonFiniteSpec) for s in spec.pipeline)
 
     @property
     def midway(self) -> bool:
@@ -176,24 +186,24 @@ class Stepper:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        policy = {name: {key: t.detach().cpu().clone() for key, t in s.items()} for name, s in self._states.items()}
-        return {"version": 1, "step": self.step, "policy": policy}
+        return checkpoint.save(
+            step=self.step,
+            parameters=len(self._layout.names),
+            attached=self.attached,
+            binding=self.binding,
+            states=self._states | self.shadows.states,
+        )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; raises ValueError, having changed nothing, if the state is of another policy."""
-        if state.get("version") != 1:
-            raise ValueError(f"agent state has version {state.get('version')!r}, expected 1")
-        expected = {name: set(tensors) for name, tensors in self._states.items()}
-        found = {name: set(tensors) for name, tensors in state["policy"].items()}
-        if found != expected:
-            raise ValueError(
-                f"agent state is of a policy with {found}, this agent has {expected}: load it before changing"
-            )
-        self._states = {
-            name: {key: tensor.to(self._states[name][key]) for key, tensor in tensors.items()}
-            for name, tensors in state["policy"].items()
-        }
-        self.step = int(state["step"])
+    def plan(self, state: Mapping[str, Any]) -> checkpoint.Plan:
+        """Work out how to go on from what :meth:`state_dict` returned; raises ValueError if that is not possible."""
+        return checkpoint.plan(
+            state, parameters=len(self._layout.names), attached=self.attached, bind=partial(bind, layout=self._layout)
+        )
+
+    def go_on(self, plan: checkpoint.Plan) -> None:
+        """Go on from a checkpoint."""
+        self.step = plan.step
+        self.put(plan.binding, plan.states)
 
     @contextmanager
     def _in_phase(self, index: int, *, again: bool = False) -> Iterator[None]:

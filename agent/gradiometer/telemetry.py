@@ -7,7 +7,8 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from gradiometer.backward import MICROBATCHES, BackwardWatch
 from gradiometer.journal import Journal, StepRecord
 from gradiometer.own_clipping import row_width
 from gradiometer.recorder import Recorder
-from gradiometer.records import POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
+from gradiometer.records import PIPELINE_SLOTS, POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
 from gradiometer.stepper import Taken
 
 __all__ = ["Telemetry"]
@@ -58,10 +59,16 @@ class Telemetry:
         """Whether a step has begun and not been finished."""
         return self._current is not None
 
-    def notice(self, kind: str, message: str) -> None:
+    def notice(self, kind: str, message: str, **details: Any) -> None:
         """Write an incident."""
         with self.guard:
-            self.recorder.event(kind, message)
+            self.recorder.event(kind, message, **details)
+
+    def place(self, names: Sequence[str]) -> None:
+        """Give the policies in force a slot each: those that have one keep it, others get what the manifest leaves."""
+        known = {name: slot for slot, name in enumerate(self.manifest.policies)}
+        free = iter(range(len(known), PIPELINE_SLOTS))
+        self.slots = {name: slot for name in names if (slot := known.get(name, next(free, None))) is not None}
 
     def begin(self, taken: Taken, watch: BackwardWatch) -> None:
         """Send the row of a step on its way to the host, with what was seen of its backward passes."""

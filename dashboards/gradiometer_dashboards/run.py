@@ -25,7 +25,8 @@ def run() -> builders.Dashboard:
     board = board.description("Gradient norms, clipping and incidents of one training run, by step and by layer.")
     board = board.time("now-1h", "now").refresh("30s").tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
     board = board.variables(list(_variables())).annotations([]).links([_siblings()])
-    for heading, section in (_now(), _gradient(), _clipping(), _shadow(), _training(), _layers(), _insight(), _instrument()):
+    sections = [_now(), _gradient(), _clipping(), _shadow(), _training(), _layers(), _insight(), _instrument()]
+    for heading, section in sections:
         board = board.with_row(heading)
         for panel in section:
             board = board.with_panel(panel)
