@@ -29,7 +29,8 @@ def parallel(way: str) -> nn.Module:
     for layer in model.children():
         if list(layer.parameters()):
             fully_shard(layer)
-    return fully_shard(model)
+    whole: nn.Module = fully_shard(model)
+    return whole
 
 
 def moved(model: nn.Module) -> list[list[float]]:
@@ -56,18 +57,19 @@ def case(way: str, pipeline: list[dict[str, Any]]) -> Case:
 def failing(rank: int, world: int) -> dict[str, Any]:
     """On one rank the elements cannot be weighed: it stays in phase with the others."""
     model = parallel("fsdp2")
-    optimizer, original = sgd(model), gradiometer.shadows._largest
+    module: Any = gradiometer.shadows
+    optimizer, original = sgd(model), module._largest
     if rank == 1:
 
         def fail(*_: Any) -> torch.Tensor:
             raise ZeroDivisionError
 
-        gradiometer.shadows._largest = fail
+        module._largest = fail
     try:
         with attach(model, optimizer, policy={"shadow": SHADOW}) as agent:
             train(agent, model, optimizer, lambda step: mine(step, rank, world))
     finally:
-        gradiometer.shadows._largest = original
+        module._largest = original
     return {"errors": agent.errors}
 
 

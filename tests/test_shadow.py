@@ -282,7 +282,8 @@ def test_what_is_said_of_a_shadow(tmp_path: Path) -> None:
         train(model, optimizer, range(4))
         agent.flush()
         names: dict[str, Any] = {
-            mode: {"run_id": "run", "policy": name, "mode": mode} for name, mode in (("clip", "act"), ("wide", "shadow"))
+            mode: {"run_id": "run", "policy": name, "mode": mode}
+            for name, mode in (("clip", "act"), ("wide", "shadow"))
         }
         for mode, threshold in (("act", 2.0), ("shadow", 15.0)):
             assert registry.get_sample_value("gradiometer_clip_events_total", names[mode]) == 4
