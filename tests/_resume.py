@@ -1,7 +1,7 @@
-"""One rank of the trainings that are killed and go on: ``python -m tests._resume RANK WORLD PORT ROOT MODE SCALED KIND…``.
+"""One rank of trainings that are killed and go on: ``python -m tests._resume RANK WORLD PORT ROOT MODE SCALED KIND…``.
 
-``whole`` trains to the end, ``killed`` writes checkpoints half way and trains on until it is killed, ``resumed`` goes on
-from these.
+``whole`` trains to the end, ``killed`` writes checkpoints half way and trains on until it is killed, ``resumed`` goes
+on from these.
 """
 
 from __future__ import annotations

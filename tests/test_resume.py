@@ -28,21 +28,22 @@ def run_ranks(root: Path, mode: str, world: int, scaled: str) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    logs = [(root / f"{mode}-{rank}.log").open("w") for rank in range(world)]
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests._resume", str(rank), str(world), str(port), str(root), mode, scaled, *KINDS],
             stdout=subprocess.PIPE,
-            stderr=(root / f"{mode}-{rank}.log").open("w"),
+            stderr=log,
             text=True,
             env=environment,
         )
-        for rank in range(world)
+        for rank, log in enumerate(logs)
     ]
     try:
         if mode == "killed":
             for worker in workers:
                 assert worker.stdout is not None
-                assert worker.stdout.readline() == "saved\n", [log.read_text() for log in root.glob("*.log")]
+                assert worker.stdout.readline() == "saved\n", said(root)
             for worker in workers:
                 worker.send_signal(signal.SIGKILL)
         codes = [worker.wait(timeout=150) for worker in workers]
@@ -50,8 +51,15 @@ def run_ranks(root: Path, mode: str, world: int, scaled: str) -> None:
         for worker in workers:
             worker.kill()
             worker.communicate()
+        for log in logs:
+            log.close()
     expected = -signal.SIGKILL if mode == "killed" else 0
-    assert codes == [expected] * world, [log.read_text() for log in root.glob("*.log")]
+    assert codes == [expected] * world, said(root)
+
+
+def said(root: Path) -> str:
+    """Return what the processes have written on stderr."""
+    return "\n".join(log.read_text() for log in root.glob("*.log"))
 
 
 @pytest.fixture(scope="module", params=WAYS)

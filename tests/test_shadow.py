@@ -213,7 +213,7 @@ def test_a_shadow_that_fails_is_dropped(
     monkeypatch.setattr("gradiometer.policy.build.GlobalNorm", Broken)
     model = small_model()
     twin = copy.deepcopy(model)
-    policy = {"pipeline": [{"nonfinite": {}}], "shadow": SHADOW}
+    policy: Any = {"pipeline": [{"nonfinite": {}}], "shadow": SHADOW}
     for each, given in ((twin, [{"nonfinite": {}}]), (model, policy)):
         optimizer = SGD(each.parameters(), lr=0.01)
         with attach(tmp_path, each, optimizer, policy=given) as agent:
@@ -235,7 +235,7 @@ def test_a_shadow_of_several_optimizers(tmp_path: Path, together: bool) -> None:
     """A shadow is asked once a row: for both optimizers together, or for each."""
     model = small_model()
     optimizers: list[Optimizer] = [SGD(model[0].parameters(), lr=0.01), SGD(model[2].parameters(), lr=0.01)]
-    policy = {"shadow": [{"nonfinite": {}}]}
+    policy: Any = {"shadow": [{"nonfinite": {}}]}
     with attach(tmp_path, model, optimizers, policy=policy, together=together) as agent:
         for _ in range(3):
             for each in optimizers:
@@ -253,7 +253,7 @@ def test_a_closure_advances_a_shadow_once(tmp_path: Path) -> None:
     """However often a closure is evaluated in a step, a policy in shadow is asked about the first evaluation only."""
     model = small_model()
     optimizer = LBFGS(model.parameters(), lr=0.01, max_iter=4)
-    calls = []
+    calls: list[int] = []
 
     def closure() -> Any:
         optimizer.zero_grad()
@@ -263,7 +263,7 @@ def test_a_closure_advances_a_shadow_once(tmp_path: Path) -> None:
         return loss
 
     with attach(tmp_path, model, optimizer, policy={"shadow": SHADOW}) as agent:
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch
         state = agent.state_dict()
         assert len(open_run(agent.path)) == 1
     assert len(calls) >= 1
@@ -282,8 +282,8 @@ def test_what_is_said_of_a_shadow(tmp_path: Path) -> None:
         train(model, optimizer, range(4))
         agent.flush()
         names: dict[str, Any] = {
-            mode: {"run_id": "run", "policy": name, "mode": mode}
-            for name, mode in (("clip", "act"), ("wide", "shadow"))
+            "act": {"run_id": "run", "policy": "clip", "mode": "act"},
+            "shadow": {"run_id": "run", "policy": "wide", "mode": "shadow"},
         }
         for mode, threshold in (("act", 2.0), ("shadow", 15.0)):
             assert registry.get_sample_value("gradiometer_clip_events_total", names[mode]) == 4
