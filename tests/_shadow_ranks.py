@@ -73,12 +73,36 @@ def failing(rank: int, world: int) -> dict[str, Any]:
     return {"errors": agent.errors}
 
 
+def restoring(rank: int, world: int) -> dict[str, Any]:
+    """Ranks that go on from different checkpoints, from one that only one can use, from the same, or not all of them."""
+    model = parallel("ddp")
+    optimizer, said = sgd(model), list[str]()
+    with attach(model, optimizer, patience=2.0) as agent:
+        train(agent, model, optimizer, lambda step: mine(step, rank, world), steps=range(2))
+        state = agent.state_dict()
+        for given in ({**state, "step": rank}, {**state, "version": 2 + rank}):
+            try:
+                agent.load_state_dict(given)
+            except ValueError as error:
+                said.append(str(error))
+        unchanged = agent.step
+        agent.load_state_dict({**state, "step": 7})
+        same = agent.step
+        if rank == 0:
+            try:
+                agent.load_state_dict({**state, "step": 9})
+            except RuntimeError as error:
+                said.append(str(error))
+        return {"said": said, "unchanged": unchanged, "same": same, "step": agent.step}
+
+
 CASES: dict[str, Case] = {
     "ddp": case("ddp", []),
     "ddp_acting": case("ddp", POLICY),
     "fsdp2": case("fsdp2", []),
     "fsdp2_acting": case("fsdp2", POLICY),
     "failing": failing,
+    "restoring": restoring,
 }
 
 if __name__ == "__main__":

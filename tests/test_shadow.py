@@ -160,7 +160,10 @@ def test_a_policy_file_that_only_watches(tmp_path: Path) -> None:
 
 def test_a_skipped_step_masks_no_shadow(tmp_path: Path) -> None:
     """What a policy in force skips, one in shadow is asked about all the same; zeros count as clipped."""
-    shadow = [{"nonfinite": {"name": "zeros", "action": "zero"}}, {"skip": {"rule": "abs", "threshold": 1e-3}}]
+    shadow: list[Any] = [
+        {"nonfinite": {"name": "zeros", "action": "zero"}},
+        {"skip": {"rule": "abs", "threshold": 1e-3}},
+    ]
     shadow = [stage for stage in shadow if next(iter(stage)) in _built_kinds()]
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.01)

@@ -1,4 +1,4 @@
-"""Policies in shadow in real processes over gloo."""
+"""Policies in shadow, and ranks that restore a checkpoint, in real processes over gloo."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def result(root: Path, case: str, rank: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name != "failing"])
+@pytest.mark.parametrize("case", ["ddp", "ddp_acting", "fsdp2", "fsdp2_acting"])
 def test_a_shadow_changes_nothing(root: Path, case: str) -> None:
     """Parameters move to the same bits, and the ranks record the same; sharded clamps cost one collective a step."""
     runs = [gradiometer.open_run(root / case / "with", rank) for rank in range(WORLD)]
@@ -85,3 +85,16 @@ def test_a_rank_that_cannot_weigh_stays_in_phase(root: Path) -> None:
     dropped = [event["message"] for event in run.events if event["kind"] == "shadow_dropped"]
     assert [message.split()[1] for message in dropped] == ["value", "weights"]
     assert len(run) == len(gradiometer.open_run(root / "failing" / "run", 0))
+
+
+def test_ranks_restore_alike_or_not_at_all(root: Path) -> None:
+    """Other checkpoints, one that a rank cannot use, and a rank that stays away are errors that change nothing."""
+    first, second = (result(root, "restoring", rank) for rank in range(WORLD))
+    assert [found["unchanged"] for found in (first, second)] == [2, 2]
+    assert [found["same"] for found in (first, second)] == [7, 7]
+    assert [found["step"] for found in (first, second)] == [7, 7]
+    differ = "ranks 0 and 1 did not call load_state_dict() with the same: they would differ"
+    assert first["said"][0] == second["said"][0] == differ
+    assert first["said"][1].startswith("rank 1 could not load_state_dict(), so no rank does: ValueError: agent state")
+    assert second["said"][1].startswith("agent state has version 3")
+    assert first["said"][2].startswith("rank 1 did not call load_state_dict() within 2 s of this one")
