@@ -74,7 +74,7 @@ def failing(rank: int, world: int) -> dict[str, Any]:
 
 
 def restoring(rank: int, world: int) -> dict[str, Any]:
-    """Ranks that go on from different checkpoints, from one that only one can use, from the same, or not all of them."""
+    """Ranks go on from different checkpoints, from one that only one can use, from the same, or not all of them."""
     model = parallel("ddp")
     optimizer, said = sgd(model), list[str]()
     with attach(model, optimizer, patience=2.0) as agent:
