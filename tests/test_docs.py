@@ -96,7 +96,7 @@ def test_the_recipe_for_checkpoints_runs(tmp_path: Path) -> None:
     """The loop of docs/checkpoints.md saves what it restores, and Accelerate does with the lines given."""
     page = (ROOT / "docs" / "checkpoints.md").read_text()
     recipe, accelerated, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    policy = [{"nonfinite": {}}, {"global_norm": {"max_norm": 1.0}}]
+    policy: list[dict[str, Any]] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 1.0}}]
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gradiometer.attach(model, optimizer, policy=policy, dir=tmp_path, ring_bytes=2**20) as agent:
