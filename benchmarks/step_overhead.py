@@ -47,7 +47,8 @@ SPELL = 3
 
 Call = Callable[[], object]
 View = Callable[[Workload, Path, contextlib.ExitStack], dict[str, Call]]
-Policy = list[dict[str, dict[str, Any]]]
+Stages = list[dict[str, dict[str, Any]]]
+Policy = Stages | dict[str, Stages]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,19 +60,19 @@ class Case:
     spike: float = SPIKE
 
 
-def _clip(bound: float) -> Policy:
+def _clip(bound: float) -> Stages:
     return [{"global_norm": {"max_norm": bound}}]
 
 
-def _layers(bound: float) -> Policy:
+def _layers(bound: float) -> Stages:
     return [{"group_norm": {"max_norm": bound, "scope": "layer"}}]
 
 
-def _value(bound: float) -> Policy:
+def _value(bound: float) -> Stages:
     return [{"value": {"max_abs": bound}}]
 
 
-SKIP: Policy = [{"nonfinite": {"action": "skip"}}]
+SKIP: Stages = [{"nonfinite": {"action": "skip"}}]
 CASES = {
     "observe": Case(),
     "fused clip, inactive": Case(policy=_clip(NEVER), fused=True),
@@ -83,6 +84,12 @@ CASES = {
     "group_norm per layer, active": Case(policy=_layers(ALWAYS)),
     "value, inactive": Case(policy=_value(NEVER)),
     "value, active": Case(policy=_value(ALWAYS)),
+    "fused clip, inactive; a clip in shadow": Case(
+        policy={"pipeline": _clip(NEVER), "shadow": _layers(ALWAYS)}, fused=True
+    ),
+    "fused clip, inactive; value in shadow": Case(
+        policy={"pipeline": _clip(NEVER), "shadow": _value(ALWAYS)}, fused=True
+    ),
     "skip without fused, inactive": Case(policy=SKIP),
     "skip without fused, taken": Case(policy=SKIP, spike=math.nan),
 }

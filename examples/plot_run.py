@@ -24,7 +24,7 @@ def draw(run: gradiometer.Run, path: str) -> None:
     figure, (norms, loss, layers) = plt.subplots(
         3, 1, figsize=(10, 7.5), sharex=True, height_ratios=[3, 1.4, 2], layout="constrained"
     )
-    clipped = run.clipped.any(axis=1)
+    clipped = run.clipped[:, ~run.shadow].any(axis=1)
     norms.plot(run.steps, run.grad_norm_preclip, color="#b45309", linewidth=0.8, label="before clipping")
     norms.plot(run.steps, run.grad_norm_postclip, color="#0f766e", linewidth=1.2, label="after clipping")
     norms.plot(run.steps[clipped], np.full(clipped.sum(), 0.02), "|", color="#b91c1c", markersize=5, label="clip event")

@@ -197,7 +197,14 @@ def test_target_rate_interval(title: str, expr: str) -> None:
 @each_target
 def test_target_matchers(title: str, expr: str) -> None:
     """Every selector carries the job, instance and run that were chosen."""
-    assert {match[2] for match in SELECTED.finditer(expr)} == {f"{{{SELECTOR}}}"}
+    for match in SELECTED.finditer(expr):
+        mode = r', mode="(act|shadow)"' if "mode" in metric_of(match[1]).labels else ""
+        assert re.fullmatch(re.escape(f"{{{SELECTOR}") + mode + "}", match[2])
+
+
+def metric_of(series: str) -> Metric:
+    """Find the metric of a series: a histogram's have suffixes."""
+    return CATALOGUE.get(series) or CATALOGUE[re.sub(r"_(bucket|sum|count)$", "", series)]
 
 
 @each_target
@@ -250,9 +257,11 @@ def _exported(instance: str) -> Iterator[Json]:
         labels |= {"run_id": "2026-01-31-gpt.1"}
         edges = ([f"{edge:g}" for edge in declared.buckets] + ["+Inf"]) if declared.kind == "histogram" else [None]
         for edge in edges:
-            pairs = ",".join(f'{key}="{text}"' for key, text in (labels | ({"le": edge} if edge else {})).items())
+            labels |= {"le": edge} if edge else {}
             name = f"{declared.name}_bucket" if edge else declared.name
-            yield {"series": f"{name}{{{pairs}}}", "values": "1+0x80" if declared.kind == "gauge" else "0+1x80"}
+            for mode in ("act", "shadow") if "mode" in declared.labels else (None,):
+                pairs = ",".join(f'{k}="{v}"' for k, v in (labels | ({"mode": mode} if mode else {})).items())
+                yield {"series": f"{name}{{{pairs}}}", "values": "1+0x80" if declared.kind == "gauge" else "0+1x80"}
 
 
 @pytest.mark.native
@@ -274,7 +283,7 @@ def test_target_returns_data(instances: tuple[str, ...], tmp_path: Path, native_
 
 @pytest.mark.native
 def test_clip_ratio_counts_a_step_once(tmp_path: Path, native_binary: Callable[[str], Any]) -> None:
-    """A run seen by two hosts that clips every fourth step has a clip ratio of a quarter."""
+    """A run seen by two hosts that clips every fourth step has a clip ratio of a quarter, whatever is in shadow."""
     expr = next(target["expr"] for p in _panels("run") if p["title"] == "Clip ratio" for target in p["targets"])
     labels = 'job="gradiometer",run_id="2026-01-31-gpt.1"'
     series = [
@@ -282,7 +291,8 @@ def test_clip_ratio_counts_a_step_once(tmp_path: Path, native_binary: Callable[[
         for instance in ("h1:9477", "h2:9477")
         for name, more, values in (
             ("gradiometer_steps_total", "", "0+40x80"),
-            ("gradiometer_clip_events_total", ',policy="clip"', "0+10x80"),
+            ("gradiometer_clip_events_total", ',policy="clip",mode="act"', "0+10x80"),
+            ("gradiometer_clip_events_total", ',policy="wider",mode="shadow"', "0+20x80"),
         )
     ]
     quarter = {"labels": '{policy="clip"}', "value": 0.25}

@@ -50,7 +50,7 @@ def test_demo_trains_records_and_serves(tmp_path: Path) -> None:
     assert recorded.layers == ["embed", "lstm.l0", "lstm.l1", "lstm.l2", "head"]
     clips = int(recorded.clipped[:, 1].sum())
     assert 'gradiometer_steps_total{run_id="demo"} 30' in done.stdout
-    assert f'gradiometer_clip_events_total{{run_id="demo",policy="global_norm"}} {clips}' in done.stdout
+    assert f'gradiometer_clip_events_total{{run_id="demo",policy="global_norm",mode="act"}} {clips}' in done.stdout
     assert clips > 0
     assert "held-out loss" in done.stdout
 

@@ -7,8 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import accelerate
 import pytest
+import torch
 
 import gradiometer
 from gradiometer.metrics import CATALOGUE, Metric
@@ -87,3 +90,34 @@ def test_the_example_loop_runs(tmp_path: Path) -> None:
     run = gradiometer.open_run(recorded)
     assert len(run) == 20
     assert run.loss[-1] < run.loss[0]
+
+
+def test_the_recipe_for_checkpoints_runs(tmp_path: Path) -> None:
+    """The loop of docs/checkpoints.md saves what it restores, and Accelerate does with the lines given."""
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    recipe, accelerated, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    policy: list[dict[str, Any]] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 1.0}}]
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradiometer.attach(model, optimizer, policy=policy, dir=tmp_path, ring_bytes=2**20) as agent:
+        scope: dict[str, Any] = {"model": model, "optimizer": optimizer, "agent": agent}
+        exec(recipe, scope)
+        _bad_step(model, optimizer)
+        scope["save"](tmp_path / "last.pt", 1)
+        _bad_step(model, optimizer)
+        assert scope["resume"](tmp_path / "last.pt") == agent.step == 1
+        assert agent.state_dict()["states"]["nonfinite"]["consecutive"] == 1
+        accelerator = accelerate.Accelerator(cpu=True)
+        register, save, load = accelerated.splitlines()
+        names = {"accelerator": accelerator, "agent": agent, "path": str(tmp_path / "state")}
+        exec(f"{register}\n{save}", names)
+        _bad_step(model, optimizer)
+        exec(load, names)
+        assert agent.step == 1
+        assert agent.state_dict()["states"]["nonfinite"]["consecutive"] == 1
+
+
+def _bad_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.step()

@@ -83,15 +83,16 @@ def small_runs(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun)
     ended: dict[str, Any] = {
         "labels": {"team": "a"},
         "process_start": 1.0,
-        "policies": ("warmup", "clip"),
+        "policies": ("warmup", "clip", "wider"),
+        "shadow": ("wider",),
         "job": 'a "job"',
         "world_size": 2,
     }
     norms = [[3.0, 4.0, 0.0, 12.0], [0.25, 0.5, 0.5, -0.0], [NAN, INF, 1.0, 1.0], [1.0, 2.0, 2.0, 4.0]]
     for rank in (0, 1):
-        recorder = write_run(make_manifest("first", rank=rank, **ended), norms[: 4 - rank], clipped=[2, 0, 1, 2])
+        recorder = write_run(make_manifest("first", rank=rank, **ended), norms[: 4 - rank], clipped=[6, 0, 5, 2])
         recorder.policies[:] = NAN
-        recorder.policies[:, 1] = 0.5, 0.125
+        recorder.policies[:, 1:3] = (0.5, 1.5), (0.125, 0.375)
         recorder.status.rows_dropped = 3
         recorder.commit(_quiet_row(recorder.status.steps))
     write_run(make_manifest("second", process_start=1.0), np.empty((0, 4)), close=True)
@@ -229,7 +230,7 @@ def test_policies_of_one_name_are_two_series(
     """A name that comes again gets a number: two series may not have the same labels."""
     write_run(make_manifest(policies=("clip", "clip")), np.ones((2, 4)), clipped=[3, 2])
     found = _samples(expose(tmp_path).render().decode())
-    counts = [found["gradiometer_clip_events_total", ("run", policy)] for policy in ("clip", "clip#2")]
+    counts = [found["gradiometer_clip_events_total", ("run", policy, "act")] for policy in ("clip", "clip#2")]
     assert counts == [1, 2]
 
 

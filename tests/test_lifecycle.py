@@ -263,9 +263,19 @@ def test_a_state_dict_is_a_copy(tmp_path: Path) -> None:
     assert state == kept
 
 
-@pytest.mark.parametrize("state", [{"version": 2, "step": 7, "policy": {}}, {"version": 1, "step": 7, "policy": {}}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"version": 3, "step": 7, "policy": {}},
+        {"version": 2, "step": 7, "states": {}},
+        {"version": 2, "step": 7, "policy": {}},
+        {"version": 1, "step": -7, "policy": {}},
+        {"version": 1, "step": 7, "policy": {"nonfinite": {"consecutive": 1.0}}},
+        [],
+    ],
+)
 def test_a_foreign_state_is_refused(tmp_path: Path, state: Any) -> None:
-    """The state of another policy or version is an error, and changes nothing."""
+    """What is not the state of an agent, or is of a later version, is an error, and changes nothing."""
     model = small_model()
     optimizer = sgd(model)
     with attach(tmp_path, model, optimizer, policy=CLIP) as agent:

@@ -101,7 +101,8 @@ for step in range(int(sys.argv[3])):
     recorder.stats[:] = rng.random(recorder.stats.shape, np.float32)
     norm = float(np.sqrt(np.square(recorder.stats[0].astype(np.float64)).sum()))
     now, rest = time.time_ns(), (norm, norm, 1.0, 0.1, 2.0, 1.0, 0.01, 0.001)
-    recorder.commit(RowHeader(step, now, 128, step % 2, 0, 1, -1, *rest))
+    recorder.policies[:, :2] = (1.0, 2.5), (0.5, 0.75)
+    recorder.commit(RowHeader(step, now, 128, step % 2 + 2 * (step % 3 > 0), 0, 1, -1, *rest))
 print("written", flush=True)
 if sys.argv[4] == "finish":
     recorder.close()
@@ -160,7 +161,7 @@ def test_states_of_runs(start: Start, train: Train, make_manifest: MakeManifest,
 
 def test_http_interface(start: Start, train: Train, make_manifest: MakeManifest, wait_until: WaitUntil) -> None:
     """Each path answers as documented; what is not known is null, and no path of the disk is told."""
-    train(make_manifest("run-1"), 5, "finish")
+    train(make_manifest("run-1", policies=("clip", "wider"), shadow=("wider",)), 5, "finish")
     monitor = start()
     wait_until(lambda: monitor.state("run-1") == "finished")
     assert monitor.get("/-/healthy")[:2] == (200, b"healthy\n")
@@ -250,7 +251,8 @@ def test_prometheus_stores_what_the_ring_holds(
     prometheus, data = native_binary("prometheus"), tmp_path_factory.mktemp("prometheus")
     layers = [f'blocks.{place}."q"' for place in range(40)]
     for run_id, end in (("live", "stay"), ("ended", "finish")):
-        train(make_manifest(run_id, layers=layers, policies=("clip",), capacity=256), 100, end)
+        manifest = make_manifest(run_id, layers=layers, policies=("clip", "wider"), shadow=("wider",), capacity=256)
+        train(manifest, 100, end)
     monitor = start()
     wait_until(lambda: monitor.state("ended") == "finished")
     (data / "prometheus.yml").write_text(
@@ -294,7 +296,9 @@ def _compare_with_ring(query: Callable[[str], list[dict[str, Any]]], run_id: str
     assert value("grad_norm_baseline") == np.median(run.grad_norm_preclip)
     assert value("grad_norm_sum") == pytest.approx(run.grad_norm_preclip.sum())
     assert value("grad_norm_bucket", ',le="4.0"') == (run.grad_norm_preclip <= 4).sum()
-    assert value("clip_events_total", ',policy="clip"') == run.clipped.sum()
+    assert value("clip_events_total", ',policy="clip",mode="act"') == run.clipped[:, 0].sum()
+    assert value("clip_events_total", ',policy="wider",mode="shadow"') == run.clipped[:, 1].sum() > 0
+    assert value("clip_threshold", ',policy="wider",mode="shadow"') == run.rows["policy_threshold"][-1, 1]
     assert value("last_step_timestamp_seconds") == pytest.approx(run.time[-1], abs=1e-3)
     norms = run.layer_norms()
     for name, expected in (("last", norms[-1]), ("window_max", norms.max(axis=0))):

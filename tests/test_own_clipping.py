@@ -409,7 +409,7 @@ def test_metrics_and_reports(tmp_path: Path) -> None:
         registry = CollectorRegistry()
         metrics = collector(agent)
         registry.register(metrics)
-        labels = {"run_id": "run", "policy": "clip_grad_norm_"}
+        labels = {"run_id": "run", "policy": "clip_grad_norm_", "mode": "act"}
         train_and_clip(model, optimizer)
         assert registry.get_sample_value("gradiometer_clip_events_total", labels) is None
         train_and_clip(model, optimizer, CLIPS["by name"])

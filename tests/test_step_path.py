@@ -36,6 +36,15 @@ CLIP = [{"global_norm": {"max_norm": 1.0}}]
 NONFINITE = [{"nonfinite": {"action": "skip"}}, *CLIP]
 
 
+SHADOW = [
+    {"nonfinite": {"name": "guard", "action": "zero"}},
+    {"nonfinite": {"name": "raising", "action": "raise"}},
+    {"global_norm": {"name": "wide", "max_norm": 9.0}},
+    {"group_norm": {"max_norm": 1.0, "exclude": "*.bias"}},
+    {"value": {"max_abs": 0.1}},
+]
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     """Counts the operators of a region, and those among them that read from the device."""
 
@@ -125,6 +134,8 @@ CASES: dict[str, tuple[Any, str]] = {
     "skip fused": (NONFINITE, "fused"),
     "max_consecutive fused": ([{"nonfinite": {"max_consecutive": 9}}], "fused"),
     "zero": ([{"nonfinite": {"action": "zero"}}, *CLIP], "foreach"),
+    "shadow": ({"shadow": SHADOW}, "foreach"),
+    "shadow beside a skip": ({"pipeline": NONFINITE, "shadow": SHADOW}, "fused"),
     "zero fused": ([{"nonfinite": {"action": "zero"}}, *CLIP], "fused"),
     "percentile": ([{"percentile": {"window": 3}}], "fused"),
     "percentile by layer": ([{"percentile": {"window": 3, "scope": "layer", "exclude": "0.bias"}}], "foreach"),

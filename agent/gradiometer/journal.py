@@ -53,6 +53,10 @@ class StepRecord:
     passes: int = 0
     """Backward passes of the step where more arrived than are kept, else 0."""
     logged: set[str] = field(default_factory=set)
+    acting: tuple[int, ...] = ()
+    """Slots of the policies that act."""
+    watching: tuple[int, ...] = ()
+    """Slots of the policies in shadow that decided."""
     own: tuple[ClipCall, ...] = ()
     """What the loop's own clipping did before; the norms it measured come last."""
 
@@ -61,7 +65,7 @@ class Journal:
     """Writes one rank's steps: rows to the recorder, episodes to its events."""
 
     def __init__(self, recorder: Recorder, manifest: Manifest) -> None:
-        self._recorder, self._names, self._policies = recorder, [p.name for p in manifest.parameters], manifest.policies
+        self._recorder, self._names = recorder, [p.name for p in manifest.parameters]
         self._distributed = manifest.world_size > 1
         self._scalar_slots: dict[str, int] = {}
         self._refused = False
@@ -134,7 +138,9 @@ class Journal:
         skipped = scalars.get("skip", 0.0) > 0
         seen = scalars["total"]
         after = 0.0 if skipped else scalars.get("total_after", seen * scalars.get("coefficient", 1.0))
-        clipped = self._fill_policies(scalars, bad=bad, skipped=skipped) | self._fill_own(own)
+        self._recorder.policies[:, :PIPELINE_SLOTS] = NAN
+        clipped = self._fill_policies(record, scalars, bad=bad, skipped=skipped) | self._fill_own(own)
+        watched = self._fill_shadow(record, scalars)
         before, bad = (seen, bad) if own is None else (own.total, bad or own.nonfinite)
         zeroed = bad and math.isfinite(after) and not skipped
         flags = record.flags | NONFINITE * bad | SKIPPED * skipped | CLIPPED * bool(clipped)
@@ -144,7 +150,7 @@ class Journal:
             step=record.step,
             time_ns=record.time_ns,
             flags=flags,
-            clipped=clipped,
+            clipped=clipped | watched,
             optimizer=record.optimizer,
             microbatches=(record.passes or _microbatches(record.arrivals)) if record.arrivals else 0,
             first_nonfinite=first_nonfinite(pre, record.arrivals, micro, order) if bad else -1,
@@ -164,14 +170,14 @@ class Journal:
         bad = not math.isfinite(scalars.get("own", 0.0)) or not bool(np.isfinite(micro).all())
         return OWN_WATCHED * watched | OWN_NONFINITE * bad
 
-    def _fill_policies(self, scalars: Mapping[str, float], *, bad: bool, skipped: bool) -> int:
-        """Fill the policy columns and return the mask of those that changed the gradients.
+    def _fill_policies(self, record: StepRecord, scalars: Mapping[str, float], *, bad: bool, skipped: bool) -> int:
+        """Fill the columns of the policies that act and return the mask of those that changed the gradients.
 
         A stage without a strength of its own acts on non-finite steps; where one skips, nothing is left to the others.
         A stage without a threshold was not asked, for a GradScaler had decided.
         """
         columns, clipped = self._recorder.policies, 0
-        for slot in range(min(len(self._policies), PIPELINE_SLOTS)):
+        for slot in record.acting:
             own, threshold = scalars.get(f"strength{slot}"), scalars.get(f"threshold{slot}", NAN)
             strength = (0.0 if bad and not math.isnan(threshold) else 1.0) if own is None else own
             if skipped and own:  # a stage that skips has strength 0, and leaves nothing to the others
@@ -179,6 +185,18 @@ class Journal:
             columns[:, slot] = threshold, strength
             clipped |= (strength < 1.0) << slot
         return clipped
+
+    def _fill_shadow(self, record: StepRecord, scalars: Mapping[str, float]) -> int:
+        """Fill the columns of the policies in shadow and return the mask of those that would have changed something.
+
+        They decide about the gradients as they were measured, so what became of the step is nothing to them.
+        """
+        columns, watched = self._recorder.policies, 0
+        for slot in record.watching:
+            strength = scalars[f"strength{slot}"]
+            columns[:, slot] = scalars[f"threshold{slot}"], strength
+            watched |= (strength < 1.0) << slot
+        return watched
 
     def _fill_own(self, own: Undone | None) -> int:
         """Fill the columns of torch's own functions and return the mask of those that changed the gradients."""

@@ -147,6 +147,7 @@ def describe(
         ring=ring,
         policy=policy.to_dict() if policy else None,
         policies=policy.names if policy else (),
+        shadow=tuple(spec.name for spec in policy.shadow) if policy else (),
         labels=check_labels(labels),
         data_parallel=data_parallel,
         samples=sample_info(ring, updates_every, cosine=cosine),

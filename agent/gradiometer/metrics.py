@@ -37,7 +37,7 @@ class Metric:
         return self.name.removesuffix("_total") if self.kind == "counter" else self.name
 
 
-_RUN, _RANK, _LAYER, _POLICY = ("run_id",), ("run_id", "rank"), ("run_id", "layer"), ("run_id", "policy")
+_RUN, _RANK, _LAYER, _POLICY = ("run_id",), ("run_id", "rank"), ("run_id", "layer"), ("run_id", "policy", "mode")
 
 _METRICS = (
     Metric(
@@ -144,7 +144,7 @@ _METRICS = (
         name="gradiometer_clip_events_total",
         kind="counter",
         labels=_POLICY,
-        help="Steps in which the policy changed the gradients.",
+        help="Steps in which the policy changed the gradients; in shadow, in which it would have.",
     ),
     Metric(
         name="gradiometer_clip_threshold",
@@ -156,7 +156,8 @@ _METRICS = (
         name="gradiometer_clip_coefficient",
         kind="gauge",
         labels=_POLICY,
-        help="Smallest factor by which the policy scaled a gradient in the newest step; 1 when it changed nothing.",
+        help="Smallest factor by which the policy scaled a gradient in the newest step, or, in shadow, would have; "
+        "1 when it changed nothing.",
     ),
     Metric(
         name="gradiometer_step_seconds",

@@ -118,7 +118,8 @@ class OwnClipping:
         self._notices = notices
         self._names, self._tensors, self._index = parameters.names, parameters.tensors, parameters.index
         self._rounds, self._device = rounds, device
-        self._policy_clips = policy_clips
+        self.policy_clips = policy_clips
+        """Whether a policy clips as well."""
         self._guard: Guard | None = None
         self._watched: list[Watched] = []
         self._coverages: dict[tuple[int, ...], _Coverage] = {}
@@ -352,7 +353,7 @@ class OwnClipping:
             return
         self._announced.add(call.function)
         self._notices.append(("own_clipping", f"the loop clips by itself: {call.function} at {call.limit:g}"))
-        if self._policy_clips and "policy" not in self._announced:
+        if self.policy_clips and "policy" not in self._announced:
             self._announced.add("policy")
             message = f"two clippers are at work: the loop's own {call.function}, and then the policy"
             logger.warning("gradiometer: %s", message)

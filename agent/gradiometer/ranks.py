@@ -118,6 +118,41 @@ class Ranks:
         if len(self) > 1:
             self._check(self._meet(_Message()))
 
+    @contextmanager
+    def excused_from(self, call: str) -> Iterator[None]:
+        """Tell the other ranks, which wait in :meth:`compare`, of what fails here, and raise it."""
+        try:
+            yield
+        except Exception as error:
+            self._exchange(call, None, f"{type(error).__name__}: {error}")
+            raise
+
+    def compare(self, call: str, outline: object) -> None:
+        """Wait until every rank has made this call; raises ValueError if one failed, or its ``outline`` is another.
+
+        Raises RuntimeError if one does not come. Nothing that a step has to wait for: it is for the time between.
+        """
+        said = self._exchange(call, outline, None)
+        for rank, (_, failure) in zip(self._members, said, strict=False):
+            if failure is not None:
+                raise ValueError(f"rank {rank} could not {call}, so no rank does: {failure}")
+        for rank, (digest, _) in zip(self._members, said, strict=False):
+            if digest != said[0][0]:
+                raise ValueError(
+                    f"ranks {self._members[0]} and {rank} did not call {call} with the same: they would differ"
+                )
+
+    def _exchange(self, call: str, outline: object, failure: str | None) -> list[tuple[str, str | None]]:
+        """Return digest and failure of every rank's call; nothing where there is but one."""
+        if len(self) == 1:
+            return []
+        mine, store = json.dumps([_digest(outline), failure]), job_store()
+        if store is None:
+            said = self._gather(mine)
+        else:
+            said = meet(store, self._members, self._own, mine, self._patience, call)
+        return [tuple(json.loads(each)) for each in said]
+
     def agree(
         self, parameters: Parameters, *, run_id: str, chosen: bool, policy: object, settings: str = ""
     ) -> Agreement:

@@ -56,12 +56,13 @@ FORMAT_VERSION = 1
 MAGIC = b"GRADRING"
 HEADER_BYTES = 4096
 POLICY_SLOTS = 16
-"""Places in the policy columns, and bits in ``clipped``: the pipeline's policies, then the loop's own clipping."""
+"""Places in the policy columns, and bits in ``clipped``: the pipeline's policies, those in shadow, and last the loop's
+own clipping."""
 CLIP_GRAD_NORM, CLIP_GRAD_VALUE = "clip_grad_norm_", "clip_grad_value_"
 OWN_CLIPPING = {CLIP_GRAD_NORM: POLICY_SLOTS - 2, CLIP_GRAD_VALUE: POLICY_SLOTS - 1}
 """Slots of torch's own functions, by their names; used where the loop has called them."""
 PIPELINE_SLOTS = POLICY_SLOTS - len(OWN_CLIPPING)
-"""Policies a pipeline may hold."""
+"""Policies that a pipeline and its shadow may hold together."""
 SCALAR_SLOTS = 16
 """Scalars beside the loss that ``Agent.log`` may name in one run."""
 STATS = ("grad_norm_preclip", "grad_norm_postclip", "microbatch_norm")
@@ -231,11 +232,26 @@ class Manifest(BaseModel):
     ring: RingGeometry
     policy: dict[str, Any] | None = None
     policies: Annotated[tuple[str, ...], Field(max_length=PIPELINE_SLOTS)] = ()
-    """Names of the pipeline's policies, in the order of the policy columns."""
+    """Names of the pipeline's policies and then those in shadow, in the order of the policy columns."""
+    shadow: tuple[str, ...] = ()
+    """Those of :attr:`policies` that decide and are recorded, and never act."""
     labels: dict[str, str] = {}
     data_parallel: Annotated[int, Field(ge=1)] | None = None
     """Number of ranks whose gradients are averaged, each of a batch of its own; None where that is not known."""
     samples: SampleInfo | None = None
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """Those of :attr:`policies` that act, in their order."""
+        return tuple(name for name in self.policies if name not in self.shadow)
+
+    @property
+    def acts(self) -> npt.NDArray[np.bool_]:
+        """For each place in the policy columns, whether what is counted there changed gradients; bool[policy slots]."""
+        watching = [slot for slot, name in enumerate(self.policies) if name in self.shadow]
+        acts = np.ones(POLICY_SLOTS, np.bool_)
+        acts[watching] = False
+        return acts
 
     @property
     def layers(self) -> tuple[str, ...]:

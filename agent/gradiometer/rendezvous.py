@@ -19,8 +19,8 @@ import torch
 __all__ = ["AbsentError", "agree_on", "job_store", "meet"]
 
 _GO, _APART = "go", "apart"
-_numbers: dict[tuple[int, ...], count[int]] = {}
-"""Numbers the meetings of each set of ranks."""
+_numbers: dict[tuple[str, tuple[int, ...]], count[int]] = {}
+"""Numbers the meetings of each set of ranks, for each purpose."""
 
 
 class AbsentError(RuntimeError):
@@ -41,13 +41,16 @@ def agree_on(value: str) -> str:
     return value if store is None else str(store.compare_set("gradiometer/run_id", "", value).decode())
 
 
-def meet(store: Any, members: Sequence[int], own: int, message: str, patience: timedelta) -> list[str]:
+def meet(
+    store: Any, members: Sequence[int], own: int, message: str, patience: timedelta, call: str = "attach()"
+) -> list[str]:
     """Return the messages of all ``members``, in their order; raises AbsentError if one is not here in time.
 
-    A meeting that failed is over: ranks that had no part in it go on to the next.
+    ``call`` is what all of them have called, and those who have called something else are not met. A meeting that
+    failed is over: ranks that had no part in it go on to the next.
     """
-    house = f"gradiometer/{sha256(repr(list(members)).encode()).hexdigest()[:16]}"
-    for number in _numbers.setdefault(tuple(members), count()):
+    house = f"gradiometer/{sha256(repr([call, *members]).encode()).hexdigest()[:16]}"
+    for number in _numbers.setdefault((call, tuple(members)), count()):
         room = f"{house}/{number}"
         verdict = f"{room}/verdict"
         if not store.check([verdict]) or store.get(verdict).decode() != _APART:
@@ -60,7 +63,7 @@ def meet(store: Any, members: Sequence[int], own: int, message: str, patience: t
     if store.compare_set(verdict, "", _APART).decode() != _GO:
         missing = [rank for rank in members if not store.check([f"{room}/{rank}"])]
         raise AbsentError(
-            f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))} did not call attach() within "
+            f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))} did not call {call} within "
             f"{patience.total_seconds():g} s of this one: every rank must, or pass group= one of those that do"
         )
     return _share(store, room, members, own, patience)
@@ -73,7 +76,7 @@ def _share(store: Any, room: str, members: Sequence[int], own: int, patience: ti
         distinct = list(dict.fromkeys(said))
         store.set(f"{room}/all", json.dumps([distinct, [distinct.index(message) for message in said]]))
     elif not _wait(store, f"{room}/all", patience):
-        raise AbsentError(f"rank {members[0]} has gone while the ranks attached")
+        raise AbsentError(f"rank {members[0]} has gone while the ranks exchanged a word")
     distinct, indices = json.loads(store.get(f"{room}/all"))
     return [distinct[index] for index in indices]
 

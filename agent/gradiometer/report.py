@@ -57,6 +57,7 @@ def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
     siblings = run.path.parent if compare_ranks and run.manifest.world_size > 1 else None
     manifest, norms = run.manifest, run.grad_norm_preclip
     finite = norms[np.isfinite(norms)]
+    events = dict(zip(manifest.policies, run.status["clip_events"].tolist(), strict=False))
     return {
         "run_id": manifest.run_id,
         "path": str(run.path),
@@ -69,8 +70,9 @@ def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
         "steps_in_ring": len(run),
         "parameters": len(run.parameters),
         "policy": manifest.policy,
-        "clip_events": dict(zip(manifest.policies, run.status["clip_events"].tolist(), strict=False))
+        "clip_events": {name: count for name, count in events.items() if name not in manifest.shadow}
         | {name: int(run.status["clip_events"][OWN_CLIPPING[name]]) for name in run.own_clipping},
+        "shadow_events": {name: count for name, count in events.items() if name in manifest.shadow},
         "nonfinite_steps": int(run.status["nonfinite_steps"]),
         "skipped_steps": int(run.status["skipped_steps"]),
         "rows_dropped": int(run.status["rows_dropped"]),
@@ -131,13 +133,15 @@ def draw(run: Run, console: Console) -> None:
 
 def _facts(summary: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
-    clips = ", ".join(f"{name} {count}" for name, count in summary["clip_events"].items()) or "no policy"
+    clips = _counts(summary["clip_events"]) or "no policy"
+    shadow = {"would have clipped": _counts(summary["shadow_events"])} if summary["shadow_events"] else {}
     facts = {
         "run": f"{summary['run_id']} ({summary['state']}), rank {summary['rank']} of {summary['world_size']}",
         "started": f"{summary['started']} on {summary['device']}",
         "steps": f"{summary['steps']}, of which the ring holds {summary['steps_in_ring']}",
         "gradient norm": f"median {_number(summary['grad_norm_median'])}, largest {_number(summary['grad_norm_max'])}",
         "steps clipped by": clips,
+        **shadow,
         "non-finite steps": f"{summary['nonfinite_steps']}, skipped {summary['skipped_steps']}",
         "last loss": _number(summary["loss_last"]),
         **_diagnostics(summary),
@@ -147,6 +151,10 @@ def _facts(summary: dict[str, Any]) -> Table:
     for name, value in facts.items():
         table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
     return table
+
+
+def _counts(events: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in events.items())
 
 
 def _diagnostics(summary: dict[str, Any]) -> dict[str, str]:

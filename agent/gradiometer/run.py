@@ -133,9 +133,17 @@ class Run:
 
     @property
     def clipped(self) -> npt.NDArray[np.bool_]:
-        """For each policy of the pipeline, the steps in which it changed the gradients, bool[T, policies]."""
+        """For each of the manifest's policies, the steps in which it changed the gradients, bool[T, policies].
+
+        Of one in shadow (:attr:`shadow`), the steps in which it would have.
+        """
         bits = np.arange(len(self.manifest.policies), dtype=np.uint32)
         return (self._column("clipped")[:, None] >> bits & 1).astype(np.bool_)
+
+    @property
+    def shadow(self) -> npt.NDArray[np.bool_]:
+        """Which of the manifest's policies are in shadow, deciding and never acting, bool[policies]."""
+        return np.array([name in self.manifest.shadow for name in self.manifest.policies], np.bool_)
 
     @property
     def own_clipping(self) -> dict[str, npt.NDArray[np.bool_]]:

@@ -30,7 +30,6 @@ from gradiometer.layers import Parameters, collect_parameters
 from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
 from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout
-from gradiometer.policy.build import build_pipeline
 from gradiometer.policy.coverage import coverage
 from gradiometer.policy.spec import PolicySource, PolicySpec, load_policy
 from gradiometer.ranks import Group, Parts, Ranks, label_parts
@@ -137,10 +136,11 @@ def attach(
             stepper.updates = _updates(agreement.parameters, meter, recorder, telemetry)
             watch = _watch(agreement.parameters, backward, telemetry)
             undo.callback(watch.remove)
+            stepper.shadows.listen(telemetry.guard)
             stepper.own.listen(telemetry.guard)
             undo.callback(stepper.own.close)
         ranks.confirm()
-        agent = Agent(stepper, telemetry, watch, optimizers)
+        agent = Agent(stepper, telemetry, watch, optimizers, ranks)
         undo.pop_all()
     return agent
 
@@ -149,8 +149,7 @@ def _stepper(
     parameters: Parameters, optimizers: list[Optimizer], spec: PolicySpec | None, meter: Meter, *, together: bool
 ) -> Stepper:
     layout = Layout(names=parameters.names, layers=parameters.layers, device=meter.device)
-    pipeline = None if spec is None else build_pipeline(spec, layout)
-    return Stepper(parameters, optimizers, pipeline, spec, meter, together=together)
+    return Stepper(parameters, optimizers, layout, spec, meter, together=together)
 
 
 def _watch(parameters: Parameters, backward: BackwardMode, telemetry: Telemetry) -> BackwardWatch:
@@ -237,9 +236,15 @@ class Agent:
     """
 
     def __init__(
-        self, stepper: Stepper, telemetry: Telemetry, watch: BackwardWatch, optimizers: list[Optimizer]
+        self,
+        stepper: Stepper,
+        telemetry: Telemetry,
+        watch: BackwardWatch,
+        optimizers: list[Optimizer],
+        ranks: Ranks | None = None,
     ) -> None:
         self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
+        self._ranks = Ranks() if ranks is None else ranks
         self._detached = False
         self._told_of_capture = False
         self.gives_way = False
@@ -285,15 +290,32 @@ class Agent:
             self._telemetry.log(named, late_allowed=not self._watch.seen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step number and the policies' state, for a checkpoint; tensors are copies on the host."""
+        """Return step number, policy and what it remembers, for a checkpoint.
+
+        Plain values, and tensors that are copies on the host: ``torch.load(…, weights_only=True)`` reads it. All ranks
+        have the same. Between two steps; reading it waits for the device.
+        """
         return self._stepper.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
+        """Go on from what :meth:`state_dict` returned; every rank calls it, with the same, as it called ``attach``.
 
-        Raises ValueError if it is of another policy; then nothing has been changed.
+        If the policy attached now is the one attached then, the one that was in force comes back with all it
+        remembered. If it is another, it stays: stages that have kept name, kind and shapes keep their memory, the
+        others begin anew, and a warning and an event ``policy_state`` say which.
+
+        Raises ValueError if that is not the state of an agent, is of a model whose shapes are others, or differs
+        between ranks, RuntimeError if another rank does not come; then nothing has been changed.
         """
-        self._stepper.load_state_dict(state)
+        ranks = Ranks() if self._detached else self._ranks
+        with ranks.excused_from("load_state_dict()"):
+            plan = self._stepper.plan(state)
+        ranks.compare("load_state_dict()", plan.outline)
+        self._stepper.go_on(plan)
+        self._telemetry.place(self._stepper.binding.names)
+        if plan.said:
+            logger.warning("gradiometer: going on from a checkpoint: %s", plan.said)
+            self._telemetry.notice("policy_state", plan.said, step=plan.step, anew=plan.anew, unused=plan.left)
 
     def flush(self) -> None:
         """Wait for the rows under way and write them."""

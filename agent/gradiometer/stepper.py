@@ -8,22 +8,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradiometer import checkpoint
 from gradiometer.clipping import Clamped, Undo, amp_state, change_gradients, prepare_step, takes_grad_scale, unscale
 from gradiometer.hooks import current_scaler
 from gradiometer.layers import Parameters
 from gradiometer.norms import Meter
 from gradiometer.own_clipping import OwnClip, OwnClipping
-from gradiometer.policy.base import Observation
+from gradiometer.policy.base import Layout, Observation, State
+from gradiometer.policy.build import Binding, bind
 from gradiometer.policy.kinds import NonFiniteSpec
-from gradiometer.policy.pipeline import Outcome, Pipeline, observe
+from gradiometer.policy.pipeline import Outcome, observe
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.rounds import Rounds, Watched
+from gradiometer.shadows import Shadows, Verdict
 from gradiometer.shards import gradients_of
 from gradiometer.transfer import bring
 from gradiometer.updates import Updates
@@ -51,6 +55,10 @@ class Taken:
     by_scaler: bool = False
     own: tuple[OwnClip, ...] = ()
     """What the loop's own clipping had done to the gradients, oldest first."""
+    stages: tuple[str, ...] = ()
+    """Names of the policies that act; those of ``outcome.decisions`` where there are any."""
+    shadow: tuple[Verdict, ...] = ()
+    """What each policy in shadow would have done."""
 
     @property
     def after(self) -> Observation | None:
@@ -65,24 +73,34 @@ class Stepper:
         self,
         parameters: Parameters,
         optimizers: Sequence[Optimizer],
-        pipeline: Pipeline | None,
+        layout: Layout,
         spec: PolicySpec | None,
         meter: Meter,
         *,
         together: bool,
     ) -> None:
-        self.pipeline, self.step = pipeline, 0
+        self.step, self.attached = 0, spec
         self.notices: list[tuple[str, str]] = []
         """Kind and message of what should be told the user, to be taken by whoever records."""
         self._rounds = Rounds(parameters, optimizers, together=together)
-        self._meter = meter
-        clips = spec is not None and any(not isinstance(stage, NonFiniteSpec) for stage in spec.pipeline)
-        self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=clips)
-        self._states = pipeline.init() if pipeline else {}
-        self._limit, self._guardian, self._excuse = _raise_limit(spec)
+        self._meter, self._layout = meter, layout
+        self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=False)
+        self.shadows = Shadows(meter, self.notices)
+        """What only watches; it raises nothing."""
         self._undo: dict[int, Undo] = {}
         self.updates: Updates | None = None
         """Shown every step's gradients before they are changed; it raises nothing."""
+        binding = bind(spec, layout)
+        self.put(binding, binding.init())
+
+    def put(self, binding: Binding, states: Mapping[str, State]) -> None:
+        """Put a policy in force, whose stages remember these states; between two steps."""
+        spec = binding.spec
+        self.binding, self.pipeline = binding, binding.pipeline
+        self._states = {name: states[name] for name in binding.pipeline.names} if binding.pipeline else {}
+        self.shadows.put(binding.shadow, states)
+        self._limit, self._guardian, self._excuse = _raise_limit(spec)
+        self.own.policy_clips = spec is not None and any(not isinstance(s, NonFiniteSpec) for s in spec.pipeline)
 
     @property
     def midway(self) -> bool:
@@ -130,12 +148,14 @@ class Stepper:
                 self.updates.begin(self.step, index)
             gradients = gradients_of(watched)
             observation = observe(self._meter(gradients))
+            largest = self.shadows.weigh(gradients, None)
             if self.updates is not None:
                 self.updates.look(index, watched, gradients, observation.norms)
             if self.pipeline is not None:
                 _, self._states = self.pipeline.decide(self._states, observation, self.step)
+            shadow = self.shadows.look(observation, largest, self.step)
         self._rounds.current = None
-        return self._taken(index, Outcome(before=observation), by_scaler=True, own=own)
+        return self._taken(index, Outcome(before=observation), by_scaler=True, own=own, shadow=shadow)
 
     def stepped(self, optimizer: Optimizer) -> None:
         """Note that the optimizer has used its gradients, or skipped them."""
@@ -166,36 +186,39 @@ class Stepper:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        policy = {name: {key: t.detach().cpu().clone() for key, t in s.items()} for name, s in self._states.items()}
-        return {"version": 1, "step": self.step, "policy": policy}
+        return checkpoint.save(
+            step=self.step,
+            parameters=len(self._layout.names),
+            attached=self.attached,
+            binding=self.binding,
+            states=self._states | self.shadows.states,
+        )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; raises ValueError, having changed nothing, if the state is of another policy."""
-        if state.get("version") != 1:
-            raise ValueError(f"agent state has version {state.get('version')!r}, expected 1")
-        expected = {name: set(tensors) for name, tensors in self._states.items()}
-        found = {name: set(tensors) for name, tensors in state["policy"].items()}
-        if found != expected:
-            raise ValueError(
-                f"agent state is of a policy with {found}, this agent has {expected}: load it before changing"
-            )
-        self._states = {
-            name: {key: tensor.to(self._states[name][key]) for key, tensor in tensors.items()}
-            for name, tensors in state["policy"].items()
-        }
-        self.step = int(state["step"])
+    def plan(self, state: Mapping[str, Any]) -> checkpoint.Plan:
+        """Work out how to go on from what :meth:`state_dict` returned; raises ValueError if that is not possible."""
+        return checkpoint.plan(
+            state, parameters=len(self._layout.names), attached=self.attached, bind=partial(bind, layout=self._layout)
+        )
+
+    def go_on(self, plan: checkpoint.Plan) -> None:
+        """Go on from a checkpoint."""
+        self.step = plan.step
+        self.put(plan.binding, plan.states)
 
     @contextmanager
     def _in_phase(self, index: int, *, again: bool = False) -> Iterator[None]:
         """Take part in the step's all-reduces even if this rank fails before them: the other ranks are in them."""
-        calls = self._meter.calls
+        calls, weighed = self._meter.calls, self.shadows.weighed
         try:
             yield
         except Exception:
-            if self._meter.calls == calls and not self._rounds.awaits(index):
+            measures = not self._rounds.awaits(index)
+            if self._meter.calls == calls and measures:
                 if not again and self.updates is not None and self.updates.step != self.step:
                     self.updates.begin(self.step, index)
                 self._meter.abstain()
+            if self.shadows.weighed == weighed and measures and not again:
+                self.shadows.abstain()
             if self.pipeline is None and not again:
                 self.step += 1  # the optimizer takes it: its number must not be another step's
             raise
@@ -224,12 +247,14 @@ class Stepper:
             updates.begin(self.step, index)
         gradients = gradients_of(watched)
         norms = self._meter(gradients)
+        largest = None if again else self.shadows.weigh(gradients, scale)
         observation = observe(norms if scale is None else norms / bring(scale, norms.device))
         outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
         if updates is not None:
             updates.look(index, watched, gradients, observation.norms)
+        shadow = () if again else self.shadows.look(observation, largest, self.step)
         clamped = self._act(index, members, watched, outcome, scale)
         if again:
             return None
@@ -238,7 +263,7 @@ class Stepper:
         if found_inf is not None:
             stopped = bring(found_inf, norms.device) > 0
             skip = stopped if skip is None else skip | stopped
-        return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale, own=own)
+        return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale, own=own, shadow=shadow)
 
     def _act(
         self, index: int, members: list[int], watched: Watched, outcome: Outcome, scale: Tensor | None
@@ -275,6 +300,7 @@ class Stepper:
         scale: Tensor | None = None,
         by_scaler: bool = False,
         own: tuple[OwnClip, ...] = (),
+        shadow: tuple[Verdict, ...] = (),
     ) -> Taken:
         scaler = current_scaler()
         scale = scale if scaler is None else scaler._get_scale_async()
@@ -290,6 +316,8 @@ class Stepper:
             learning_rate=self._rounds.optimizers[index].param_groups[0]["lr"],
             by_scaler=by_scaler,
             own=own,
+            stages=() if self.pipeline is None else self.pipeline.names,
+            shadow=shadow,
         )
         self.step += 1
         return taken

@@ -168,7 +168,7 @@ def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
     for label in manifest.labels.items():
         yield "gradiometer_run_label_info", (*run, *label), 1
     versions = (manifest.torch_version, manifest.gradiometer_version, str(manifest.world_size))
-    yield "gradiometer_run_info", (*run, manifest.job, manifest.device, *versions, ",".join(manifest.policies)), 1
+    yield "gradiometer_run_info", (*run, manifest.job, manifest.device, *versions, ",".join(manifest.acting)), 1
 
 
 def _loss_sample(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:
@@ -199,10 +199,12 @@ def _known(run_id: str, gauges: Iterator[tuple[str, float]]) -> Iterator[Sample]
 
 def _policy_samples(tail: RankTail) -> Iterator[Sample]:
     row, events = tail.summary.newest, tail.summary.status["clip_events"]
-    slots = list(enumerate(_distinct(tail.manifest.policies)))
-    slots += [(slot, name) for name, slot in OWN_CLIPPING.items() if name in tail.summary.own_clipping]
-    for slot, policy in slots:
-        labels = (tail.run_id, policy)
+    shadow, names = tail.manifest.shadow, tail.manifest.policies
+    modes = ["shadow" if name in shadow else "act" for name in names]
+    slots = list(zip(range(len(names)), _distinct(names), modes, strict=True))
+    slots += [(slot, name, "act") for name, slot in OWN_CLIPPING.items() if name in tail.summary.own_clipping]
+    for slot, policy, mode in slots:
+        labels = (tail.run_id, policy, mode)
         yield "gradiometer_clip_events_total", labels, int(events[slot])
         for name in ("threshold", "coefficient"):
             value = np.nan if row is None else float(row[f"policy_{name}"][slot])

@@ -7,7 +7,8 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from gradiometer.backward import MICROBATCHES, BackwardWatch
 from gradiometer.journal import Journal, StepRecord
 from gradiometer.own_clipping import row_width
 from gradiometer.recorder import Recorder
-from gradiometer.records import POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
+from gradiometer.records import PIPELINE_SLOTS, POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
 from gradiometer.stepper import Taken
 
 __all__ = ["Telemetry"]
@@ -37,6 +38,8 @@ class Telemetry:
         self.guard = Guard("recording", self._count_error)
         self.newest_scalars: Mapping[str, float] = {}
         """Scalars of the newest row that reached the host, or of an older one with more non-finite steps in a row."""
+        self.slots = {name: slot for slot, name in enumerate(manifest.policies)}
+        """Place of each policy in the policy columns, by its name."""
         self._device, self._pid = device, os.getpid()
         width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2)
         width += (2 + MICROBATCHES) * len(manifest.parameters) + row_width(len(manifest.parameters))
@@ -49,18 +52,23 @@ class Telemetry:
         self._names: set[str] = set()
         self._last_time, self._next_check = math.nan, 0.0
         with self.guard:
-            policies = ", ".join(manifest.policies) or "none: gradients are observed only"
-            recorder.event("attached", f"attached to {len(manifest.parameters)} parameters; policy: {policies}")
+            recorder.event("attached", f"attached to {len(manifest.parameters)} parameters; policy: {_said(manifest)}")
 
     @property
     def pending(self) -> bool:
         """Whether a step has begun and not been finished."""
         return self._current is not None
 
-    def notice(self, kind: str, message: str) -> None:
+    def notice(self, kind: str, message: str, **details: Any) -> None:
         """Write an incident."""
         with self.guard:
-            self.recorder.event(kind, message)
+            self.recorder.event(kind, message, **details)
+
+    def place(self, names: Sequence[str]) -> None:
+        """Give the policies in force a slot each: those that have one keep it, others get what the manifest leaves."""
+        known = {name: slot for slot, name in enumerate(self.manifest.policies)}
+        free = iter(range(len(known), PIPELINE_SLOTS))
+        self.slots = {name: slot for name in names if (slot := known.get(name, next(free, None))) is not None}
 
     def begin(self, taken: Taken, watch: BackwardWatch) -> None:
         """Send the row of a step on its way to the host, with what was seen of its backward passes."""
@@ -138,13 +146,18 @@ class Telemetry:
             optimizer=taken.optimizer,
             flags=int(Flag.SCALER) if taken.by_scaler else 0,
             step_seconds=seconds,
+            acting=self._places(taken.stages),
+            watching=self._places([verdict.name for verdict in taken.shadow]),
         )
+
+    def _places(self, names: Iterable[str]) -> tuple[int, ...]:
+        return tuple(self.slots[name] for name in names if name in self.slots)
 
     def _pieces(
         self, taken: Taken, record: StepRecord, arrivals: list[tuple[int, Tensor]], own: Tensor | None
     ) -> list[Tensor]:
         """Return the parts of the row, and name them in the record."""
-        scalars = _scalars(taken) | self._next
+        scalars = _scalars(taken, self.slots) | self._next
         if own is not None:
             scalars["own"] = own
         self._next = {}
@@ -222,7 +235,13 @@ class Telemetry:
         return incident
 
 
-def _scalars(taken: Taken) -> dict[str, float | Tensor]:
+def _said(manifest: Manifest) -> str:
+    """Put in words what acts on gradients and what only watches."""
+    said = ", ".join(manifest.acting) or "none: gradients are observed only"
+    return said + (f"; in shadow, never acting: {', '.join(manifest.shadow)}" if manifest.shadow else "")
+
+
+def _scalars(taken: Taken, slots: Mapping[str, int]) -> dict[str, float | Tensor]:
     """Name the scalars of a step; those that are tensors will travel."""
     outcome, after = taken.outcome, taken.after
     scalars: dict[str, float | Tensor] = {"total": outcome.before.total, "learning_rate": taken.learning_rate}
@@ -234,12 +253,23 @@ def _scalars(taken: Taken) -> dict[str, float | Tensor]:
     scalars |= {name: value for name, value in optional.items() if value is not None}
     if taken.by_scaler:
         scalars["skip"] = 1.0
-    for slot, decision in enumerate(outcome.decisions):
-        scalars[f"threshold{slot}"] = decision.threshold
-        if decision.strength is not None:
-            scalars[f"strength{slot}"] = decision.strength
     for number, clip in enumerate(taken.own):
         scalars |= clip.scalars(number)
-    if taken.clamped is not None and outcome.clamp is not None:
-        scalars[f"strength{outcome.clamp.slot}"] = taken.clamped.strength
+    return scalars | _decided(taken, slots)
+
+
+def _decided(taken: Taken, slots: Mapping[str, int]) -> dict[str, float | Tensor]:
+    """Name threshold and strength of each policy by its slot; one without a slot is not recorded."""
+    scalars: dict[str, float | Tensor] = {}
+    for name, decision in zip(taken.stages, taken.outcome.decisions, strict=False):  # none where a scaler decided
+        if (slot := slots.get(name)) is not None:
+            scalars[f"threshold{slot}"] = decision.threshold
+            if decision.strength is not None:
+                scalars[f"strength{slot}"] = decision.strength
+    clamp = taken.outcome.clamp
+    if taken.clamped is not None and clamp is not None and (slot := slots.get(taken.stages[clamp.slot])) is not None:
+        scalars[f"strength{slot}"] = taken.clamped.strength
+    for verdict in taken.shadow:
+        if (slot := slots.get(verdict.name)) is not None:
+            scalars |= {f"threshold{slot}": verdict.threshold, f"strength{slot}": verdict.strength}
     return scalars

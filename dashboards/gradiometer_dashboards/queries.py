@@ -42,13 +42,17 @@ def metric(name: str) -> str:
     return CATALOGUE[name].name
 
 
-def series(name: str, part: str = "") -> str:
-    """Select a metric of the chosen run; ``part`` is ``_bucket``, ``_sum`` or ``_count`` of a histogram."""
-    return f"{metric(name)}{part}{{{SELECTOR}}}"
+def series(name: str, part: str = "", *, mode: str = "") -> str:
+    """Select a metric of the chosen run; ``part`` is ``_bucket``, ``_sum`` or ``_count`` of a histogram.
+
+    ``mode`` chooses policies that ``act`` or are in ``shadow``.
+    """
+    chosen = f', mode="{mode}"' if mode else ""
+    return f"{metric(name)}{part}{{{SELECTOR}{chosen}}}"
 
 
-def rate(name: str, part: str = "") -> str:
-    return f"rate({series(name, part)}[$__rate_interval])"
+def rate(name: str, part: str = "", *, mode: str = "") -> str:
+    return f"rate({series(name, part, mode=mode)}[$__rate_interval])"
 
 
 def increase(name: str, part: str = "") -> str:
@@ -81,19 +85,35 @@ SKIPPED_IN_VIEW = Query(expr=f"max({increase_in_view('gradiometer_skipped_steps_
 NORM_LAST = Query(expr=f"max({series('gradiometer_grad_norm_last')})", legend="newest step")
 NORM_PEAK = Query(expr=f"max({peak('gradiometer_grad_norm_window_max')})", legend="window maximum")
 NORM_BASELINE = Query(expr=f"max({series('gradiometer_grad_norm_baseline')})", legend="baseline")
-CLIP_THRESHOLD = Query(
-    expr=f"max by (policy) ({series('gradiometer_clip_threshold')})", legend="threshold of {{policy}}"
-)
+
+
+def clip_threshold(mode: str, legend: str) -> Query:
+    """Show the thresholds of the policies that ``act`` or are in ``shadow``."""
+    return Query(expr=f"max by (policy) ({series('gradiometer_clip_threshold', mode=mode)})", legend=legend)
+
+
+CLIP_THRESHOLD = clip_threshold("act", "threshold of {{policy}}")
+SHADOW_THRESHOLD = clip_threshold("shadow", "threshold of {{policy}} in shadow")
 NORM_HISTOGRAM = Query(expr=f"max by (le) ({increase('gradiometer_grad_norm', '_bucket')})", legend="{{le}}")
 
-# A run that stands still has no ratio: dividing by zero would draw NaN in the legend.
-CLIP_RATIO = Query(
-    expr=f"max by (policy) ({rate('gradiometer_clip_events_total')})"
-    f" / on () group_left () (max({rate('gradiometer_steps_total')}) > 0)",
-    legend="{{policy}}",
-)
+
+def clip_ratio(mode: str, legend: str) -> Query:
+    """Divide the steps that each policy clipped, or in ``shadow`` would have, by those that were taken.
+
+    A run that stands still has no ratio: dividing by zero would draw NaN in the legend.
+    """
+    return Query(
+        expr=f"max by (policy) ({rate('gradiometer_clip_events_total', mode=mode)})"
+        f" / on () group_left () (max({rate('gradiometer_steps_total')}) > 0)",
+        legend=legend,
+    )
+
+
+CLIP_RATIO = clip_ratio("act", "{{policy}}")
+SHADOW_RATIO = clip_ratio("shadow", "{{policy}} in shadow")
 CLIP_COEFFICIENT = Query(
-    expr=f"min by (policy) (min_over_time({series('gradiometer_clip_coefficient')}[$__interval]))", legend="{{policy}}"
+    expr=f"min by (policy) (min_over_time({series('gradiometer_clip_coefficient', mode='act')}[$__interval]))",
+    legend="{{policy}}",
 )
 NONFINITE_STEPS = Query(expr=f"max({increase('gradiometer_nonfinite_steps_total')})", legend="non-finite")
 SKIPPED_STEPS = Query(expr=f"max({increase('gradiometer_skipped_steps_total')})", legend="skipped")

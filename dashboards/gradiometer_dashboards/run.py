@@ -25,7 +25,8 @@ def run() -> builders.Dashboard:
     board = board.description("Gradient norms, clipping and incidents of one training run, by step and by layer.")
     board = board.time("now-1h", "now").refresh("30s").tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
     board = board.variables(list(_variables())).annotations([]).links([_siblings()])
-    for heading, section in (_now(), _gradient(), _clipping(), _training(), _layers(), _insight(), _instrument()):
+    sections = [_now(), _gradient(), _clipping(), _shadow(), _training(), _layers(), _insight(), _instrument()]
+    for heading, section in sections:
         board = board.with_row(heading)
         for panel in section:
             board = board.with_panel(panel)
@@ -157,6 +158,31 @@ def _clipping() -> Section:
         panels.graph(ratio, queries.CLIP_RATIO).min(0).max(1),
         panels.log_graph(coefficient, queries.CLIP_COEFFICIENT),
         panels.bars(incidents, queries.NONFINITE_STEPS, queries.SKIPPED_STEPS),
+    ]
+
+
+def _shadow() -> Section:
+    thresholds = Card(
+        25,
+        "Thresholds in shadow",
+        "none",
+        "Thresholds of the policies that only watch beside those in force and the norm that they judge: what clipping "
+        "by them would have been. In the units of what each policy bounds, which need not be this norm.",
+        width=16,
+        height=10,
+    )
+    ratio = Card(
+        26,
+        "Clip ratio in shadow",
+        "percentunit",
+        "Share of the steps in which a policy that only watches would have changed the gradients, beside the share in "
+        "which one in force did.",
+        height=10,
+    )
+    norms = (queries.NORM_LAST, queries.NORM_PEAK)
+    return panels.row(107, "Shadow"), [
+        panels.log_graph(thresholds, *norms, queries.CLIP_THRESHOLD, queries.SHADOW_THRESHOLD),
+        panels.graph(ratio, queries.CLIP_RATIO, queries.SHADOW_RATIO).min(0).max(1),
     ]
 
 

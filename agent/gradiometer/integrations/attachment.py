@@ -77,12 +77,12 @@ class Attachment:
 
 def _go_on(agent: Agent, kept: Mapping[str, Any], step: int) -> None:
     """Let step numbers and policies go on from a checkpoint, as far as it tells of them."""
-    fresh = agent.state_dict()
+    nothing = {**agent.state_dict(), "states": {}}
     if not kept:
-        agent.load_state_dict({**fresh, "step": step})
+        agent.load_state_dict({**nothing, "step": step})
         return
     try:
         agent.load_state_dict(kept)
-    except ValueError as error:
-        logger.warning("gradiometer: policies begin anew at step %d, the checkpoint's were others: %s", step, error)
-        agent.load_state_dict({**fresh, "step": kept.get("step", step)})
+    except ValueError as error:  # on all ranks alike, which have compared notes
+        logger.warning("gradiometer: what the checkpoint holds of policies cannot be used: %s", error)
+        agent.load_state_dict({**nothing, "step": kept.get("step", step)})

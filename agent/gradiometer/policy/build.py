@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from gradiometer.policy import kinds
 from gradiometer.policy.adagc import AdaGC
-from gradiometer.policy.base import Layout, Policy
+from gradiometer.policy.base import Layout, Policy, State
 from gradiometer.policy.coverage import group_of
 from gradiometer.policy.ema_ratio import EmaRatio
 from gradiometer.policy.global_norm import GlobalNorm
@@ -28,7 +28,37 @@ from gradiometer.policy.value import Value
 from gradiometer.policy.window import MAX_VALUES, Window
 from gradiometer.policy.zclip import ZClip
 
-__all__ = ["build_pipeline", "build_shadow"]
+__all__ = ["Binding", "bind", "build_pipeline", "build_shadow"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Binding:
+    """A whole policy bound to a model: what acts of it, and what only watches."""
+
+    spec: PolicySpec | None
+    pipeline: Pipeline | None
+    shadow: Shadow | None
+
+    def init(self) -> dict[str, State]:
+        """Return the first states of all stages, by name."""
+        return {name: state for part in (self.pipeline, self.shadow) if part for name, state in part.init().items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of what acts, then of what watches."""
+        return () if self.spec is None else self.spec.names
+
+    @property
+    def born(self) -> dict[str, int]:
+        """Step at which each stage came into force."""
+        return {name: part.born[name] for part in (self.pipeline, self.shadow) if part for name in part.names}
+
+
+def bind(spec: PolicySpec | None, layout: Layout, born: Mapping[str, int] | None = None) -> Binding:
+    """Bind a policy; None binds to nothing. Raises as :func:`build_pipeline`."""
+    if spec is None:
+        return Binding(spec=None, pipeline=None, shadow=None)
+    return Binding(spec=spec, pipeline=build_pipeline(spec, layout, born), shadow=build_shadow(spec, layout, born))
 
 
 def build_pipeline(spec: PolicySpec, layout: Layout, born: Mapping[str, int] | None = None) -> Pipeline | None:

@@ -83,13 +83,14 @@ class Shadow(_Stages):
         self, states: dict[str, State], observation: Observation, step: int
     ) -> tuple[tuple[Decision, ...], dict[str, State]]:
         """Ask every policy about one step; return what each would do and the next states."""
-        decisions, following = [], {}
-        for stage in self.stages:
-            decision, following[stage.name] = stage.decide(
-                states[stage.name], observation, step - self.born[stage.name]
-            )
-            decisions.append(decision)
-        return tuple(decisions), following
+        asked = {stage.name: self.ask(stage, states, observation, step) for stage in self.stages}
+        return tuple(decision for decision, _ in asked.values()), {name: state for name, (_, state) in asked.items()}
+
+    def ask(
+        self, stage: Policy, states: dict[str, State], observation: Observation, step: int
+    ) -> tuple[Decision, State]:
+        """Ask one of the policies about one step: each decides by itself, so one that fails stops no other."""
+        return stage.decide(states[stage.name], observation, step - self.born[stage.name])
 
 
 def _outcome(before: Observation, after: Observation, decisions: list[Decision]) -> Outcome:
