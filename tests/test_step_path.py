@@ -120,6 +120,8 @@ CASES: dict[str, tuple[Any, str]] = {
     "parameters": ([{"group_norm": {"max_norm": 1.0, "scope": "parameter"}}], "fused"),
     "value": ([{"value": {"max_abs": 0.1}}], "foreach"),
     "value fused": ([{"value": {"max_abs": 0.1}}], "fused"),
+    "agc": ([{"agc": {}}], "foreach"),
+    "agc fused": ([*CLIP, {"agc": {}}], "fused"),
     "skip fused": (NONFINITE, "fused"),
     "max_consecutive fused": ([{"nonfinite": {"max_consecutive": 9}}], "fused"),
     "zero": ([{"nonfinite": {"action": "zero"}}, *CLIP], "foreach"),

@@ -83,7 +83,7 @@ class Meter:
         """Tell all who measure together that there is nothing to hear from here; here that is nobody."""
 
     def maximum(self, value: Tensor) -> Tensor:
-        """Return the largest of what all who measure together have (0-dim); here that is the value itself."""
+        """Return the largest of what all who measure together have, by element; here that is the value itself."""
         return value
 
     def _plan(self, gradients: Sequence[Tensor | None], signature: list[torch.dtype | None]) -> None:
