@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -310,7 +311,8 @@ def test_counters_are_there_before_anything_happens(tmp_path: Path) -> None:
     policy = {"actions": [{"when": {"norm_above": 1.0}, "do": do} for do in ("event", {"callback": "save"})]}
     for norms, count in (([], 0), ([2.0], 1)):
         agent = train({"callbacks": {"save": lambda call: 1 / 0}}, norms, tmp_path, policy)
-        found = frame([RankTail(agent.path)], "running").samples
+        with contextlib.closing(RankTail(agent.path)) as tail:
+            found = frame([tail], "running").samples
         samples = {(name, *labels): value for name, labels, value in found}
         for action in ("event", "callback"):
             assert samples["gradiometer_policy_actions_total", agent.run_id, "norm_above", action] == count
