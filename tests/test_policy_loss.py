@@ -75,7 +75,7 @@ def test_a_step_is_decided_by_its_own_loss(tmp_path: Path, fused: bool) -> None:
     use_skip_by_threshold()
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.01, fused=fused)
-    losses = [1.0, 20.0, torch.tensor(30.0), 5, torch.tensor([2.0], dtype=torch.float64)]
+    losses: list[float | Tensor] = [1.0, 20.0, torch.tensor(30.0), 5, torch.tensor([2.0], dtype=torch.float64)]
     with attach(tmp_path, model, optimizer, policy=ON_LOSS) as agent:
         for step, loss in enumerate(losses):
             step_with(model, optimizer, step)

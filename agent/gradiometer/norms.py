@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradiometer.transfer import bring
 
-__all__ = ["Meter", "tensor_norm", "total_norm"]
+__all__ = ["LARGE", "Meter", "tensor_norm", "total_norm"]
 
 ROW = 1024
 LARGE = 4096

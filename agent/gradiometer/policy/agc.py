@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradiometer.norms import tensor_norm
+from gradiometer.norms import LARGE, tensor_norm
 from gradiometer.policy.base import Change, Decision, Layout, Observation, Piece, State, Weighed
 from gradiometer.policy.value import ROUNDING
 from gradiometer.transfer import bring
@@ -145,7 +145,7 @@ def _norms(pieces: Sequence[Piece]) -> Tensor:
 
 
 def _fits_foreach(piece: Piece) -> bool:
-    small = piece.gradient.numel() <= 4096 or piece.gradient.device.type != "cpu"  # see norms.LARGE
+    small = piece.gradient.numel() <= LARGE or piece.gradient.device.type != "cpu"
     return piece.norms is None and piece.gradient.dim() <= 1 and small and not piece.gradient.is_complex()
 
 
