@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
+import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -175,6 +178,29 @@ def loss_and_a_failing_rank(rank: int, world: int) -> dict[str, Any]:
     return {"said": said, "rows": len(gradiometer.open_run(agent.path))}
 
 
+def callbacks(rank: int, world: int) -> dict[str, Any]:
+    """Every rank's callback asks for a checkpoint, and the ranks agree on the step to save it at."""
+    model = nn.parallel.DistributedDataParallel(build_model())
+    optimizer, wanted = sgd(model), threading.Event()
+    called, saved = list[list[int]](), list[int]()
+
+    def save(call: gradiometer.ActionCall) -> None:
+        called.append([call.rank, call.step])
+        time.sleep(0.2 * rank)  # the ranks ask at different times
+        wanted.set()
+
+    policy = {"actions": [{"when": {"norm_above": 1e-9}, "do": {"callback": "save"}, "cooldown": 1000}]}
+    with attach(model, optimizer, policy=policy, callbacks={"save": save}) as agent:
+        for step in range(40):
+            train(agent, model, optimizer, lambda step: mine(step, rank, world), steps=[step])
+            flag = torch.tensor(float(wanted.is_set()))
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            if flag.item() and not saved:
+                saved.append(step)
+            time.sleep(0.005)
+    return {"called": called, "saved": saved}
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -182,6 +208,7 @@ CASES: dict[str, Case] = {
         agc_after_others,
         agc_replicated,
         agc_refused,
+        callbacks,
         loss_without_asking,
         loss_in_closures,
         loss_and_a_failing_rank,

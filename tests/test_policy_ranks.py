@@ -107,3 +107,11 @@ def test_a_rank_that_fails_before_the_losses_keeps_nobody_waiting(two: Ranks) ->
     assert (healthy["said"], healthy["rows"]) == ([], 3)
     assert len(failing["said"]) == 1
     assert "was given a parameter" in failing["said"][0]
+
+
+def test_callbacks_run_on_every_rank(two: Ranks) -> None:
+    """Each rank calls its own, for the same step; a checkpoint is asked for by either and saved at one step."""
+    first, second = two.results("callbacks")
+    assert (first["called"], second["called"]) == ([[0, 0]], [[1, 0]])
+    assert len(first["saved"]) == 1
+    assert first["saved"] == second["saved"]

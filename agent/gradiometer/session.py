@@ -133,7 +133,7 @@ def attach(
             )
             meter = ranks.meter(agreement, _home(own))
             stepper = _stepper(agreement.parameters, optimizers, spec, meter, together=together)
-            stepper.ask_for_loss(spec, ranks.loss_mean(meter.device))
+            stepper.follow(spec, ranks.loss_mean(meter.device))
             recorder = Recorder(default_root(dir), manifest)
             undo.callback(recorder.close)
             telemetry = Telemetry(recorder, manifest, meter.device)

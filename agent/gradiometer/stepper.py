@@ -79,7 +79,7 @@ class Stepper:
         """What was logged as the loss of the coming step, for policies that ask for it."""
         self._loss_mean = LossMean(meter.device)
         self._loss_missed = False
-        self.ask_for_loss(spec)
+        self.follow(spec)
         self.notices: list[tuple[str, str]] = []
         """Kind and message of what should be told the user, to be taken by whoever records."""
         self._rounds = Rounds(parameters, optimizers, together=together)
@@ -87,13 +87,16 @@ class Stepper:
         clips = spec is not None and any(not isinstance(stage, NonFiniteSpec) for stage in spec.pipeline)
         self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=clips)
         self._states = pipeline.init() if pipeline else {}
-        self._limits = _raise_limits(spec)
         self._undo: dict[int, Undo] = {}
         self.updates: Updates | None = None
         """Shown every step's gradients before they are changed; it raises nothing."""
 
-    def ask_for_loss(self, spec: PolicySpec | None, mean: LossMean | None = None) -> None:
-        """Note which policies look at the loss, if any; ``mean`` is what averages it over the ranks."""
+    def follow(self, spec: PolicySpec | None, mean: LossMean | None = None) -> None:
+        """Note which policies look at the loss, and which raise after how many bad steps in a row.
+
+        ``mean`` is what averages the loss over the ranks; that of before, unless given.
+        """
+        self._limits = _raise_limits(spec)
         self._loss_mean = self._loss_mean if mean is None else mean
         asking = (
             stage for stage in (spec.stages if spec else ()) if isinstance(stage, SkipSpec) and "loss" in stage.on
