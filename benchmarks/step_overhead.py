@@ -72,6 +72,10 @@ def _value(bound: float) -> Stages:
     return [{"value": {"max_abs": bound}}]
 
 
+def _agc(factor: float) -> Stages:
+    return [{"agc": {"clip_factor": factor}}]
+
+
 SKIP: Stages = [{"nonfinite": {"action": "skip"}}]
 CASES = {
     "observe": Case(),
@@ -82,6 +86,8 @@ CASES = {
     "foreach clip, active": Case(policy=_clip(ALWAYS)),
     "group_norm per layer, inactive": Case(policy=_layers(NEVER)),
     "group_norm per layer, active": Case(policy=_layers(ALWAYS)),
+    "agc, inactive": Case(policy=_agc(NEVER)),
+    "agc, active": Case(policy=_agc(1e-6)),
     "value, inactive": Case(policy=_value(NEVER)),
     "value, active": Case(policy=_value(ALWAYS)),
     "fused clip, inactive; a clip in shadow": Case(

@@ -109,9 +109,9 @@ def test_all_benchmarks_run_in_turn(tmp_path: Path) -> None:
     done = run("benchmarks", "--quick", "--json", tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("==")] == [
-        "== step_overhead", "== parallel", "== policies", "== ring", "== exposition",
+        "== step_overhead", "== parallel", "== policies", "== ring", "== exposition", "== conditions",
     ]  # fmt: skip
-    for name in ("step_overhead", "parallel", "policies", "ring", "exposition"):
+    for name in ("step_overhead", "parallel", "policies", "ring", "exposition", "conditions"):
         assert results_of(tmp_path / f"{name}.json")["benchmark"] == name
 
 

@@ -74,6 +74,31 @@ def _loaded(code: str) -> dict[str, object]:
     return loaded
 
 
+def test_the_checkpoint_recipe_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of the page of actions, run as it stands, saves a checkpoint after a spike and at no other time."""
+    import time
+
+    import torch
+
+    page = (ROOT / "docs" / "actions.md").read_text()
+    (recipe,) = re.findall(r"```python\n(import threading.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADIOMETER_DIR", str(tmp_path / "runs"))
+    model = torch.nn.Linear(2, 1)
+
+    def compute_loss(model: torch.nn.Module, step: int) -> torch.Tensor:
+        if step > 110:
+            time.sleep(0.005)  # a step of any size: the callback has time to begin
+        loss: torch.Tensor = model(torch.ones(1, 2)).sum() * (1000.0 if step == 110 else 1.0)
+        return loss
+
+    names = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.0)}
+    exec(recipe, names | {"steps": 240, "compute_loss": compute_loss})
+    (saved,) = tmp_path.glob("*.pt")
+    assert int(saved.stem.removeprefix("step")) >= 119
+    assert torch.load(saved).keys() == {"model", "optimizer", "agent"}
+
+
 def test_the_example_loop_runs(tmp_path: Path) -> None:
     """examples/plain_loop.py trains under examples/policy.yaml and leaves the run it prints."""
     done = subprocess.run(

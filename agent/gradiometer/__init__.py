@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradiometer.actions import PolicyActionError
+    from gradiometer.callbacks import ActionCall
     from gradiometer.policy.spec import PolicyError, PolicySpec, load_policy
     from gradiometer.recorder import RunInUseError
     from gradiometer.records import RunFormatError
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
     from gradiometer.stepper import NonFiniteGradientError
 
 __all__ = [
+    "ActionCall",
     "Agent",
     "NonFiniteGradientError",
+    "PolicyActionError",
     "PolicyError",
     "PolicySpec",
     "Run",
@@ -30,8 +34,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ActionCall": "callbacks",
     "Agent": "session",
     "NonFiniteGradientError": "stepper",
+    "PolicyActionError": "actions",
     "PolicyError": "policy.spec",
     "PolicySpec": "policy.spec",
     "Run": "run",

@@ -1,4 +1,4 @@
-"""Carry out what a policy decided: scale, zero, clamp, or keep the optimizer from moving.
+"""Carry out what a policy decided: scale, zero, change elements, or keep the optimizer from moving.
 
 On a fused optimizer the coefficient goes in as ``grad_scale`` and the skip as ``found_inf``: no pass over the
 gradients, no host read. Elsewhere gradients are multiplied in place; whether that can be left out is only asked where
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,19 +18,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradiometer import transfer
-from gradiometer.norms import Meter, total_norm
-from gradiometer.policy.base import Observation
-from gradiometer.policy.pipeline import Clamp, Outcome
+from gradiometer.norms import Meter, tensor_norm, total_norm
+from gradiometer.policy.base import Change, Observation, Piece
+from gradiometer.policy.pipeline import Outcome
 from gradiometer.shards import gradients_of, local_part, settle
 
-__all__ = ["Clamped", "Undo", "amp_state", "change_gradients", "prepare_step", "takes_grad_scale", "unscale"]
+__all__ = [
+    "Changed",
+    "Undo",
+    "amp_state",
+    "change_gradients",
+    "prepare_step",
+    "takes_grad_scale",
+    "unscale",
+    "weigh",
+]
 
 _MISSING = object()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clamped:
-    """What a clamp did: the norms measured again after it, and how strong it was (1 when it changed nothing)."""
+class Changed:
+    """What a change of elements did: the norms measured again after it, and the smallest factor (1 for nothing)."""
 
     after: Observation
     strength: Tensor
@@ -143,25 +152,46 @@ def _without_momentum(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def change_gradients(
     parameters: Sequence[nn.Parameter | None], outcome: Outcome, meter: Meter, *, multiply: bool
-) -> Clamped | None:
-    """Zero, multiply and clamp the gradients in place; ``parameters`` [P] holds None where one is not ours.
+) -> Changed | None:
+    """Zero, multiply and change the gradients in place; ``parameters`` [P] holds None where one is not ours.
 
     ``multiply`` leaves the coefficient to a fused optimizer when False. Gradients must not carry a loss scale if the
-    outcome has a clamp. Returns what the clamp did, if there was one.
+    outcome has a change of elements. Returns what that did, if there was one.
     """
     factor = outcome.coefficient if multiply and not _known_as_one(outcome.coefficient) else None
-    if factor is None and outcome.zero is None and outcome.clamp is None:
+    if factor is None and outcome.zero is None and outcome.change is None:
         return None
-    if outcome.clamp is not None:
+    if outcome.change is not None:
         settle(parameters)
     held = _holding(parameters)
     if outcome.zero is not None:
         _zero(held, outcome.zero)
     if factor is not None:
         _multiply(held, factor)
-    if outcome.clamp is None:
-        return None
-    return _clamp(held, parameters, outcome, outcome.clamp, meter)
+    return None if outcome.change is None else _carry_out(outcome.change, outcome, parameters, meter)
+
+
+def weigh(
+    change: Change, parameters: Sequence[nn.Parameter | None], meter: Meter, norms: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """Return the smallest factor that a change of elements would apply to what is here, float32 0-dim.
+
+    It changes nothing, and is no collective. ``norms`` is what :meth:`Meter.add` made of :func:`cut_squares`, for a
+    change that is ``cut``; ``scale`` is a loss scale that the gradients carry.
+    """
+    return change.weigh(_pieces(change, parameters, norms), meter.device, scale).strength
+
+
+def cut_squares(change: Change, parameters: Sequence[nn.Parameter | None], device: torch.device) -> Tensor:
+    """Return the squared norms of what is here of weights and gradients that are cut, float64 [2, P], 0 elsewhere."""
+    squares = torch.zeros((2, len(parameters)), dtype=torch.float64, device=device)
+    for index in change.cut:
+        parameter = parameters[index]
+        if parameter is not None and parameter.grad is not None:
+            piece = _piece(parameter)
+            for side, values in enumerate((piece.weight, piece.gradient)):
+                squares[side, index].copy_(tensor_norm(values, torch.float64).square(), non_blocking=True)
+    return squares
 
 
 Held = list[tuple[int, Tensor]]
@@ -207,40 +237,45 @@ def _multiply(held: Held, coefficient: Tensor) -> None:
             torch._foreach_mul_(gradients, [factors[index] for index, _ in local])
 
 
-def _clamp(
-    held: Held, parameters: Sequence[nn.Parameter | None], outcome: Outcome, clamp: Clamp, meter: Meter
-) -> Clamped:
-    values = []
-    for index, gradient in held:
-        if clamp.chosen[index]:
-            parameter = parameters[index]
-            if gradient.layout is torch.sparse_coo and parameter is not None:
-                parameter.grad = gradient = gradient.coalesce()  # duplicates add up before they are bounded
-            values.append(_strided(gradient))
-    assert outcome.after is not None  # a pipeline with a clamp works it out
-    before = outcome.after.total
-    largest = meter.maximum(_largest(values, before.device))
-    if transfer.reads_are_free(before.device) and largest.item() <= clamp.max_abs:  # NaN compares false
-        return Clamped(after=outcome.after, strength=torch.ones_like(before))
-    exceeded = largest > clamp.max_abs
-    if values:
-        torch._foreach_clamp_min_(values, -clamp.max_abs)
-        torch._foreach_clamp_max_(values, clamp.max_abs)
-    norms = meter(gradients_of(parameters))
-    total = total_norm(norms)
-    ratio = (total / before).nan_to_num(nan=0.0).clamp(max=1 - 1e-7)
-    return Clamped(
-        after=Observation(norms=norms, total=total), strength=torch.where(exceeded, ratio, torch.ones_like(ratio))
-    )
+def _carry_out(change: Change, outcome: Outcome, parameters: Sequence[nn.Parameter | None], meter: Meter) -> Changed:
+    assert outcome.after is not None  # a pipeline with a change of elements works it out
+    for parameter in parameters:
+        if parameter is not None and parameter.grad is not None and parameter.grad.layout is torch.sparse_coo:
+            parameter.grad = parameter.grad.coalesce()  # duplicates add up before they are bounded
+    norms = meter.add(cut_squares(change, parameters, meter.device)) if change.cut else None
+    weighed = change.weigh(_pieces(change, parameters, norms), meter.device)
+    told = meter.maximum(torch.stack([-weighed.strength, weighed.active.to(weighed.strength.dtype)]))
+    if transfer.reads_are_free(told.device) and not told[1].item():
+        return Changed(after=outcome.after, strength=-told[0])
+    weighed.make()
+    after = meter(gradients_of(parameters))
+    return Changed(after=Observation(norms=after, total=total_norm(after)), strength=-told[0])
 
 
-def _largest(values: list[Tensor], device: torch.device) -> Tensor:
-    """Return the largest magnitude of any element, 0-dim. Infinity norms are slow on the CPU, extrema are not."""
-    values = [value for value in values if value.numel()]
-    if not values:
-        return torch.zeros((), device=device)
-    if values[0].device.type == "cpu":
-        extrema = [extremum.abs() for value in values for extremum in torch.aminmax(value)]
-    else:
-        extrema = list(torch._foreach_norm(values, float("inf")))
-    return torch.stack([transfer.bring(extremum, device).float() for extremum in extrema]).max()
+def _pieces(change: Change, parameters: Sequence[nn.Parameter | None], squares: Tensor | None) -> list[Piece]:
+    """Return what is here of the gradients that a change is for, with the weights that they are of.
+
+    ``squares`` [2, P] are the squared norms of the weights and gradients that are cut, as wholes.
+    """
+    pieces: dict[int, Piece] = {}
+    for index, parameter in enumerate(parameters):
+        if parameter is not None and parameter.grad is not None and change.chosen[index]:
+            pieces[index] = _piece(parameter)
+    for index in change.cut if squares is not None else ():
+        if index in pieces and squares is not None:
+            dtype = torch.promote_types(pieces[index].gradient.dtype, torch.float32)
+            pieces[index] = replace(pieces[index], norms=squares[:, index].sqrt().to(dtype))
+    return list(pieces.values())
+
+
+def _piece(parameter: nn.Parameter) -> Piece:
+    assert parameter.grad is not None
+    whole = parameter.grad
+    if whole.layout is torch.sparse_coo and not whole.is_coalesced():
+        whole = whole.coalesce()
+    gradient, weight = local_part(whole), local_part(parameter.detach())
+    if gradient.layout is torch.strided:
+        return Piece(gradient=gradient, weight=weight)
+    if gradient.layout is torch.sparse_coo and gradient.sparse_dim() == 1:
+        weight = weight.index_select(0, gradient._indices()[0])
+    return Piece(gradient=gradient._values(), weight=weight)

@@ -72,6 +72,8 @@ class Journal:
         self._episode: int | None = None
         self._order_known = False
         self._misuses: set[str] = set()
+        self.newest: RowHeader | None = None
+        """Scalars of the row that was written last."""
 
     def write(self, record: StepRecord, scalars: Mapping[str, float], values: Norms, order: tuple[int, ...]) -> bool:
         """Write one step; ``values`` is the row as it travelled, ``scalars`` those of it and of the host by name.
@@ -97,6 +99,7 @@ class Journal:
         self._recorder.scalars[:] = NAN
         self._fill_scalars(scalars)
         self._recorder.commit(header)
+        self.newest = header
         nonfinite = bool(header.flags & NONFINITE)
         self._follow_episode(header, nonfinite=nonfinite)
         self._announce_order(record)

@@ -234,6 +234,18 @@ _METRICS = (
         help="Telemetry failures that the agent caught so that training went on.",
     ),
     Metric(
+        name="gradiometer_policy_actions_total",
+        kind="counter",
+        labels=("run_id", "condition", "action"),
+        help="Times that a condition of the policy file was met and its action (event, callback or raise) called for.",
+    ),
+    Metric(
+        name="gradiometer_callback_failures_total",
+        kind="counter",
+        labels=_RUN,
+        help="Callbacks of policy actions that raised, outstayed their time or could not be started, over all ranks.",
+    ),
+    Metric(
         name="gradiometer_agent_seconds_total",
         kind="counter",
         labels=_RUN,

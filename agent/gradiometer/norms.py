@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradiometer.transfer import bring
 
-__all__ = ["Meter", "tensor_norm", "total_norm"]
+__all__ = ["LARGE", "Meter", "tensor_norm", "total_norm"]
 
 ROW = 1024
 LARGE = 4096
@@ -83,7 +83,7 @@ class Meter:
         """Tell all who measure together that there is nothing to hear from here; here that is nobody."""
 
     def maximum(self, value: Tensor) -> Tensor:
-        """Return the largest of what all who measure together have (0-dim); here that is the value itself."""
+        """Return the largest of what all who measure together have, by element; here that is the value itself."""
         return value
 
     def _plan(self, gradients: Sequence[Tensor | None], signature: list[torch.dtype | None]) -> None:

@@ -31,7 +31,7 @@ from gradiometer.rendezvous import job_store, meet
 from gradiometer.shards import local_part
 from gradiometer.transfer import bring
 
-__all__ = ["Agreement", "Group", "Parts", "Ranks", "SharedMeter", "label_parts"]
+__all__ = ["Agreement", "Group", "LossMean", "Parts", "Ranks", "SharedMeter", "label_parts"]
 
 Group = Any  # torch.distributed.ProcessGroup, which is not there in every build of torch
 Parts = str | Mapping[str, str]
@@ -189,6 +189,10 @@ class Ranks:
     def meter(self, agreement: Agreement, device: torch.device) -> Meter:
         """Return what measures the agreed parameters: over the ranks, if their norms need adding up."""
         return Meter(device) if agreement.counted is None else SharedMeter(device, self.group, agreement)
+
+    def loss_mean(self, device: torch.device) -> LossMean:
+        """Return what averages the ranks' losses for policies that ask for them."""
+        return LossMean(device, self.group if len(self) > 1 else None)
 
     def _meet(self, mine: _Message) -> list[_Message]:
         store = job_store()
@@ -391,7 +395,7 @@ class SharedMeter(Meter):
         return self._sum(torch.where(self._counted, values, torch.zeros_like(values)))
 
     def maximum(self, value: Tensor) -> Tensor:
-        """Return the largest of all ranks' values (0-dim): one more all-reduce."""
+        """Return the largest of all ranks' values, by element: one more all-reduce."""
         wire = value.to(self._wire)
         wire = wire.clone() if wire is value else wire
         torch.distributed.all_reduce(wire, torch.distributed.ReduceOp.MAX, group=self._group)
@@ -401,6 +405,42 @@ class SharedMeter(Meter):
         wire = squares.to(self._wire)
         torch.distributed.all_reduce(wire, group=self._group)
         return bring(wire, self.device)
+
+
+class LossMean:
+    """The mean of the ranks' losses: one all-reduce of two numbers a call, none where this rank is alone.
+
+    A rank that has none does not count; a NaN or Inf of any rank is in the mean of all.
+    """
+
+    def __init__(self, device: torch.device, group: Group | None = None) -> None:
+        self.device, self._group = device, group
+        self._wire = device if group is None else _wire(group, device)
+        self.calls = 0
+        """How often this rank has taken part."""
+
+    def __call__(self, loss: float | Tensor | None) -> Tensor:
+        """Return the mean, 0-dim float64 on the deciding device; NaN if no rank has a loss. Nothing is read."""
+        told = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if loss is not None:
+            told[0].fill_(1.0)
+            if isinstance(loss, Tensor):
+                told[1].copy_(loss.detach().reshape(()), non_blocking=True)
+            else:
+                told[1].fill_(loss)
+        return self._mean(told)
+
+    def abstain(self) -> None:
+        """Take part without a loss: something failed here, and the others are in the all-reduce."""
+        self._mean(torch.zeros(2, dtype=torch.float64, device=self.device))
+
+    def _mean(self, told: Tensor) -> Tensor:
+        self.calls += 1
+        if self._group is not None:
+            wire = told.to(self._wire)
+            torch.distributed.all_reduce(wire, group=self._group)
+            told = bring(wire, self.device)
+        return told[1] / told[0]
 
 
 def _wire(group: Group, device: torch.device) -> torch.device:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from gradiometer.process import process_alive
 from gradiometer.records import (
+    ACTION_SLOTS,
     CHECKSUM_FACTOR,
     FORMAT_VERSION,
     HEADER,
@@ -49,7 +50,7 @@ UNKNOWN_SECONDS = 900.0
 """How long a writer whose process cannot be looked up from here may be silent before its run id is free again."""
 _MASK = 2**64 - 1
 _NONFINITE, _SKIPPED = int(Flag.NONFINITE), int(Flag.SKIPPED)
-_STATUS = struct.Struct(f"<QQq6Qd{POLICY_SLOTS}Q")
+_STATUS = struct.Struct(f"<QQq6Qd{POLICY_SLOTS + 3 + ACTION_SLOTS}Q")
 _ROW_HEADER = struct.Struct("<qqIIIIi4x8d")
 _LOSS = struct.Struct("<d")
 _FIELDS: Mapping[str, Any] = RingGeometry(capacity=2, parameters=1).dtype.fields or {}
@@ -125,6 +126,10 @@ class Status:
     steps: int = 0
     agent_seconds: float = 0.0
     clip_events: list[int] = field(default_factory=lambda: [0] * POLICY_SLOTS)
+    callbacks: int = 0
+    callback_failures: int = 0
+    actions_armed: int = 0
+    actions: list[int] = field(default_factory=lambda: [0] * ACTION_SLOTS)
 
     def count(self, row: RowHeader) -> None:
         """Add a row that was written."""
@@ -152,6 +157,10 @@ class Status:
             self.steps,
             self.agent_seconds,
             *self.clip_events,
+            self.callbacks,
+            self.callback_failures,
+            self.actions_armed,
+            *self.actions,
         )
 
 

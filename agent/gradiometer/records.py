@@ -72,6 +72,11 @@ MANIFEST_BYTES = 64 * 2**20
 """A manifest is refused beyond this: it is read at once. A parameter takes some 150 bytes."""
 CHECKSUM_FACTOR = 0x9E3779B97F4A7C15
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ACTIONS = ("event", "callback", "raise")
+"""What may be done when a condition of the policy file is met; their places are those of counters."""
+ACTION_SLOTS = 64
+"""Room for the counters of actions: condition by condition, as :data:`gradiometer.policy.actions.CONDITIONS` has them,
+and action by action."""
 Word = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.void]
 
@@ -193,6 +198,10 @@ STATUS = np.dtype(
         ("steps", "<u8"),
         ("agent_seconds", "<f8"),
         ("clip_events", "<u8", (POLICY_SLOTS,)),
+        ("callbacks", "<u8"),  # that were begun
+        ("callback_failures", "<u8"),
+        ("actions_armed", "<u8"),  # bit for each place of `actions` that the policy has, or had
+        ("actions", "<u8", (ACTION_SLOTS,)),
     ]
 )
 

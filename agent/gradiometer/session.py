@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradiometer.actions import Actions, PolicyActionError, check_callbacks
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
+from gradiometer.callbacks import Callback
 from gradiometer.hooks import StepHooks, check_free, listener_of
 from gradiometer.layers import Parameters, collect_parameters
 from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
@@ -36,11 +38,11 @@ from gradiometer.ranks import Group, Parts, Ranks, label_parts
 from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
-from gradiometer.telemetry import Telemetry
+from gradiometer.telemetry import STREAK, Telemetry
 from gradiometer.transfer import capturing
 from gradiometer.updates import Updates
 
-__all__ = ["Agent", "NonFiniteGradientError", "attach", "live_agents"]
+__all__ = ["Agent", "NonFiniteGradientError", "PolicyActionError", "attach", "live_agents"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def attach(
     updates_every: int = 100,
     cosine: bool = False,
     data_parallel: int | None = None,
+    callbacks: Mapping[str, Callback] | None = None,
 ) -> Agent:
     """Attach to a model and the optimizer that trains it; the training loop stays as it is.
 
@@ -86,7 +89,8 @@ def attach(
     ``updates_every`` says in which steps it is measured by how much they move the weights, 0 for none;
     ``cosine`` adds, in the same steps, the cosine between the gradients and those of the step before.
     ``data_parallel`` is the number of ranks whose gradients are averaged, which is found out under
-    DistributedDataParallel; say it where the model given is not the wrapped one.
+    DistributedDataParallel; say it where the model given is not the wrapped one. ``callbacks`` are the functions that
+    the policy's ``actions`` may call, by name, each with a :class:`~gradiometer.callbacks.ActionCall`, on a thread.
 
     In a distributed job every rank of ``group`` (a process group; all ranks unless given) attaches, in the same order:
     the ranks settle one run id and one list of parameters, for which they wait ``patience`` seconds at most. Sharded
@@ -105,6 +109,7 @@ def attach(
         check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
         check_mode(backward)
         spec = None if policy is None else load_policy(policy)
+        check_callbacks(() if spec is None else spec.actions, callbacks or {})
         own = label_parts(collect_parameters(model, optimizers), parts)
         chosen, settings = choose_run_id(run_id), check_sampling(updates_every, cosine=cosine)
         settings += f", together={together}" + ("" if together else f", {len(optimizers)} optimizers")
@@ -128,10 +133,14 @@ def attach(
             )
             meter = ranks.meter(agreement, _home(own))
             stepper = _stepper(agreement.parameters, optimizers, spec, meter, together=together)
+            stepper.loss_mean = ranks.loss_mean(meter.device)
             recorder = Recorder(default_root(dir), manifest)
             undo.callback(recorder.close)
             telemetry = Telemetry(recorder, manifest, meter.device)
+            telemetry.actions = actions = Actions(recorder, manifest.run_id, manifest.rank, callbacks)
+            undo.callback(actions.close)
             if spec is not None:
+                actions.replace(spec.actions, telemetry.slots)
                 _tell_coverage(spec, agreement.parameters, telemetry)
             stepper.updates = _updates(agreement.parameters, meter, recorder, telemetry)
             watch = _watch(agreement.parameters, backward, telemetry)
@@ -140,7 +149,7 @@ def attach(
             stepper.own.listen(telemetry.guard)
             undo.callback(stepper.own.close)
         ranks.confirm()
-        agent = Agent(stepper, telemetry, watch, optimizers, ranks)
+        agent = Agent(stepper, telemetry, actions, watch, optimizers, ranks)
         undo.pop_all()
     return agent
 
@@ -148,7 +157,13 @@ def attach(
 def _stepper(
     parameters: Parameters, optimizers: list[Optimizer], spec: PolicySpec | None, meter: Meter, *, together: bool
 ) -> Stepper:
-    layout = Layout(names=parameters.names, layers=parameters.layers, device=meter.device)
+    layout = Layout(
+        names=parameters.names,
+        layers=parameters.layers,
+        device=meter.device,
+        dims=[len(info.shape) for info in parameters.infos],
+        placements=[info.placement for info in parameters.infos],
+    )
     return Stepper(parameters, optimizers, layout, spec, meter, together=together)
 
 
@@ -239,11 +254,12 @@ class Agent:
         self,
         stepper: Stepper,
         telemetry: Telemetry,
+        actions: Actions,
         watch: BackwardWatch,
         optimizers: list[Optimizer],
         ranks: Ranks | None = None,
     ) -> None:
-        self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
+        self._stepper, self._telemetry, self._actions, self._watch = stepper, telemetry, actions, watch
         self._ranks = Ranks() if ranks is None else ranks
         self._detached = False
         self._told_of_capture = False
@@ -323,7 +339,10 @@ class Agent:
         self._write_updates(wait=True)
 
     def detach(self) -> None:
-        """Write what is under way, remove every hook and restore model and optimizer exactly. Idempotent."""
+        """Write what is under way, remove every hook and restore model and optimizer exactly. Idempotent.
+
+        Waits for a callback under way, as long as its time lasts.
+        """
         if self._detached:
             return
         self._detached = True
@@ -362,11 +381,18 @@ class Agent:
         """Observe, decide and act: the gradients are final and the optimizer is about to use them."""
         began = time.perf_counter()
         with self._telemetry.guard if self._stepper.pipeline is None else contextlib.nullcontext():
+            self._note_loss()
             taken = self._stepper.before_update(optimizer)
             if taken is not None:
                 self._telemetry.begin(taken, self._watch)
             self._write_notices()
         self._spent += time.perf_counter() - began
+
+    def _note_loss(self) -> None:
+        if self._stepper.wants_loss:
+            coming = self._telemetry.coming_loss
+            if coming is not None or not self._telemetry.pending:  # a closure evaluated again has that of before
+                self._stepper.loss = coming
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Put back what acting changed, and let rows that have arrived be written."""
@@ -384,8 +410,10 @@ class Agent:
             with self._telemetry.guard:
                 self._watch.prepare(self._stepper.step, incident=incident)
         self._spent += time.perf_counter() - began
-        newest, self._telemetry.newest_scalars = self._telemetry.newest_scalars, {}
-        self._stepper.check(newest)
+        streaks, self._telemetry.streaks = self._telemetry.streaks, {}
+        if streaks:
+            self._stepper.check({name.removeprefix(STREAK): streak for name, streak in streaks.items()})
+        self._actions.check()
 
     def step_failed(self, optimizer: Optimizer) -> None:
         """Put back what acting changed: the step raised."""
@@ -417,6 +445,7 @@ class Agent:
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """Record a step that a GradScaler skipped before the optimizer saw it."""
         with self._telemetry.guard:
+            self._note_loss()
             taken = self._stepper.observe_skipped(optimizer)
             if taken is not None:
                 self._telemetry.begin(taken, self._watch)

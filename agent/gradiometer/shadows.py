@@ -10,19 +10,18 @@ been dropped, because ranks that measure together must all be there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradiometer.clipping import _largest
-from gradiometer.norms import Meter, _values
-from gradiometer.policy.base import Decision, Observation, Policy, State
+from gradiometer.clipping import cut_squares, weigh
+from gradiometer.norms import Meter
+from gradiometer.policy.base import Change, Decision, Observation, Policy, State
 from gradiometer.policy.pipeline import Shadow
-from gradiometer.policy.value import Value
-from gradiometer.transfer import bring
+from gradiometer.rounds import Watched
 
 __all__ = ["Shadows", "Verdict"]
 
@@ -57,33 +56,38 @@ class Shadows:
         self.shadow = shadow
         self._stages: tuple[Policy, ...] = () if shadow is None else shadow.stages
         self.states = {stage.name: states[stage.name] for stage in self._stages}
-        self._weighing = tuple(stage for stage in self._stages if isinstance(stage, Value))
+        changes = {stage.name: getattr(stage, "change", None) for stage in self._stages}
+        self._changes: dict[str, Change] = {name: change for name, change in changes.items() if change is not None}
 
     def listen(self, guard: AbstractContextManager[bool | None]) -> None:
         """Let failures stop at ``guard`` from now on."""
         self._guard = guard
 
-    def weigh(self, gradients: Sequence[Tensor | None], scale: Tensor | None) -> Tensor | None:
-        """Return the largest magnitude [K] that each policy which bounds elements covers; None if not known.
+    def weigh(self, watched: Watched, scale: Tensor | None) -> dict[str, Tensor] | None:
+        """Return the strength, 0-dim, of each policy that would change elements, by name; None if not known.
 
-        ``gradients`` [P] are as yet unchanged and carry the loss ``scale``, if there is one.
+        The gradients of ``watched`` [P] are as yet unchanged and carry the loss ``scale``, if there is one.
         """
-        if not self._weighing:
+        if not self._changes:
             return None
-        largest = weighed = None
+        norms = self._cut_norms(watched)
+        told = weighed = None
         with self._guard:
-            largest = self._largest(gradients, scale)
+            told = torch.stack(
+                [-weigh(change, watched, self._meter, norms.get(name), scale) for name, change in self._changes.items()]
+            )
         with self._guard:
-            weighed = self._gather(self._nothing() if largest is None else largest)
-        return None if largest is None else weighed
+            weighed = self._gather(self._nothing() if told is None else told)
+        return None if told is None or weighed is None else dict(zip(self._changes, (-weighed).unbind(), strict=True))
 
     def abstain(self) -> None:
         """Take part in what the others weigh in a step that this rank could not measure."""
-        if self._weighing and self._meter.shared:
+        if self._changes and self._meter.shared:
+            self._cut_norms(None)
             with self._guard:
                 self._gather(self._nothing())
 
-    def look(self, observation: Observation, largest: Tensor | None, step: int) -> tuple[Verdict, ...]:
+    def look(self, observation: Observation, weighed: Mapping[str, Tensor] | None, step: int) -> tuple[Verdict, ...]:
         """Ask every policy about a step as it was measured, and remember what they want remembered."""
         if self.shadow is None:
             return ()
@@ -93,7 +97,7 @@ class Shadows:
             with self._guard:
                 decision, state = self.shadow.ask(stage, self.states, observation, step)
                 verdict = Verdict(
-                    name=stage.name, threshold=decision.threshold, strength=self._strength(stage, decision, largest)
+                    name=stage.name, threshold=decision.threshold, strength=self._strength(stage, decision, weighed)
                 )
                 self.states[stage.name] = state
             if verdict is None:
@@ -102,27 +106,34 @@ class Shadows:
                 verdicts.append(verdict)
         return tuple(verdicts)
 
-    def _largest(self, gradients: Sequence[Tensor | None], scale: Tensor | None) -> Tensor:
-        device, largest = self._meter.device, []
-        for stage in self._weighing:
-            chosen = [g for g, mine in zip(gradients, stage.chosen, strict=True) if mine and g is not None]
-            largest.append(_largest([_values(gradient) for gradient in chosen], device))
-        weighed = torch.stack(largest)
-        return weighed if scale is None else weighed / bring(scale, device)
+    def _cut_norms(self, watched: Watched | None) -> dict[str, Tensor]:
+        """Return the squared norms [2, P] that changes need of parameters which are cut, by policy: an all-reduce each.
+
+        ``watched`` is None where this rank has nothing to tell.
+        """
+        norms = {}
+        for name, change in self._changes.items():
+            if change.cut:
+                device = self._meter.device
+                squares = torch.zeros((2, len(change.chosen)), dtype=torch.float64, device=device)
+                with self._guard:
+                    squares = squares if watched is None else cut_squares(change, watched, device)
+                with self._guard:
+                    norms[name] = self._meter.add(squares)
+        return norms
 
     def _nothing(self) -> Tensor:
-        return torch.zeros(len(self._weighing), device=self._meter.device)
+        return torch.full((len(self._changes),), -1.0, device=self._meter.device)
 
-    def _gather(self, largest: Tensor) -> Tensor:
+    def _gather(self, told: Tensor) -> Tensor:
         self.weighed += 1
-        return self._meter.maximum(largest)
+        return self._meter.maximum(told)
 
-    def _strength(self, stage: Policy, decision: Decision, largest: Tensor | None) -> Tensor:
-        if isinstance(stage, Value):
-            if largest is None:
+    def _strength(self, stage: Policy, decision: Decision, weighed: Mapping[str, Tensor] | None) -> Tensor:
+        if decision.change is not None:
+            if weighed is None:
                 raise RuntimeError("the elements of the gradients could not be weighed")
-            bounded = (stage.max_abs / largest[self._weighing.index(stage)]).clamp(max=1.0)
-            return bounded.nan_to_num(nan=1.0)  # a clamp leaves NaN as it is
+            return weighed[stage.name]
         if decision.strength is not None:
             return decision.strength
         done = decision.skip if decision.zero is None else decision.zero.any()

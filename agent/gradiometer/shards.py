@@ -121,9 +121,10 @@ def _flat_holdings(model: nn.Module) -> dict[int, Holding]:
             continue
         ranks, copy = _group_ranks(module)
         placement = "flat (FSDP1)" if len(ranks) > 1 else "local"
-        pieces = list(zip(flat._params or (), flat._shapes, strict=False)) or [(flat, flat._unpadded_unsharded_size)]
-        for tensor, shape in [*pieces, (flat, flat._unpadded_unsharded_size)]:
+        for tensor, shape in zip(flat._params or (), flat._shapes, strict=False):
             found[id(tensor)] = Holding(shape=tuple(shape), placement=placement, ranks=ranks, copy=copy, leaf=flat)
+        whole = tuple(flat._unpadded_unsharded_size)
+        found[id(flat)] = Holding(shape=whole, placement="flat (FSDP1)", ranks=ranks, copy=copy, leaf=flat)
     return found
 
 

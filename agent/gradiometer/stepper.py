@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradiometer import checkpoint
-from gradiometer.clipping import Clamped, Undo, amp_state, change_gradients, prepare_step, takes_grad_scale, unscale
+from gradiometer.actions import PolicyActionError
+from gradiometer.clipping import Changed, Undo, amp_state, change_gradients, prepare_step, takes_grad_scale, unscale
 from gradiometer.hooks import current_scaler
 from gradiometer.layers import Parameters
 from gradiometer.norms import Meter
 from gradiometer.own_clipping import OwnClip, OwnClipping
 from gradiometer.policy.base import Layout, Observation, State
 from gradiometer.policy.build import Binding, bind
-from gradiometer.policy.kinds import NonFiniteSpec
+from gradiometer.policy.kinds import NonFiniteSpec, SkipSpec
 from gradiometer.policy.pipeline import Outcome, observe
 from gradiometer.policy.spec import PolicySpec
+from gradiometer.ranks import LossMean
 from gradiometer.rounds import Rounds, Watched
 from gradiometer.shadows import Shadows, Verdict
 from gradiometer.shards import gradients_of
@@ -46,10 +48,11 @@ class Taken:
     step: int
     optimizer: int
     outcome: Outcome
-    clamped: Clamped | None = None
+    changed: Changed | None = None
     skip: Tensor | None = None
     """Whether the optimizer will not move, with a GradScaler's own verdict in it."""
-    consecutive: Tensor | None = None
+    streaks: Mapping[str, Tensor]
+    """Bad steps in a row, by policy that allows only so many."""
     loss_scale: Tensor | None = None
     learning_rate: float | Tensor
     by_scaler: bool = False
@@ -63,7 +66,7 @@ class Taken:
     @property
     def after(self) -> Observation | None:
         """Norms of what the optimizer is given; None as in :class:`~gradiometer.policy.pipeline.Outcome`."""
-        return self.outcome.after if self.clamped is None else self.clamped.after
+        return self.outcome.after if self.changed is None else self.changed.after
 
 
 class Stepper:
@@ -80,6 +83,11 @@ class Stepper:
         together: bool,
     ) -> None:
         self.step, self.attached = 0, spec
+        self.loss: float | Tensor | None = None
+        """What was logged as the loss of the coming step, for policies that ask for it."""
+        self.loss_mean = LossMean(meter.device)
+        """What averages the loss over the ranks."""
+        self._loss_missed = False
         self.notices: list[tuple[str, str]] = []
         """Kind and message of what should be told the user, to be taken by whoever records."""
         self._rounds = Rounds(parameters, optimizers, together=together)
@@ -99,8 +107,18 @@ class Stepper:
         self.binding, self.pipeline = binding, binding.pipeline
         self._states = {name: states[name] for name in binding.pipeline.names} if binding.pipeline else {}
         self.shadows.put(binding.shadow, states)
-        self._limit, self._guardian, self._excuse = _raise_limit(spec)
-        self.own.policy_clips = spec is not None and any(not isinstance(s, NonFiniteSpec) for s in spec.pipeline)
+        self._limits = _raise_limits(spec)
+        asking = (
+            stage for stage in (spec.stages if spec else ()) if isinstance(stage, SkipSpec) and "loss" in stage.on
+        )
+        self._loss_for = next((stage.name for stage in asking), None)
+        stages = () if spec is None else spec.pipeline
+        self.own.policy_clips = any(not isinstance(stage, NonFiniteSpec | SkipSpec) for stage in stages)
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether some policy, acting or in shadow, looks at the loss."""
+        return self._loss_for is not None
 
     @property
     def midway(self) -> bool:
@@ -146,14 +164,15 @@ class Stepper:
             watched = self._rounds.watched[index]
             if self.updates is not None:
                 self.updates.begin(self.step, index)
+            loss = self._observe_loss()
             gradients = gradients_of(watched)
-            observation = observe(self._meter(gradients))
-            largest = self.shadows.weigh(gradients, None)
+            observation = observe(self._meter(gradients), loss)
+            weighed = self.shadows.weigh(watched, None)
             if self.updates is not None:
                 self.updates.look(index, watched, gradients, observation.norms)
             if self.pipeline is not None:
                 _, self._states = self.pipeline.decide(self._states, observation, self.step)
-            shadow = self.shadows.look(observation, largest, self.step)
+            shadow = self.shadows.look(observation, weighed, self.step)
         self._rounds.current = None
         return self._taken(index, Outcome(before=observation), by_scaler=True, own=own, shadow=shadow)
 
@@ -176,14 +195,19 @@ class Stepper:
         for optimizer in self._rounds.optimizers:
             self.restore(optimizer)
 
-    def check(self, scalars: Mapping[str, float]) -> None:
-        """Raise NonFiniteGradientError if the newest row that reached the host says that the policy wants it."""
-        consecutive = scalars.get("consecutive", 0.0)
-        if self._limit is not None and consecutive >= self._limit:
-            raise NonFiniteGradientError(
-                f"gradients were NaN or Inf in {consecutive:g} step(s) in a row, up to step {scalars['step']:g}; "
-                f"policy {self._guardian!r} allows {self._limit - 1}. {self._excuse}"
-            )
+    def check(self, streaks: Mapping[str, tuple[float, int]]) -> None:
+        """Raise if rows that reached the host have more bad steps in a row than a policy allows.
+
+        ``streaks`` gives their number and the newest step, by policy: NonFiniteGradientError for ``nonfinite``,
+        PolicyActionError for ``skip``.
+        """
+        for name, limit in self._limits.items():
+            count, step = streaks.get(name, (0.0, 0))
+            if count >= limit.steps:
+                raise limit.error(
+                    f"{limit.what} in {count:g} step(s) in a row, up to step {step}; policy {name!r} allows "
+                    f"{limit.steps - 1}. {limit.excuse}"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         return checkpoint.save(
@@ -208,11 +232,14 @@ class Stepper:
     @contextmanager
     def _in_phase(self, index: int, *, again: bool = False) -> Iterator[None]:
         """Take part in the step's all-reduces even if this rank fails before them: the other ranks are in them."""
-        calls, weighed = self._meter.calls, self.shadows.weighed
+        calls, loss_calls, weighed = self._meter.calls, self.loss_mean.calls, self.shadows.weighed
         try:
             yield
         except Exception:
             measures = not self._rounds.awaits(index)
+            asked = self._loss_for is not None and not (again and self.pipeline is None)
+            if asked and self.loss_mean.calls == loss_calls and measures:
+                self.loss_mean.abstain()
             if self._meter.calls == calls and measures:
                 if not again and self.updates is not None and self.updates.step != self.step:
                     self.updates.begin(self.step, index)
@@ -241,45 +268,61 @@ class Stepper:
         own = self.own.take(members, again=again)
         if again and self.pipeline is None and len(members) == 1:
             return None  # nobody asks for these norms, and another rank may evaluate its closure less often
+        loss = self._observe_loss()
         watched = self._rounds.union(members)
         updates = None if again else self.updates
         if updates is not None:
             updates.begin(self.step, index)
         gradients = gradients_of(watched)
         norms = self._meter(gradients)
-        largest = None if again else self.shadows.weigh(gradients, scale)
-        observation = observe(norms if scale is None else norms / bring(scale, norms.device))
+        weighed = None if again else self.shadows.weigh(watched, scale)
+        observation = observe(norms if scale is None else norms / bring(scale, norms.device), loss)
         outcome, states = Outcome(before=observation), self._states
         if self.pipeline is not None:
             outcome, states = self.pipeline.decide(self._states, observation, self.step)
         if updates is not None:
             updates.look(index, watched, gradients, observation.norms)
-        shadow = () if again else self.shadows.look(observation, largest, self.step)
-        clamped = self._act(index, members, watched, outcome, scale)
+        shadow = () if again else self.shadows.look(observation, weighed, self.step)
+        changed = self._act(index, members, watched, outcome, scale)
         if again:
             return None
+        if changed is not None:
+            outcome = outcome.with_strength(changed.strength)
         self._states = states
         skip = outcome.skip
         if found_inf is not None:
             stopped = bring(found_inf, norms.device) > 0
             skip = stopped if skip is None else skip | stopped
-        return self._taken(index, outcome, clamped=clamped, skip=skip, scale=scale, own=own, shadow=shadow)
+        return self._taken(index, outcome, changed=changed, skip=skip, scale=scale, own=own, shadow=shadow)
+
+    def _observe_loss(self) -> Tensor | None:
+        """Return the mean of the ranks' losses of this step, None where no policy asks; all ranks must call alike."""
+        if self._loss_for is None:
+            return None
+        if self.loss is None and not self._loss_missed:
+            self._loss_missed = True
+            message = (
+                f"policy {self._loss_for!r} looks at the loss, but none was logged before step {self.step}: call "
+                "agent.log(loss=loss) before optimizer.step()"
+            )
+            self.notices.append(("policy_loss_missing", message))
+        return self.loss_mean(self.loss)
 
     def _act(
         self, index: int, members: list[int], watched: Watched, outcome: Outcome, scale: Tensor | None
-    ) -> Clamped | None:
+    ) -> Changed | None:
         if self.pipeline is None and len(members) == 1:
             return None
-        kernel = outcome.coefficient is not None and outcome.coefficient.dim() == 0 and outcome.clamp is None
+        kernel = outcome.coefficient is not None and outcome.coefficient.dim() == 0 and outcome.change is None
         scaled = not (kernel and all(takes_grad_scale(self._rounds.optimizers[member]) for member in members))
         unscaled = False
-        if outcome.clamp is not None and scale is not None:
+        if outcome.change is not None and scale is not None:
             unscaled = True
             unscale(watched, scale)
-        clamped = change_gradients(watched, outcome, self._meter, multiply=scaled)
+        changed = change_gradients(watched, outcome, self._meter, multiply=scaled)
         self._rounds.open(members, outcome, scaled=scaled, unscaled=unscaled)
         self._prepare(index)
-        return clamped
+        return changed
 
     def _prepare(self, index: int) -> None:
         current, optimizer = self._rounds.current, self._rounds.optimizers[index]
@@ -295,7 +338,7 @@ class Stepper:
         index: int,
         outcome: Outcome,
         *,
-        clamped: Clamped | None = None,
+        changed: Changed | None = None,
         skip: Tensor | None = None,
         scale: Tensor | None = None,
         by_scaler: bool = False,
@@ -304,14 +347,14 @@ class Stepper:
     ) -> Taken:
         scaler = current_scaler()
         scale = scale if scaler is None else scaler._get_scale_async()
-        state = self._states.get(self._guardian, {})
+        states = {name: self._states.get(name, {}) for name in self._limits}
         taken = Taken(
             step=self.step,
             optimizer=index,
             outcome=outcome,
-            clamped=clamped,
+            changed=changed,
             skip=skip,
-            consecutive=state.get("consecutive"),
+            streaks={name: state["consecutive"] for name, state in states.items() if "consecutive" in state},
             loss_scale=scale,
             learning_rate=self._rounds.optimizers[index].param_groups[0]["lr"],
             by_scaler=by_scaler,
@@ -323,10 +366,29 @@ class Stepper:
         return taken
 
 
-def _raise_limit(spec: PolicySpec | None) -> tuple[int | None, str, str]:
-    """Return after how many non-finite steps in a row to raise, the stage that says so, and what became of them."""
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """After how many bad steps in a row to raise what, and what became of them."""
+
+    steps: int
+    error: type[RuntimeError]
+    what: str
+    excuse: str
+
+
+def _raise_limits(spec: PolicySpec | None) -> dict[str, _Limit]:
+    """Return the limits of the acting policies that have one, by name."""
+    limits = {}
     for stage in spec.pipeline if spec else ():
+        steps: int | None = getattr(stage, "max_consecutive", None)
+        if getattr(stage, "then", "raise") != "raise":
+            continue
         if isinstance(stage, NonFiniteSpec):
+            steps = 1 if stage.action == "raise" else steps
             became = "They were taken with zeros" if stage.action == "zero" else "No parameter was moved by them"
-            return (1 if stage.action == "raise" else stage.max_consecutive), stage.name, became
-    return None, "", ""
+            limit: tuple[type[RuntimeError], str, str] = (NonFiniteGradientError, "gradients were NaN or Inf", became)
+        else:
+            limit = (PolicyActionError, "loss or norm was an outlier", "No parameter was moved by them")
+        if steps is not None:
+            limits[stage.name] = _Limit(steps, *limit)
+    return limits

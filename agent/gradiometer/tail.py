@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from gradiometer.insight import Samples, noise_scale
-from gradiometer.records import OWN_CLIPPING, Flag, RingReader, Rows, RunFormatError, State, read_manifest
+from gradiometer.policy.actions import CONDITIONS
+from gradiometer.records import ACTIONS, OWN_CLIPPING, Flag, RingReader, Rows, RunFormatError, State, read_manifest
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
 __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
@@ -146,6 +147,7 @@ def frame(ranks: Sequence[RankTail], state: str) -> Frame:
         *_known(lead.run_id, _gauges(ranks, newest[0])),
         *_loss_sample(lead, newest[0]),
         *_policy_samples(lead),
+        *_action_samples(lead),
         *(sample for tail, row in zip(ranks, newest, strict=True) for sample in _rank_samples(tail, row)),
     ]
     summary = lead.summary
@@ -157,7 +159,7 @@ def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
     lead, run = ranks[0], (ranks[0].run_id,)
     for name in ("steps", "nonfinite_steps", "skipped_steps"):
         yield f"gradiometer_{name}_total", run, int(lead.summary.status[name])
-    for name in ("agent_errors", "events_dropped"):
+    for name in ("agent_errors", "events_dropped", "callback_failures"):
         yield f"gradiometer_{name}_total", run, sum(int(tail.summary.status[name]) for tail in ranks)
     yield "gradiometer_agent_seconds_total", run, sum(float(tail.summary.status["agent_seconds"]) for tail in ranks)
     missed = sum(int(tail.summary.status["rows_dropped"]) + tail.summary.rows_missed for tail in ranks)
@@ -210,6 +212,15 @@ def _policy_samples(tail: RankTail) -> Iterator[Sample]:
             value = np.nan if row is None else float(row[f"policy_{name}"][slot])
             if not np.isnan(value):
                 yield f"gradiometer_clip_{name}", labels, value
+
+
+def _action_samples(tail: RankTail) -> Iterator[Sample]:
+    """Yield the counters of the actions that the policy has or had, at 0 before any is called for."""
+    armed, counts = int(tail.summary.status["actions_armed"]), tail.summary.status["actions"]
+    pairs = ((condition, action) for condition in CONDITIONS for action in ACTIONS)
+    for place, pair in enumerate(pairs):
+        if armed >> place & 1:
+            yield "gradiometer_policy_actions_total", (tail.run_id, *pair), int(counts[place])
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradiometer import transfer
 from gradiometer._guard import Guard
+from gradiometer.actions import Actions
 from gradiometer.backward import MICROBATCHES, BackwardWatch
 from gradiometer.journal import Journal, StepRecord
 from gradiometer.own_clipping import row_width
@@ -26,6 +27,8 @@ from gradiometer.stepper import Taken
 __all__ = ["Telemetry"]
 
 FIXED_SCALARS = 9
+STREAK = "streak."
+"""Before the name of a policy, the number of steps in a row that it found bad."""
 CHECK_SECONDS = 1.0
 """How often the run directory is checked for having vanished."""
 
@@ -36,12 +39,15 @@ class Telemetry:
     def __init__(self, recorder: Recorder, manifest: Manifest, device: torch.device) -> None:
         self.recorder, self.manifest = recorder, manifest
         self.guard = Guard("recording", self._count_error)
-        self.newest_scalars: Mapping[str, float] = {}
-        """Scalars of the newest row that reached the host, or of an older one with more non-finite steps in a row."""
+        self.streaks: dict[str, tuple[float, int]] = {}
+        """Bad steps in a row that policies with a limit have counted, by policy: the most in the rows that reached the
+        host since it was last emptied, and the step of that row."""
+        self.actions: Actions | None = None
+        """Shown every row that was written."""
         self.slots = {name: slot for slot, name in enumerate(manifest.policies)}
         """Place of each policy in the policy columns, by its name."""
         self._device, self._pid = device, os.getpid()
-        width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2)
+        width = FIXED_SCALARS + POLICY_SLOTS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2)
         width += (2 + MICROBATCHES) * len(manifest.parameters) + row_width(len(manifest.parameters))
         self._transfer: transfer.Transfer[StepRecord] = transfer.Transfer(width, device)
         self._journal = Journal(recorder, manifest)
@@ -112,6 +118,11 @@ class Telemetry:
                     return
         self._next.update(held)
 
+    @property
+    def coming_loss(self) -> float | Tensor | None:
+        """The loss that was logged for the step to come, if any; a tensor is this object's own."""
+        return self._next.get("loss")
+
     def _has_room(self, name: str) -> bool:
         """Tell whether a row can carry a scalar of this name: one too many may, for the journal to refuse it."""
         if name != "loss" and len(self._names) <= SCALAR_SLOTS:
@@ -127,6 +138,9 @@ class Telemetry:
         if os.getpid() != self._pid:
             return
         self.flush(order)
+        if self.actions is not None:  # the last rows may have called for a callback
+            with self.guard:
+                self.actions.close()
         with self.guard:
             self.recorder.check_directory()
         with self.guard:
@@ -227,11 +241,14 @@ class Telemetry:
             for record, values in self._transfer.arrived(wait=wait, keep_newest=keep_newest):
                 travelled = dict(zip(record.travelling, values[: len(record.travelling)].tolist(), strict=True))
                 scalars = record.host | travelled | {"step": float(record.step)}
-                if scalars.get("consecutive", 0.0) >= self.newest_scalars.get("consecutive", 0.0):
-                    self.newest_scalars = scalars
+                for name, count in scalars.items():
+                    if name.startswith(STREAK) and count >= self.streaks.get(name, (0.0, 0))[0]:
+                        self.streaks[name] = (count, record.step)
                 with self.guard:
                     incident |= self._journal.write(record, scalars, values, order)
                     self._written = record
+                    if self.actions is not None and self._journal.newest is not None:
+                        self.actions.see(self._journal.newest)
         return incident
 
 
@@ -249,7 +266,8 @@ def _scalars(taken: Taken, slots: Mapping[str, int]) -> dict[str, float | Tensor
         scalars["total_after"] = after.total
     elif outcome.coefficient is not None:
         scalars["coefficient"] = outcome.coefficient
-    optional = {"skip": taken.skip, "consecutive": taken.consecutive, "loss_scale": taken.loss_scale}
+    optional = {"skip": taken.skip, "loss_scale": taken.loss_scale}
+    scalars |= {f"{STREAK}{name}": count for name, count in taken.streaks.items()}
     scalars |= {name: value for name, value in optional.items() if value is not None}
     if taken.by_scaler:
         scalars["skip"] = 1.0
@@ -266,9 +284,6 @@ def _decided(taken: Taken, slots: Mapping[str, int]) -> dict[str, float | Tensor
             scalars[f"threshold{slot}"] = decision.threshold
             if decision.strength is not None:
                 scalars[f"strength{slot}"] = decision.strength
-    clamp = taken.outcome.clamp
-    if taken.clamped is not None and clamp is not None and (slot := slots.get(taken.stages[clamp.slot])) is not None:
-        scalars[f"strength{slot}"] = taken.clamped.strength
     for verdict in taken.shadow:
         if (slot := slots.get(verdict.name)) is not None:
             scalars |= {f"threshold{slot}": verdict.threshold, f"strength{slot}": verdict.strength}

@@ -22,7 +22,11 @@ def use(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) 
     assert_type(agent.state_dict(), dict[str, Any])
     assert_type(agent.path, Path)
     agent.detach()
-    with gradiometer.attach(model, [optimizer], policy="policy.yaml", backward="every") as another:
+
+    def save(call: gradiometer.ActionCall) -> None:
+        assert_type(call.path, Path)
+
+    with gradiometer.attach(model, [optimizer], policy="policy.yaml", callbacks={"save": save}) as another:
         assert_type(another.step, int)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gradiometer.backward import BackwardMode
+from gradiometer.callbacks import Callback as ActionCallback
 from gradiometer.integrations.attachment import Attachment
 from gradiometer.policy.spec import PolicySource
 from gradiometer.session import RING_BYTES, Agent
@@ -65,6 +66,7 @@ class GradiometerCallback(Callback):
         ring_bytes: int = RING_BYTES,
         updates_every: int = 100,
         cosine: bool = False,
+        callbacks: Mapping[str, ActionCallback] | None = None,
     ) -> None:
         self._attachment = Attachment(
             policy,
@@ -76,6 +78,7 @@ class GradiometerCallback(Callback):
             ring_bytes=ring_bytes,
             updates_every=updates_every,
             cosine=cosine,
+            callbacks=callbacks,
         )
         self._step = 0
         """The agent's step when a loss was last logged."""

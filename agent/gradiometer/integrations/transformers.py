@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from gradiometer.backward import BackwardMode
+from gradiometer.callbacks import Callback as ActionCallback
 from gradiometer.integrations.attachment import Attachment
 from gradiometer.policy.spec import PolicySource
 from gradiometer.session import RING_BYTES, Agent
@@ -49,6 +50,7 @@ class GradiometerCallback(TrainerCallback, ExportableState):
         updates_every: int = 100,
         cosine: bool = False,
         data_parallel: int | None = None,
+        callbacks: Mapping[str, ActionCallback] | None = None,
     ) -> None:
         self._attachment = Attachment(
             policy,
@@ -60,6 +62,7 @@ class GradiometerCallback(TrainerCallback, ExportableState):
             updates_every=updates_every,
             cosine=cosine,
             data_parallel=data_parallel,
+            callbacks=callbacks,
         )
         self._max_grad_norm: float | None = None
         """The Trainer's own setting, while it is turned off."""

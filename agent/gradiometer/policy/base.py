@@ -7,7 +7,7 @@ and over recorded norms.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradiometer.policy.kinds import Scope
 
-__all__ = ["Decision", "Layout", "Observation", "Policy", "State"]
+__all__ = ["Change", "Decision", "Layout", "Observation", "Piece", "Policy", "State", "Weighed"]
 
 State = dict[str, Tensor]
 """A policy's memory, flat so that it goes into a checkpoint as it is."""
@@ -33,6 +33,10 @@ class Layout:
     by: Scope = "layer"
     """What is bounded by itself where a policy does not say."""
     device: torch.device
+    dims: Sequence[int] = ()
+    """How many dimensions each parameter has as a whole; empty where no gradients are at hand, as in a replay."""
+    placements: Sequence[str] = ()
+    """How each parameter lies on the ranks, as the manifest says it; empty where every rank has all of all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +54,49 @@ class Observation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """What is here of one gradient, and of the weights that it is of: dense tensors of equal shape, or rows of both."""
+
+    gradient: Tensor
+    weight: Tensor
+    norms: Tensor | None = None
+    """[2]: L2 norms of the whole weight and the whole gradient, where the parameter is cut within a unit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weighed:
+    """A change that has been worked out, and not been made."""
+
+    strength: Tensor
+    """Smallest factor that an element here is to be scaled by, float32 0-dim in [0, 1]; 1 where none is."""
+    active: Tensor
+    """bool, 0-dim: making the change would do something here."""
+    make: Callable[[], None]
+    """Change the gradients in place."""
+
+
+class Change(Protocol):
+    """What the last stage does to single elements: its effect on the norms is measured after it."""
+
+    @property
+    def chosen(self) -> Sequence[bool]:
+        """Which of the P parameters it is for."""
+        ...
+
+    @property
+    def cut(self) -> Sequence[int]:
+        """Places of the parameters whose norms must be known over all ranks; the same on each."""
+        ...
+
+    def weigh(self, pieces: Sequence[Piece], device: torch.device, scale: Tensor | None = None) -> Weighed:
+        """Work out the change of what is here, on ``device``; nothing is changed, and nothing read by the host.
+
+        ``scale`` is a loss scale that the gradients still carry, to be left out of account.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
     """What a policy wants done; every part is optional. Tensors are on the observation's device."""
 
@@ -59,9 +106,8 @@ class Decision:
     """bool, 0-dim: the optimizer shall not move the parameters."""
     zero: Tensor | None = None
     """bool [P]: gradients to replace by zeros."""
-    clamp: float | None = None
-    """Clamp every element of the gradients chosen by :attr:`clamp_mask` to ±this."""
-    clamp_mask: Sequence[bool] = ()
+    change: Change | None = None
+    """A change of elements, whose strength and effect on the norms are known only where the gradients are."""
     strength: Tensor | None = None
     """The smallest factor applied, 0-dim, 1 when nothing changed; None where :attr:`skip` or :attr:`zero` tells."""
     threshold: float | Tensor

@@ -10,6 +10,7 @@ import torch
 
 from gradiometer.policy import kinds
 from gradiometer.policy.adagc import AdaGC
+from gradiometer.policy.agc import Agc, RowScale, cut_within_units
 from gradiometer.policy.base import Layout, Policy, State
 from gradiometer.policy.coverage import group_of
 from gradiometer.policy.ema_ratio import EmaRatio
@@ -24,7 +25,7 @@ from gradiometer.policy.select import select
 from gradiometer.policy.skip import Skip
 from gradiometer.policy.spec import PolicyError, PolicySpec
 from gradiometer.policy.units import Units
-from gradiometer.policy.value import Value
+from gradiometer.policy.value import Clamp, Value
 from gradiometer.policy.window import MAX_VALUES, Window
 from gradiometer.policy.zclip import ZClip
 
@@ -65,7 +66,8 @@ def build_pipeline(spec: PolicySpec, layout: Layout, born: Mapping[str, int] | N
     """Bind what acts of a policy; None if nothing does.
 
     ``born`` gives the steps at which stages came into force, by name, where that is not 0. Raises PolicyError for a
-    pattern that covers no parameter, and where a stage is left with none.
+    pattern that covers no parameter, where a stage is left with none, and for a parameter that lies on the ranks in a
+    way that a stage cannot work with.
     """
     return Pipeline(_build_all(spec.pipeline, spec.groups, layout), born) if spec.pipeline else None
 
@@ -109,7 +111,17 @@ def _group_norm(spec: kinds.GroupNormSpec, layout: Layout, chosen: tuple[bool, .
 
 
 def _value(spec: kinds.ValueSpec, layout: Layout, chosen: tuple[bool, ...]) -> Policy:
-    return Value(name=spec.name, layout=layout, max_abs=spec.max_abs, chosen=chosen)
+    del layout
+    return Value(name=spec.name, change=Clamp(max_abs=spec.max_abs, chosen=chosen), max_abs=spec.max_abs)
+
+
+def _agc(spec: kinds.AgcSpec, layout: Layout, chosen: tuple[bool, ...]) -> Policy:
+    try:
+        cut = cut_within_units(layout, chosen)
+    except ValueError as error:
+        raise PolicyError(f"policy {spec.name}: {error}") from error
+    change = RowScale(clip_factor=spec.clip_factor, eps=spec.eps, chosen=chosen, cut=cut)
+    return Agc(name=spec.name, change=change, clip_factor=spec.clip_factor)
 
 
 def _percentile(spec: kinds.PercentileSpec, layout: Layout, chosen: tuple[bool, ...]) -> Policy:
@@ -176,4 +188,5 @@ _BUILDERS: dict[type, Callable[[Any, Layout, tuple[bool, ...]], Policy]] = {
     kinds.AdaGCSpec: _adagc,
     kinds.EmaRatioSpec: _ema_ratio,
     kinds.SkipSpec: _skip,
+    kinds.AgcSpec: _agc,
 }

@@ -11,18 +11,9 @@ import torch
 from torch import Tensor
 
 from gradiometer.norms import total_norm
-from gradiometer.policy.base import Decision, Observation, Policy, State
+from gradiometer.policy.base import Change, Decision, Observation, Policy, State
 
-__all__ = ["Clamp", "Outcome", "Pipeline", "Shadow", "observe"]
-
-
-@dataclass(frozen=True, slots=True)
-class Clamp:
-    """The element-wise clamp that the last stage asked for."""
-
-    max_abs: float
-    chosen: Sequence[bool]
-    slot: int
+__all__ = ["Outcome", "Pipeline", "Shadow", "observe"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,15 +22,21 @@ class Outcome:
 
     before: Observation
     after: Observation | None = None
-    """Norms once ``coefficient`` and ``zero`` are carried out (a clamp or a skip is not in them); None where they are
-    those before, times a 0-dim coefficient or 1."""
+    """Norms once ``coefficient`` and ``zero`` are carried out (a change of elements or a skip is not in them); None
+    where they are those before, times a 0-dim coefficient or 1."""
     coefficient: Tensor | None = None
     """0-dim for every gradient alike, or [P]; None leaves them as they are."""
     skip: Tensor | None = None
     zero: Tensor | None = None
-    clamp: Clamp | None = None
+    change: Change | None = None
+    """What the last stage does to elements, after all else."""
     decisions: tuple[Decision, ...] = ()
     """What each stage wanted."""
+
+    def with_strength(self, strength: Tensor) -> Outcome:
+        """Return it with the smallest factor that :attr:`change` turned out to have applied."""
+        *earlier, last = self.decisions
+        return replace(self, decisions=(*earlier, replace(last, strength=strength)))
 
 
 def observe(norms: Tensor, loss: Tensor | None = None) -> Observation:
@@ -98,11 +95,11 @@ def _outcome(before: Observation, after: Observation, decisions: list[Decision])
     alike = all(_scales_alike(decision) for decision in decisions)
     return Outcome(
         before=before,
-        after=None if alike and last.clamp is None else after,
+        after=None if alike and last.change is None else after,
         coefficient=_fold(mul, [decision.coefficient for decision in decisions]),
         skip=_fold(or_, [decision.skip for decision in decisions]),
         zero=_fold(or_, [decision.zero for decision in decisions]),
-        clamp=None if last.clamp is None else Clamp(last.clamp, last.clamp_mask, len(decisions) - 1),
+        change=last.change,
         decisions=tuple(decisions),
     )
 

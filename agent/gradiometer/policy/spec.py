@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from gradiometer.policy import kinds
+from gradiometer.policy.actions import ActionSpec, known_settings
 from gradiometer.policy.kinds import KINDS, AnySpec, GroupsSpec, Spec
 from gradiometer.records import OWN_CLIPPING, PIPELINE_SLOTS
 
@@ -64,6 +65,9 @@ class PolicySpec(BaseModel):
     shadow: tuple[Stage, ...] = ()
     """Policies that decide and are recorded, and never act; each sees the gradients as they were measured."""
 
+    actions: Annotated[tuple[ActionSpec, ...], Field(max_length=32)] = ()
+    """What is done on the host when a condition is met."""
+
     @field_validator("pipeline", "shadow", mode="before")
     @classmethod
     def _untag(cls, entries: object) -> object:
@@ -73,7 +77,8 @@ class PolicySpec(BaseModel):
 
     @model_validator(mode="after")
     def _ordered(self) -> PolicySpec:
-        if not 1 <= len(self.stages) <= PIPELINE_SLOTS:
+        least = 0 if self.actions else 1
+        if not least <= len(self.stages) <= PIPELINE_SLOTS:
             raise ValueError(
                 f"pipeline and shadow hold {len(self.stages)} policies together, expected at least 1 and at most "
                 f"{PIPELINE_SLOTS}"
@@ -100,6 +105,20 @@ class PolicySpec(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _actions_fit(self) -> PolicySpec:
+        for name, count in Counter(action.name for action in self.actions).items():
+            if count > 1:
+                raise ValueError(f"{count} actions are named {name!r}: give each a 'name' of its own")
+        known = [*self.names, *OWN_CLIPPING]
+        for action in self.actions:
+            rate = action.when.clip_rate
+            if rate is not None and rate.policy not in known:
+                raise ValueError(
+                    f"action {action.name!r} is about policy {rate.policy!r}, expected one of {', '.join(known)}"
+                )
+        return self
+
     @property
     def stages(self) -> tuple[AnySpec, ...]:
         """The pipeline, then what is in shadow."""
@@ -116,7 +135,9 @@ class PolicySpec(BaseModel):
         if self.groups != GroupsSpec():
             whole["groups"] = self.groups.model_dump(mode="json", exclude_defaults=True)
         whole["pipeline"] = [_tagged(spec) for spec in self.pipeline]
-        return whole | ({"shadow": [_tagged(spec) for spec in self.shadow]} if self.shadow else {})
+        if self.shadow:
+            whole["shadow"] = [_tagged(spec) for spec in self.shadow]
+        return whole | ({"actions": [action.to_dict() for action in self.actions]} if self.actions else {})
 
 
 PolicySource: TypeAlias = (
@@ -198,6 +219,8 @@ def _explain(where: str, item: Any) -> str:
 
 def _expected(item: Any) -> str:
     if item["type"] == "extra_forbidden":
+        if item["loc"][:1] == ("actions",) and len(item["loc"]) > 2:
+            return f"no such setting; there are {', '.join(known_settings(item['loc'][2:]))}"
         kind = next((part for part in item["loc"] if part in KINDS), None)
         known = [name for name in (KINDS[kind] if kind else PolicySpec).model_fields if name != "kind"]
         return f"no such setting; there are {', '.join(known)}"

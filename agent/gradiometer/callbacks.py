@@ -1,0 +1,126 @@
+"""Call a user's functions off the step path: a thread for each call, one call at a time, each with a time limit.
+
+Guarantees: a call never blocks the step, a function that is still running is not started again, at most
+:data:`QUEUED` calls wait, and a function that outstays its time is left behind on its daemon thread and counted. A
+forked child has no such thread and starts none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["ActionCall", "Callback", "Callbacks", "Outcome"]
+
+logger = logging.getLogger(__name__)
+QUEUED = 16
+"""Calls that may wait for their turn."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActionCall:
+    """What a callback is told."""
+
+    run_id: str
+    rank: int
+    step: int
+    """Step whose row met the condition; training is some steps further by now."""
+    action: str
+    condition: str
+    numbers: Mapping[str, float]
+    path: Path
+    """This rank's directory of the run."""
+
+
+Callback = Callable[[ActionCall], object]
+
+
+class Outcome(Protocol):
+    """Is told of every call that began, and of every failure."""
+
+    def __call__(self, failure: str | None, call: ActionCall, name: str) -> None: ...
+
+
+class Callbacks:
+    """The functions of one agent. ``told`` is called on the threads here, ``failure`` None where a call begins."""
+
+    def __init__(self, functions: Mapping[str, Callback], told: Outcome) -> None:
+        self._functions, self._told, self._pid = dict(functions), told, os.getpid()
+        self._queue: queue.Queue[tuple[str, ActionCall, float] | None] = queue.Queue(QUEUED)
+        self._running: dict[str, threading.Thread] = {}
+        self._dispatcher: threading.Thread | None = None
+        self._closed, self._longest = False, 0.0
+
+    def start(self) -> None:
+        """Start the thread that starts the calls; nothing if it runs."""
+        if self._dispatcher is None and os.getpid() == self._pid:
+            self._dispatcher = threading.Thread(target=self._dispatch, name="gradiometer-callbacks", daemon=True)
+            self._dispatcher.start()
+
+    def submit(self, name: str, call: ActionCall, timeout: float) -> None:
+        """Have a function called soon; a call that cannot wait is a failure."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self.start()
+        self._longest = max(self._longest, timeout)
+        try:
+            self._queue.put_nowait((name, call, timeout))
+        except queue.Full:
+            self._told(f"{QUEUED} calls are waiting already", call, name)
+
+    def close(self) -> None:
+        """Wait for the calls under way, at most the longest time that one of them may take. Idempotent."""
+        if self._closed or self._dispatcher is None or os.getpid() != self._pid:
+            return
+        self._closed, until = True, time.monotonic() + self._longest
+        while self._queue.unfinished_tasks and time.monotonic() < until and self._dispatcher.is_alive():
+            time.sleep(0.002)
+        with contextlib.suppress(queue.Empty):
+            while (item := self._queue.get_nowait()) is not None:
+                self._told("the agent was detached before its turn", item[1], item[0])
+        self._queue.put(None)
+        self._dispatcher.join(timeout=1.0)
+
+    def _dispatch(self) -> None:
+        while (item := self._queue.get()) is not None:
+            name, call, timeout = item
+            try:
+                self._start(name, call, timeout)
+            except Exception as error:  # no thread could be made, or nobody could be told
+                logger.exception("gradiometer: callback %s could not be started", name)
+                self._told(f"it could not be started: {error}", call, name)
+            self._queue.task_done()
+
+    def _start(self, name: str, call: ActionCall, timeout: float) -> None:
+        previous = self._running.get(name)
+        if previous is not None and previous.is_alive():
+            self._told("the call before is still running, so it was not started again", call, name)
+            return
+        failures: list[str] = []
+        thread = threading.Thread(
+            target=self._call, args=(name, call, failures), name=f"gradiometer-{name}", daemon=True
+        )
+        self._running[name] = thread
+        self._told(None, call, name)
+        thread.start()
+        thread.join(timeout)
+        if thread.is_alive():
+            failures.append(f"it was still running after {timeout:g} s and is left behind")
+            logger.error("gradiometer: callback %s: %s", name, failures[0])
+        for failure in failures[:1]:
+            self._told(failure, call, name)
+
+    def _call(self, name: str, call: ActionCall, failures: list[str]) -> None:
+        try:
+            self._functions[name](call)
+        except BaseException as error:  # whatever it is must not end the thread without a word
+            failures.append(f"{type(error).__name__}: {error}")
+            logger.exception("gradiometer: callback %s failed", name)
