@@ -53,6 +53,10 @@ class StepRecord:
     passes: int = 0
     """Backward passes of the step where more arrived than are kept, else 0."""
     logged: set[str] = field(default_factory=set)
+    revision: int = 0
+    """Of the policy that decided the step."""
+    slots: tuple[int, ...] = ()
+    """Those that its stages have."""
     own: tuple[ClipCall, ...] = ()
     """What the loop's own clipping did before; the norms it measured come last."""
 
@@ -61,7 +65,10 @@ class Journal:
     """Writes one rank's steps: rows to the recorder, episodes to its events."""
 
     def __init__(self, recorder: Recorder, manifest: Manifest) -> None:
-        self._recorder, self._names, self._policies = recorder, [p.name for p in manifest.parameters], manifest.policies
+        self._recorder, self._names = recorder, [p.name for p in manifest.parameters]
+        self._taken_over: list[tuple[int, frozenset[int]]] = []
+        """Revisions of which no row is written yet, and the slots that change hands with each."""
+        self._filled: tuple[int, ...] | None = None
         self._distributed = manifest.world_size > 1
         self._scalar_slots: dict[str, int] = {}
         self._refused = False
@@ -92,11 +99,24 @@ class Journal:
         stats[2] = self._microbatch_norms(record, micro) if record.arrivals else -0.0
         self._recorder.scalars[:] = NAN
         self._fill_scalars(scalars)
+        if record.revision != self._recorder.status.policy_revision:
+            self._turn_to(record.revision)
         self._recorder.commit(header)
         nonfinite = bool(header.flags & NONFINITE)
         self._follow_episode(header, nonfinite=nonfinite)
         self._announce_order(record)
         return nonfinite
+
+    def change(self, revision: int, taken_over: frozenset[int]) -> None:
+        """Expect rows of another policy, which has slots that were another stage's: those then count from 0."""
+        self._taken_over.append((revision, taken_over))
+
+    def _turn_to(self, revision: int) -> None:
+        status = self._recorder.status
+        while self._taken_over and self._taken_over[0][0] <= revision:
+            for slot in self._taken_over.pop(0)[1]:
+                status.clip_events[slot] = 0
+        status.policy_revision = revision
 
     def amend(self, scalars: Mapping[str, float]) -> None:
         """Add scalars that were logged after the newest row was written."""
@@ -134,7 +154,7 @@ class Journal:
         skipped = scalars.get("skip", 0.0) > 0
         seen = scalars["total"]
         after = 0.0 if skipped else scalars.get("total_after", seen * scalars.get("coefficient", 1.0))
-        clipped = self._fill_policies(scalars, bad=bad, skipped=skipped) | self._fill_own(own)
+        clipped = self._fill_policies(record.slots, scalars, bad=bad, skipped=skipped) | self._fill_own(own)
         before, bad = (seen, bad) if own is None else (own.total, bad or own.nonfinite)
         zeroed = bad and math.isfinite(after) and not skipped
         flags = record.flags | NONFINITE * bad | SKIPPED * skipped | CLIPPED * bool(clipped)
@@ -148,6 +168,7 @@ class Journal:
             optimizer=record.optimizer,
             microbatches=(record.passes or _microbatches(record.arrivals)) if record.arrivals else 0,
             first_nonfinite=first_nonfinite(pre, record.arrivals, micro, order) if bad else -1,
+            policy_revision=record.revision,
             grad_norm_preclip=before,
             grad_norm_postclip=after,
             coefficient=_coefficient(scalars if own is None else {}, before, after, skipped=skipped),
@@ -164,14 +185,16 @@ class Journal:
         bad = not math.isfinite(scalars.get("own", 0.0)) or not bool(np.isfinite(micro).all())
         return OWN_WATCHED * watched | OWN_NONFINITE * bad
 
-    def _fill_policies(self, scalars: Mapping[str, float], *, bad: bool, skipped: bool) -> int:
-        """Fill the policy columns and return the mask of those that changed the gradients.
+    def _fill_policies(self, slots: tuple[int, ...], scalars: Mapping[str, float], *, bad: bool, skipped: bool) -> int:
+        """Fill the columns of the ``slots`` in use and return the mask of those that changed the gradients.
 
         A stage without a strength of its own acts on non-finite steps; where one skips, nothing is left to the others.
         A stage without a threshold was not asked, for a GradScaler had decided.
         """
         columns, clipped = self._recorder.policies, 0
-        for slot in range(min(len(self._policies), PIPELINE_SLOTS)):
+        if slots != self._filled:
+            columns[:, :PIPELINE_SLOTS], self._filled = NAN, slots
+        for slot in slots:
             own, threshold = scalars.get(f"strength{slot}"), scalars.get(f"threshold{slot}", NAN)
             strength = (0.0 if bad and not math.isnan(threshold) else 1.0) if own is None else own
             if skipped and own:  # a stage that skips has strength 0, and leaves nothing to the others

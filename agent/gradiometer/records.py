@@ -5,6 +5,8 @@
         steps.ring      a header page, then a ring of fixed-size rows, one optimizer step each
         samples.ring    the same, for what is measured every so many steps only; there unless that is off
         events.jsonl    incidents, one JSON object a line
+        policy.json     the policies that were in force, see :mod:`gradiometer.revisions`
+        control.json    what is asked of the run, see :mod:`gradiometer.control`
 
 Guarantees: a row that was half written, overwritten while it was read, or lost its pages in a crash is never
 returned; readers take no lock, write nothing, and can be many. Assumes a little-endian machine. Needs no torch.
@@ -48,6 +50,7 @@ __all__ = [
     "find_runs",
     "installed_version",
     "own_clipping",
+    "read_bounded",
     "read_events",
     "read_manifest",
 ]
@@ -135,7 +138,7 @@ class RingGeometry(BaseModel):
             ("optimizer", "<u4"),
             ("microbatches", "<u4"),
             ("first_nonfinite", "<i4"),
-            ("reserved", "<u4"),
+            ("policy_revision", "<u4"),
             ("grad_norm_preclip", "<f8"),
             ("grad_norm_postclip", "<f8"),
             ("coefficient", "<f8"),
@@ -192,6 +195,9 @@ STATUS = np.dtype(
         ("steps", "<u8"),
         ("agent_seconds", "<f8"),
         ("clip_events", "<u8", (POLICY_SLOTS,)),
+        ("policy_revision", "<u8"),  # of the newest row: by its table the slots of clip_events are named
+        ("policy_changes", "<u8"),
+        ("policy_rejections", "<u8"),
     ]
 )
 
@@ -320,17 +326,18 @@ def _open_file(path: Path) -> FileIO:
     return FileIO(descriptor)
 
 
-def _read_bounded(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path, limit: int, what: str) -> bytes:
+    """Read a regular file whole; raises RunFormatError if it has more than ``limit`` bytes and so is no ``what``."""
     with _open_file(path) as file:
         content = _pread_all(file.fileno(), limit + 1, 0)
     if len(content) > limit:
-        raise RunFormatError(f"{path} has more than {limit} bytes: it is not a gradiometer manifest")
+        raise RunFormatError(f"{path} has more than {limit} bytes: it is not a gradiometer {what}")
     return content
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read and validate a ``manifest.json``; raises :class:`RunFormatError` that says what is wrong with it."""
-    content = _read_bounded(path, MANIFEST_BYTES)
+    content = read_bounded(path, MANIFEST_BYTES, "manifest")
     try:
         raw = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

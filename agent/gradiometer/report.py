@@ -68,8 +68,11 @@ def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
         "steps": int(run.status["steps"]),
         "steps_in_ring": len(run),
         "parameters": len(run.parameters),
-        "policy": manifest.policy,
-        "clip_events": dict(zip(manifest.policies, run.status["clip_events"].tolist(), strict=False))
+        "policy": run.history.newest.policy,
+        "policy_revision": run.history.newest.revision,
+        "policy_changes": int(run.status["policy_changes"]),
+        "policy_rejections": int(run.status["policy_rejections"]),
+        "clip_events": _clip_events(run)
         | {name: int(run.status["clip_events"][OWN_CLIPPING[name]]) for name in run.own_clipping},
         "nonfinite_steps": int(run.status["nonfinite_steps"]),
         "skipped_steps": int(run.status["skipped_steps"]),
@@ -88,6 +91,12 @@ def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
         "layers": list(_layers(run)),
         "events": run.events,
     }
+
+
+def _clip_events(run: Run) -> dict[str, int]:
+    """Name the counters by the policy that the newest row was decided by."""
+    revision, counts = run.history.find(int(run.status["policy_revision"])), run.status["clip_events"]
+    return {slot.name: int(counts[place]) for place, slot in (revision.named if revision is not None else ())}
 
 
 def _episode(episode: Episode) -> dict[str, Any]:
@@ -138,6 +147,7 @@ def _facts(summary: dict[str, Any]) -> Table:
         "steps": f"{summary['steps']}, of which the ring holds {summary['steps_in_ring']}",
         "gradient norm": f"median {_number(summary['grad_norm_median'])}, largest {_number(summary['grad_norm_max'])}",
         "steps clipped by": clips,
+        **_changes(summary),
         "non-finite steps": f"{summary['nonfinite_steps']}, skipped {summary['skipped_steps']}",
         "last loss": _number(summary["loss_last"]),
         **_diagnostics(summary),
@@ -147,6 +157,14 @@ def _facts(summary: dict[str, Any]) -> Table:
     for name, value in facts.items():
         table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
     return table
+
+
+def _changes(summary: dict[str, Any]) -> dict[str, str]:
+    """Put in words that the policy was changed while the job ran, if it was or should have been."""
+    changes, rejections = summary["policy_changes"], summary["policy_rejections"]
+    if not changes and not rejections:
+        return {}
+    return {"policy changes": f"{changes}, {rejections} refused; see 'gradiometer policy show'"}
 
 
 def _diagnostics(summary: dict[str, Any]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from gradiometer.records import (
     read_events,
     read_manifest,
 )
+from gradiometer.revisions import History, read_history
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,8 @@ class Run:
     events: list[dict[str, Any]]
     truncated: bool
     """The ring file had lost its tail: rows are missing that the writer had written."""
+    history: History
+    """The policies that were in force."""
     samples: Samples | None = None
     """What was measured every so many steps only: weights, updates, cosines; None where nothing was."""
 
@@ -132,10 +135,23 @@ class Run:
         return self._flag(Flag.NONFINITE)
 
     @property
+    def policies(self) -> list[str]:
+        """Names of the policies that acted in some step, those in force at attach first, then as they came."""
+        slots = (slot for revision in self.history.revisions for _, slot in revision.named)
+        return list(dict.fromkeys(slot.name for slot in slots if slot.mode == "act"))
+
+    @property
     def clipped(self) -> npt.NDArray[np.bool_]:
-        """For each policy of the pipeline, the steps in which it changed the gradients, bool[T, policies]."""
-        bits = np.arange(len(self.manifest.policies), dtype=np.uint32)
-        return (self._column("clipped")[:, None] >> bits & 1).astype(np.bool_)
+        """For each of :attr:`policies`, the steps in which it changed the gradients, bool[T, policies]."""
+        columns = {name: column for column, name in enumerate(self.policies)}
+        clipped = np.zeros((len(self), len(columns)), np.bool_)
+        masks, revisions = self._column("clipped"), self._column("policy_revision")
+        for revision in self.history.revisions:
+            rows = revisions == revision.revision
+            for place, slot in revision.named:
+                if slot.mode == "act":
+                    clipped[rows, columns[slot.name]] = masks[rows] >> np.uint32(place) & 1
+        return clipped
 
     @property
     def own_clipping(self) -> dict[str, npt.NDArray[np.bool_]]:
@@ -230,8 +246,10 @@ def open_run(path: str | os.PathLike[str], rank: int = 0) -> Run:
     ring = RingReader(directory / "steps.ring", manifest.ring)
     try:
         events, _ = read_events(directory / "events.jsonl")
-        rows = ring.read()
-        return Run(directory, manifest, rows, ring.status(), events, ring.truncated, _read_samples(directory, manifest))
+        rows, status = ring.read(), ring.status()
+        history = read_history(directory, manifest)  # after the rows, whose policies it must know
+        samples = _read_samples(directory, manifest)
+        return Run(directory, manifest, rows, status, events, ring.truncated, history, samples)
     finally:
         ring.close()
 

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
+from gradiometer.chronicle import Chronicle
 from gradiometer.hooks import StepHooks, check_free, listener_of
 from gradiometer.layers import Parameters, collect_parameters
+from gradiometer.live import Live, Order
 from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
 from gradiometer.norms import Meter
-from gradiometer.policy.base import Layout
-from gradiometer.policy.build import build_pipeline
-from gradiometer.policy.spec import PolicySource, PolicySpec, load_policy
+from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
 from gradiometer.ranks import Group, Parts, Ranks, label_parts
 from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
@@ -127,7 +127,7 @@ def attach(
                 cosine=cosine,
             )
             meter = ranks.meter(agreement, _home(own))
-            stepper = _stepper(agreement.parameters, optimizers, spec, meter, together=together)
+            stepper = Stepper(agreement.parameters, optimizers, spec, meter, together=together)
             recorder = Recorder(default_root(dir), manifest)
             undo.callback(recorder.close)
             telemetry = Telemetry(recorder, manifest, meter.device)
@@ -137,17 +137,9 @@ def attach(
             stepper.own.listen(telemetry.guard)
             undo.callback(stepper.own.close)
         ranks.confirm()
-        agent = Agent(stepper, telemetry, watch, optimizers)
+        agent = Agent(stepper, telemetry, watch, optimizers, ranks)
         undo.pop_all()
     return agent
-
-
-def _stepper(
-    parameters: Parameters, optimizers: list[Optimizer], spec: PolicySpec | None, meter: Meter, *, together: bool
-) -> Stepper:
-    layout = Layout(names=parameters.names, layers=parameters.layers, device=meter.device)
-    pipeline = None if spec is None else build_pipeline(spec, layout)
-    return Stepper(parameters, optimizers, pipeline, spec, meter, together=together)
 
 
 def _watch(parameters: Parameters, backward: BackwardMode, telemetry: Telemetry) -> BackwardWatch:
@@ -226,7 +218,7 @@ class Agent:
     """
 
     def __init__(
-        self, stepper: Stepper, telemetry: Telemetry, watch: BackwardWatch, optimizers: list[Optimizer]
+        self, stepper: Stepper, telemetry: Telemetry, watch: BackwardWatch, optimizers: list[Optimizer], ranks: Ranks
     ) -> None:
         self._stepper, self._telemetry, self._watch = stepper, telemetry, watch
         self._detached = False
@@ -235,6 +227,8 @@ class Agent:
         """Whether another agent may take this one's place: it was attached by ``gradiometer run``."""
         self._spent = 0.0
         """Host seconds of the agent's own that no row has told of yet."""
+        self._chronicle = Chronicle(telemetry, stepper.spec, ranks.members[0])
+        self._live = Live(stepper, self.path, ranks.members, ranks.own, self._chronicle.reject)
         self._hooks = StepHooks(optimizers, self)
         watch.prepare(0, incident=False)
         _live.add(self)
@@ -297,6 +291,7 @@ class Agent:
         if self._stepper.step == 0 and self._watch.passes:
             _tell_unstepped(self._telemetry)
         _live.discard(self)
+        self._live.close()
         self._hooks.remove()
         self._watch.remove()
         self._stepper.own.close()
@@ -317,6 +312,23 @@ class Agent:
         while self._stepper.notices:
             self._telemetry.notice(*self._stepper.notices.pop(0))
 
+    def _settle(self, optimizer: Optimizer) -> None:
+        """Put another policy in force, if one is due and the step that is about to be taken begins a round."""
+        if self._stepper.begins_round(optimizer):
+            order = self._live.settle()
+            if order is not None:
+                self._apply(order)
+
+    def _apply(self, order: Order) -> None:
+        """Change the policy in all its parts: what acts, and what is recorded of it."""
+        step = self._stepper.step
+        try:
+            changed = self._stepper.change(order.spec)
+        except PolicyError as error:  # on all ranks alike
+            self._chronicle.reject(order.request, str(error).splitlines())
+            return
+        self._chronicle.change(order.request, order.spec, step, changed)
+
     # What the hooks call.
 
     def within_step(self, optimizer: Optimizer) -> bool:
@@ -328,6 +340,8 @@ class Agent:
     def before_update(self, optimizer: Optimizer) -> None:
         """Observe, decide and act: the gradients are final and the optimizer is about to use them."""
         began = time.perf_counter()
+        if self._live.due:
+            self._settle(optimizer)
         with self._telemetry.guard if self._stepper.pipeline is None else contextlib.nullcontext():
             taken = self._stepper.before_update(optimizer)
             if taken is not None:
@@ -376,6 +390,7 @@ class Agent:
         )
         if self._stepper.pipeline is not None:
             raise CapturedStepError(f"{message}. Step outside of the graph, or attach without a policy")
+        self._live.obstacle = "the job captures steps into CUDA graphs, in which no policy can act"
         if not self._told_of_capture:
             self._told_of_capture = True
             logger.warning("gradiometer: %s", message)
@@ -383,6 +398,8 @@ class Agent:
 
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """Record a step that a GradScaler skipped before the optimizer saw it."""
+        if self._live.due:
+            self._settle(optimizer)
         with self._telemetry.guard:
             taken = self._stepper.observe_skipped(optimizer)
             if taken is not None:

@@ -19,16 +19,17 @@ from gradiometer.hooks import current_scaler
 from gradiometer.layers import Parameters
 from gradiometer.norms import Meter
 from gradiometer.own_clipping import OwnClip, OwnClipping
-from gradiometer.policy.base import Observation
+from gradiometer.policy.base import Layout, Observation, State
+from gradiometer.policy.build import build_pipeline
 from gradiometer.policy.kinds import NonFiniteSpec
-from gradiometer.policy.pipeline import Outcome, Pipeline, observe
+from gradiometer.policy.pipeline import Outcome, observe
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.rounds import Rounds, Watched
 from gradiometer.shards import gradients_of
 from gradiometer.transfer import bring
 from gradiometer.updates import Updates
 
-__all__ = ["NonFiniteGradientError", "Stepper", "Taken"]
+__all__ = ["Changed", "NonFiniteGradientError", "Stepper", "Taken"]
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -51,11 +52,23 @@ class Taken:
     by_scaler: bool = False
     own: tuple[OwnClip, ...] = ()
     """What the loop's own clipping had done to the gradients, oldest first."""
+    policies: tuple[str, ...] = ()
+    """Names of the stages whose decisions the outcome holds."""
 
     @property
     def after(self) -> Observation | None:
         """Norms of what the optimizer is given; None as in :class:`~gradiometer.policy.pipeline.Outcome`."""
         return self.outcome.after if self.clamped is None else self.clamped.after
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changed:
+    """What a change of the policy has done; each name is that of a stage."""
+
+    kept: tuple[str, ...]
+    """Those that go on with the memory they had."""
+    anew: tuple[str, ...]
+    """Those that begin with none."""
 
 
 class Stepper:
@@ -65,19 +78,22 @@ class Stepper:
         self,
         parameters: Parameters,
         optimizers: Sequence[Optimizer],
-        pipeline: Pipeline | None,
         spec: PolicySpec | None,
         meter: Meter,
         *,
         together: bool,
     ) -> None:
-        self.pipeline, self.step = pipeline, 0
+        self.layout = Layout(names=parameters.names, layers=parameters.layers, device=meter.device)
+        self.pipeline = pipeline = None if spec is None else build_pipeline(spec, self.layout)
+        self.spec, self.step = spec, 0
+        """The policy in force, and the number of the next step."""
+        self.base = 0
+        """What of :attr:`step` is of a checkpoint, and not of steps taken since attach."""
         self.notices: list[tuple[str, str]] = []
         """Kind and message of what should be told the user, to be taken by whoever records."""
         self._rounds = Rounds(parameters, optimizers, together=together)
         self._meter = meter
-        clips = spec is not None and any(not isinstance(stage, NonFiniteSpec) for stage in spec.pipeline)
-        self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=clips)
+        self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=_clips(spec))
         self._states = pipeline.init() if pipeline else {}
         self._limit, self._guardian, self._excuse = _raise_limit(spec)
         self._undo: dict[int, Undo] = {}
@@ -88,6 +104,46 @@ class Stepper:
     def midway(self) -> bool:
         """Whether some optimizer has yet to step on the decision in force."""
         return self._rounds.current is not None
+
+    @property
+    def taken(self) -> int:
+        """Steps taken since attach, whatever :attr:`step` a checkpoint has set: the ranks of a job count alike."""
+        return self.step - self.base
+
+    def begins_round(self, optimizer: Optimizer) -> bool:
+        """Tell whether the optimizer's next update is on a decision of its own, and so the policy may change before."""
+        index = self._rounds.index(optimizer)
+        return not self._rounds.active(index) and not self._rounds.joins(index)
+
+    def change(self, spec: PolicySpec | None) -> Changed:
+        """Put another policy in force from the next step on; None observes only.
+
+        A stage that keeps its name, its kind and the shape of its memory goes on with that, whatever became of its
+        settings; others begin anew, and count their steps from the next. Only where :meth:`begins_round`. If it raises,
+        as :func:`~gradiometer.policy.build.build_pipeline` does, nothing has been changed.
+        """
+        pipeline = None if spec is None else build_pipeline(spec, self.layout)
+        states = pipeline.init() if pipeline is not None else {}
+        kept = {name for name in states if self._goes_on(name, spec, states[name])}
+        if pipeline is not None:
+            old = self.pipeline.born if self.pipeline is not None else {}
+            pipeline.born.update({name: old[name] if name in kept else self.step for name in states})
+        self._states = {name: self._states[name] if name in kept else state for name, state in states.items()}
+        self.pipeline, self.spec = pipeline, spec
+        self._limit, self._guardian, self._excuse = _raise_limit(spec)
+        self.own.policy_changed(clips=_clips(spec))
+        return Changed(
+            kept=tuple(name for name in states if name in kept),
+            anew=tuple(name for name in states if name not in kept),
+        )
+
+    def _goes_on(self, name: str, spec: PolicySpec | None, fresh: State) -> bool:
+        """Tell whether the stage of that name goes on with what it remembers."""
+        old = self._states.get(name)
+        kinds = [{stage.name: stage.kind for stage in each.pipeline} if each else {} for each in (self.spec, spec)]
+        if old is None or kinds[0].get(name) != kinds[1].get(name) or old.keys() != fresh.keys():
+            return False
+        return all(old[key].shape == fresh[key].shape and old[key].dtype == fresh[key].dtype for key in fresh)
 
     def before_update(self, optimizer: Optimizer) -> Taken | None:
         """Observe, decide and act for a step that is about to be taken.
@@ -183,7 +239,9 @@ class Stepper:
             name: {key: tensor.to(self._states[name][key]) for key, tensor in tensors.items()}
             for name, tensors in state["policy"].items()
         }
-        self.step = int(state["step"])
+        step = int(state["step"])
+        self.base += step - self.step
+        self.step = step
 
     @contextmanager
     def _in_phase(self, index: int, *, again: bool = False) -> Iterator[None]:
@@ -290,9 +348,15 @@ class Stepper:
             learning_rate=self._rounds.optimizers[index].param_groups[0]["lr"],
             by_scaler=by_scaler,
             own=own,
+            policies=() if self.pipeline is None else self.pipeline.names,
         )
         self.step += 1
         return taken
+
+
+def _clips(spec: PolicySpec | None) -> bool:
+    """Tell whether a policy does more than to look after gradients that are not finite."""
+    return spec is not None and any(not isinstance(stage, NonFiniteSpec) for stage in spec.pipeline)
 
 
 def _raise_limit(spec: PolicySpec | None) -> tuple[int | None, str, str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from gradiometer.insight import Samples, noise_scale
 from gradiometer.records import OWN_CLIPPING, Flag, RingReader, Rows, RunFormatError, State, read_manifest
+from gradiometer.revisions import Revision, read_history
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
 __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
@@ -47,6 +48,7 @@ class RankTail:
         self._ring = RingReader(path / "steps.ring", self.manifest.ring)
         self._samples = self._open_samples()
         self.summary.status = status = self._ring.status()
+        self._revision = read_history(path, self.manifest).find(int(status["policy_revision"]))
         self.caught_up = False
         """Every row that was there when the ring was opened has been counted: no counter climbs through history."""
         self._opened_at, self._newest_sample = int(status["head"]), 0
@@ -66,6 +68,17 @@ class RankTail:
         if info is not None and newest is not None and int(newest["begin"]) != self._newest_sample:
             self._newest_sample = int(newest["begin"])
             self.summary.layers.sample(Samples(self.manifest, info, newest.reshape(1)))
+
+    @property
+    def revision(self) -> Revision | None:
+        """The policy by which the newest row was decided and the counters are named; None where that is not known."""
+        wanted = int(self.summary.status["policy_revision"])
+        if self._revision is None or self._revision.revision != wanted:
+            try:
+                self._revision = read_history(self.path, self.manifest).find(wanted)
+            except (OSError, RunFormatError):
+                self._revision = None
+        return self._revision
 
     def poll(self) -> bool:
         """Read the rows that came since the last poll; tell whether there are more than one poll may read."""
@@ -168,7 +181,12 @@ def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
     for label in manifest.labels.items():
         yield "gradiometer_run_label_info", (*run, *label), 1
     versions = (manifest.torch_version, manifest.gradiometer_version, str(manifest.world_size))
-    yield "gradiometer_run_info", (*run, manifest.job, manifest.device, *versions, ",".join(manifest.policies)), 1
+    for name in ("policy_changes", "policy_rejections"):
+        yield f"gradiometer_{name}_total", run, int(lead.summary.status[name])
+    yield "gradiometer_policy_revision", run, int(lead.summary.status["policy_revision"])
+    revision = lead.revision
+    names = ",".join(slot.name for _, slot in revision.named) if revision is not None else ""
+    yield "gradiometer_run_info", (*run, manifest.job, manifest.device, *versions, names), 1
 
 
 def _loss_sample(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:
@@ -198,21 +216,17 @@ def _known(run_id: str, gauges: Iterator[tuple[str, float]]) -> Iterator[Sample]
 
 
 def _policy_samples(tail: RankTail) -> Iterator[Sample]:
-    row, events = tail.summary.newest, tail.summary.status["clip_events"]
-    slots = list(enumerate(_distinct(tail.manifest.policies)))
+    row, events, revision = tail.summary.newest, tail.summary.status["clip_events"], tail.revision
+    slots = [(place, slot.name) for place, slot in revision.named] if revision is not None else []
     slots += [(slot, name) for name, slot in OWN_CLIPPING.items() if name in tail.summary.own_clipping]
+    current = row is not None and int(row["policy_revision"]) == int(tail.summary.status["policy_revision"])
     for slot, policy in slots:
         labels = (tail.run_id, policy)
         yield "gradiometer_clip_events_total", labels, int(events[slot])
         for name in ("threshold", "coefficient"):
-            value = np.nan if row is None else float(row[f"policy_{name}"][slot])
+            value = float(row[f"policy_{name}"][slot]) if row is not None and current else np.nan
             if not np.isnan(value):
                 yield f"gradiometer_clip_{name}", labels, value
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Number the names that come again, because two series may not have the same labels."""
-    return [f"{name}#{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def _rank_samples(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:

@@ -37,6 +37,11 @@ class Telemetry:
         self.guard = Guard("recording", self._count_error)
         self.newest_scalars: Mapping[str, float] = {}
         """Scalars of the newest row that reached the host, or of an older one with more non-finite steps in a row."""
+        self.revision = 0
+        """Of the policy in force."""
+        self.slots = {name: slot for slot, name in enumerate(manifest.policies)}
+        """The slot of each policy in force, by name."""
+        self._used = tuple(sorted(self.slots.values()))
         self._device, self._pid = device, os.getpid()
         width = FIXED_SCALARS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2)
         width += (2 + MICROBATCHES) * len(manifest.parameters) + row_width(len(manifest.parameters))
@@ -61,6 +66,12 @@ class Telemetry:
         """Write an incident."""
         with self.guard:
             self.recorder.event(kind, message)
+
+    def change(self, revision: int, slots: Mapping[str, int], taken_over: frozenset[int]) -> None:
+        """Record the steps to come as decided by another policy, by its table of slots."""
+        self.revision, self.slots = revision, dict(slots)
+        self._used = tuple(sorted(self.slots.values()))
+        self._journal.change(revision, taken_over)
 
     def begin(self, taken: Taken, watch: BackwardWatch) -> None:
         """Send the row of a step on its way to the host, with what was seen of its backward passes."""
@@ -138,13 +149,15 @@ class Telemetry:
             optimizer=taken.optimizer,
             flags=int(Flag.SCALER) if taken.by_scaler else 0,
             step_seconds=seconds,
+            revision=self.revision,
+            slots=self._used,
         )
 
     def _pieces(
         self, taken: Taken, record: StepRecord, arrivals: list[tuple[int, Tensor]], own: Tensor | None
     ) -> list[Tensor]:
         """Return the parts of the row, and name them in the record."""
-        scalars = _scalars(taken) | self._next
+        scalars = _scalars(taken, self.slots) | self._next
         if own is not None:
             scalars["own"] = own
         self._next = {}
@@ -214,7 +227,9 @@ class Telemetry:
             for record, values in self._transfer.arrived(wait=wait, keep_newest=keep_newest):
                 travelled = dict(zip(record.travelling, values[: len(record.travelling)].tolist(), strict=True))
                 scalars = record.host | travelled | {"step": float(record.step)}
-                if scalars.get("consecutive", 0.0) >= self.newest_scalars.get("consecutive", 0.0):
+                # A step of an earlier policy is nothing that the one in force could raise for.
+                current = record.revision == self.revision
+                if current and scalars.get("consecutive", 0.0) >= self.newest_scalars.get("consecutive", 0.0):
                     self.newest_scalars = scalars
                 with self.guard:
                     incident |= self._journal.write(record, scalars, values, order)
@@ -222,7 +237,7 @@ class Telemetry:
         return incident
 
 
-def _scalars(taken: Taken) -> dict[str, float | Tensor]:
+def _scalars(taken: Taken, slots: Mapping[str, int]) -> dict[str, float | Tensor]:
     """Name the scalars of a step; those that are tensors will travel."""
     outcome, after = taken.outcome, taken.after
     scalars: dict[str, float | Tensor] = {"total": outcome.before.total, "learning_rate": taken.learning_rate}
@@ -234,12 +249,13 @@ def _scalars(taken: Taken) -> dict[str, float | Tensor]:
     scalars |= {name: value for name, value in optional.items() if value is not None}
     if taken.by_scaler:
         scalars["skip"] = 1.0
-    for slot, decision in enumerate(outcome.decisions):
+    for name, decision in zip(taken.policies, outcome.decisions, strict=False):
+        slot = slots[name]
         scalars[f"threshold{slot}"] = decision.threshold
         if decision.strength is not None:
             scalars[f"strength{slot}"] = decision.strength
     for number, clip in enumerate(taken.own):
         scalars |= clip.scalars(number)
     if taken.clamped is not None and outcome.clamp is not None:
-        scalars[f"strength{outcome.clamp.slot}"] = taken.clamped.strength
+        scalars[f"strength{slots[taken.policies[outcome.clamp.slot]]}"] = taken.clamped.strength
     return scalars
