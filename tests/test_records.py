@@ -91,6 +91,7 @@ headers = st.builds(
     st.integers(0, 2**POLICY_SLOTS - 1),
     *(st.integers(0, 2**32 - 1) for _ in range(2)),
     st.integers(-(2**31), 2**31 - 1),
+    st.integers(0, 2**32 - 1),
     *(floats for _ in range(8)),
 )
 

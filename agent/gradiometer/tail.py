@@ -48,7 +48,7 @@ class RankTail:
         self._ring = RingReader(path / "steps.ring", self.manifest.ring)
         self._samples = self._open_samples()
         self.summary.status = status = self._ring.status()
-        self._revision = read_history(path, self.manifest).find(int(status["policy_revision"]))
+        self._revision: Revision | None = None
         self.caught_up = False
         """Every row that was there when the ring was opened has been counted: no counter climbs through history."""
         self._opened_at, self._newest_sample = int(status["head"]), 0
@@ -183,7 +183,6 @@ def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
     versions = (manifest.torch_version, manifest.gradiometer_version, str(manifest.world_size))
     for name in ("policy_changes", "policy_rejections"):
         yield f"gradiometer_{name}_total", run, int(lead.summary.status[name])
-    yield "gradiometer_policy_revision", run, int(lead.summary.status["policy_revision"])
     revision = lead.revision
     names = ",".join(slot.name for _, slot in revision.named) if revision is not None else ""
     yield "gradiometer_run_info", (*run, manifest.job, manifest.device, *versions, names), 1
@@ -207,6 +206,7 @@ def _gauges(ranks: Sequence[RankTail], newest: np.void | None) -> Iterator[tuple
     if newest is not None:
         yield "learning_rate", float(newest["learning_rate"])
         yield "loss_scale", float(newest["loss_scale"])
+        yield "policy_revision", int(newest["policy_revision"])
 
 
 def _known(run_id: str, gauges: Iterator[tuple[str, float]]) -> Iterator[Sample]:
