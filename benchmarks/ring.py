@@ -24,9 +24,9 @@ from gradiometer.records import STATS, Manifest, ParameterInfo, RingGeometry
 
 PARAMETERS = (100, 1000, 10_000)
 ROW = RowHeader(
-    step=1, time_ns=1, flags=0, clipped=0, optimizer=0, microbatches=1, first_nonfinite=-1, grad_norm_preclip=1.0,
-    grad_norm_postclip=1.0, coefficient=1.0, learning_rate=0.1, loss=1.0, loss_scale=1.0, step_seconds=0.1,
-    agent_seconds=0.001,
+    step=1, time_ns=1, flags=0, clipped=0, optimizer=0, microbatches=1, first_nonfinite=-1, policy_revision=0,
+    grad_norm_preclip=1.0, grad_norm_postclip=1.0, coefficient=1.0, learning_rate=0.1, loss=1.0, loss_scale=1.0,
+    step_seconds=0.1, agent_seconds=0.001,
 )  # fmt: skip
 
 

@@ -71,8 +71,8 @@ def _make_row(step: int, norms: npt.NDArray[np.float32], **columns: Any) -> RowH
     flags = 0 if np.isfinite(total) else Flag.NONFINITE | Flag.SKIPPED
     defaults: dict[str, Any] = {
         "step": step, "time_ns": START_NS + step * 10**9, "flags": flags, "clipped": 0, "optimizer": 0,
-        "microbatches": 1, "first_nonfinite": -1, "grad_norm_preclip": total, "grad_norm_postclip": total,
-        "coefficient": 1.0, "learning_rate": 0.001, "loss": 2.5, "loss_scale": NAN,
+        "microbatches": 1, "first_nonfinite": -1, "policy_revision": 0, "grad_norm_preclip": total,
+        "grad_norm_postclip": total, "coefficient": 1.0, "learning_rate": 0.001, "loss": 2.5, "loss_scale": NAN,
         "step_seconds": 1.0 if step else NAN, "agent_seconds": 0.001,
     }  # fmt: skip
     chosen = defaults | columns

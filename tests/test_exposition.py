@@ -103,7 +103,7 @@ def _quiet_row(step: int) -> RowHeader:
     """Make the scalars of a quiet last step."""
     numbers = (5.0, 0.625, 0.125, 0.001, 1.5, 65536.0, 0.25, 0.001)
     flags = Flag.CLIPPED | Flag.LOSS
-    return RowHeader(step, 1_700_000_100_000_000_000, int(flags), 2, 0, 1, -1, *numbers)
+    return RowHeader(step, 1_700_000_100_000_000_000, int(flags), 2, 0, 1, -1, 0, *numbers)
 
 
 @pytest.mark.parametrize(("content_type", "name"), [(TEXT, "metrics.txt"), (OPENMETRICS, "metrics.openmetrics.txt")])

@@ -102,7 +102,7 @@ for step in range(int(sys.argv[3])):
     norm = float(np.sqrt(np.square(recorder.stats[0].astype(np.float64)).sum()))
     now, rest = time.time_ns(), (norm, norm, 1.0, 0.1, 2.0, 1.0, 0.01, 0.001)
     recorder.policies[:, :2] = (1.0, 2.5), (0.5, 0.75)
-    recorder.commit(RowHeader(step, now, 128, step % 2 + 2 * (step % 3 > 0), 0, 1, -1, *rest))
+    recorder.commit(RowHeader(step, now, 128, step % 2 + 2 * (step % 3 > 0), 0, 1, -1, 0, *rest))
 print("written", flush=True)
 if sys.argv[4] == "finish":
     recorder.close()

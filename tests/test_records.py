@@ -55,7 +55,7 @@ recorder = Recorder(Path(sys.argv[1]), manifest.model_copy(update=mine))
 rest = [0.0] * 8
 for step in range(int(sys.argv[3])):
     recorder.stats[:] = step % 65536
-    recorder.commit(RowHeader(step, step, 0, 0, 0, 0, -1, *[float(step)] * 8))
+    recorder.commit(RowHeader(step, step, 0, 0, 0, 0, -1, 0, *[float(step)] * 8))
     if step % 3 == 0:
         recorder.scalars[0] = step
         recorder.amend(float(step))
@@ -91,6 +91,7 @@ headers = st.builds(
     st.integers(0, 2**POLICY_SLOTS - 1),
     *(st.integers(0, 2**32 - 1) for _ in range(2)),
     st.integers(-(2**31), 2**31 - 1),
+    st.integers(0, 2**32 - 1),
     *(floats for _ in range(8)),
 )
 

@@ -231,7 +231,7 @@ recorder = Recorder(Path(sys.argv[1]), Manifest.model_validate_json(sys.argv[2])
 sys.stdin.readline()
 for step in range(20_000):
     recorder.stats[:] = 1.0
-    recorder.commit(RowHeader(step, step, 0, 0, 0, 0, -1, *[float("nan")] * 8)._replace(grad_norm_preclip=1.0))
+    recorder.commit(RowHeader(step, step, 0, 0, 0, 0, -1, 0, *[float("nan")] * 8)._replace(grad_norm_preclip=1.0))
     recorder.amend(float(step))
 recorder.close()
 """

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gradiometer.callbacks import ActionCall, Callback, Callbacks
 from gradiometer.detect import Detector, Seen, detector
 from gradiometer.policy.actions import CONDITIONS, ActionSpec
-from gradiometer.policy.spec import PolicyError
+from gradiometer.policy.spec import PolicyError, PolicySpec
 from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.records import ACTIONS, OWN_CLIPPING, Flag
 
@@ -69,6 +69,10 @@ class Actions:
         self._recorder.write_status()
         if any(spec.callback for spec in actions):
             self._callbacks.start()
+
+    def check_callbacks(self, spec: PolicySpec) -> None:
+        """Raise PolicyError if a policy wants a callback that was not given; from any thread."""
+        check_callbacks(spec.actions, self._given)
 
     def see(self, row: RowHeader) -> None:
         """Take in a row that was written, and do what it calls for."""

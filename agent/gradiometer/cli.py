@@ -14,6 +14,7 @@ from rich.table import Table
 
 from gradiometer.launch import launch, make_settings
 from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
+from gradiometer.policy_cli import policy_app
 from gradiometer.recorder import RunInUseError, check_run_id
 from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs, installed_version
 from gradiometer.report import draw, job_state, summarize
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # which would take "[default: 9477]" for a style
     pretty_exceptions_enable=False,
 )
+app.add_typer(policy_app, name="policy")
 PIPE_WIDTH = 1000
 Dir = Annotated[
     Path | None,

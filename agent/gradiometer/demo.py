@@ -256,7 +256,7 @@ class _Watcher:
         if row is None:
             return
         status, summary = self._tail.summary.status, self._tail.summary
-        clips = int(status["clip_events"][self._tail.manifest.acts].max()) / max(1, int(status["steps"]))
+        clips = int(self._tail.clip_events.max()) / max(1, int(status["steps"]))
         norm = float(row["grad_norm_preclip"])
         ratio = norm / summary.grad_norm_baseline
         state = f"loss {row['loss']:.3f}  norm {norm:.3g} ({ratio:.1f}x its median)  clipped {clips:.0%}"

@@ -53,6 +53,8 @@ class StepRecord:
     passes: int = 0
     """Backward passes of the step where more arrived than are kept, else 0."""
     logged: set[str] = field(default_factory=set)
+    revision: int = 0
+    """Of the policy that decided the step."""
     acting: tuple[int, ...] = ()
     """Slots of the policies that act."""
     watching: tuple[int, ...] = ()
@@ -66,6 +68,9 @@ class Journal:
 
     def __init__(self, recorder: Recorder, manifest: Manifest) -> None:
         self._recorder, self._names = recorder, [p.name for p in manifest.parameters]
+        self._taken_over: list[tuple[int, frozenset[int]]] = []
+        """Revisions of which no row is written yet, and the slots that change hands with each."""
+        self._filled: tuple[int, ...] | None = None
         self._distributed = manifest.world_size > 1
         self._scalar_slots: dict[str, int] = {}
         self._refused = False
@@ -98,12 +103,25 @@ class Journal:
         stats[2] = self._microbatch_norms(record, micro) if record.arrivals else -0.0
         self._recorder.scalars[:] = NAN
         self._fill_scalars(scalars)
+        if record.revision != self._recorder.status.policy_revision:
+            self._turn_to(record.revision)
         self._recorder.commit(header)
         self.newest = header
         nonfinite = bool(header.flags & NONFINITE)
         self._follow_episode(header, nonfinite=nonfinite)
         self._announce_order(record)
         return nonfinite
+
+    def change(self, revision: int, taken_over: frozenset[int]) -> None:
+        """Expect rows of another policy, which has slots that were another stage's: those then count from 0."""
+        self._taken_over.append((revision, taken_over))
+
+    def _turn_to(self, revision: int) -> None:
+        status = self._recorder.status
+        while self._taken_over and self._taken_over[0][0] <= revision:
+            for slot in self._taken_over.pop(0)[1]:
+                status.clip_events[slot] = 0
+        status.policy_revision = revision
 
     def amend(self, scalars: Mapping[str, float]) -> None:
         """Add scalars that were logged after the newest row was written."""
@@ -141,7 +159,7 @@ class Journal:
         skipped = scalars.get("skip", 0.0) > 0
         seen = scalars["total"]
         after = 0.0 if skipped else scalars.get("total_after", seen * scalars.get("coefficient", 1.0))
-        self._recorder.policies[:, :PIPELINE_SLOTS] = NAN
+        self._empty_others(record)
         clipped = self._fill_policies(record, scalars, bad=bad, skipped=skipped) | self._fill_own(own)
         watched = self._fill_shadow(record, scalars)
         before, bad = (seen, bad) if own is None else (own.total, bad or own.nonfinite)
@@ -157,6 +175,7 @@ class Journal:
             optimizer=record.optimizer,
             microbatches=(record.passes or _microbatches(record.arrivals)) if record.arrivals else 0,
             first_nonfinite=first_nonfinite(pre, record.arrivals, micro, order) if bad else -1,
+            policy_revision=record.revision,
             grad_norm_preclip=before,
             grad_norm_postclip=after,
             coefficient=_coefficient(scalars if own is None else {}, before, after, skipped=skipped),
@@ -172,6 +191,12 @@ class Journal:
         watched = "own" in scalars or len(micro) > 0
         bad = not math.isfinite(scalars.get("own", 0.0)) or not bool(np.isfinite(micro).all())
         return OWN_WATCHED * watched | OWN_NONFINITE * bad
+
+    def _empty_others(self, record: StepRecord) -> None:
+        """Leave nothing in the columns of slots that the step has no use for."""
+        used = record.acting + record.watching
+        if used != self._filled:
+            self._recorder.policies[:, :PIPELINE_SLOTS], self._filled = NAN, used
 
     def _fill_policies(self, record: StepRecord, scalars: Mapping[str, float], *, bad: bool, skipped: bool) -> int:
         """Fill the columns of the policies that act and return the mask of those that changed the gradients.

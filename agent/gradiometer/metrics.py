@@ -160,6 +160,24 @@ _METRICS = (
         "1 when it changed nothing.",
     ),
     Metric(
+        name="gradiometer_policy_revision",
+        kind="gauge",
+        labels=_RUN,
+        help="Revision of the policy in the newest step: 0 as attached, one more with each change.",
+    ),
+    Metric(
+        name="gradiometer_policy_changes_total",
+        kind="counter",
+        labels=_RUN,
+        help="Changes of the policy while the job ran.",
+    ),
+    Metric(
+        name="gradiometer_policy_rejections_total",
+        kind="counter",
+        labels=_RUN,
+        help="Requests to change the policy that the agent refused.",
+    ),
+    Metric(
         name="gradiometer_step_seconds",
         kind="histogram",
         labels=_RUN,

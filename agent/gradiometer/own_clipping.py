@@ -29,7 +29,7 @@ from gradiometer.clip_seams import Heard, TorchNorms
 from gradiometer.hooks import current_scaler
 from gradiometer.layers import Parameters
 from gradiometer.norms import Meter
-from gradiometer.records import CLIP_GRAD_NORM
+from gradiometer.records import CLIP_GRAD_NORM, OWN_CLIPPING
 from gradiometer.rounds import Rounds, Watched
 
 __all__ = ["OwnClip", "OwnClipping", "row_width"]
@@ -110,15 +110,13 @@ class OwnClipping:
         rounds: Rounds,
         device: torch.device,
         notices: list[tuple[str, str]],
-        *,
-        policy_clips: bool,
     ) -> None:
         self.spent = 0.0
         """Host seconds that following the loop's clipping has cost; whoever records them sets this back."""
         self._notices = notices
         self._names, self._tensors, self._index = parameters.names, parameters.tensors, parameters.index
         self._rounds, self._device = rounds, device
-        self.policy_clips = policy_clips
+        self._policy_clips = False
         """Whether a policy clips as well."""
         self._guard: Guard | None = None
         self._watched: list[Watched] = []
@@ -148,6 +146,11 @@ class OwnClipping:
         clip_seams.forget(self)
         self._guard = None
         self._clips, self._marks, self._used, self._coverages = [], {}, {}, {}
+
+    def policy_changed(self, *, clips: bool) -> None:
+        """Note that another policy is in force, and whether it clips."""
+        self._policy_clips = clips
+        self._announce_two()
 
     def begin(self, heard: Heard) -> Any:
         """Note a call that is about to be carried out."""
@@ -353,9 +356,13 @@ class OwnClipping:
             return
         self._announced.add(call.function)
         self._notices.append(("own_clipping", f"the loop clips by itself: {call.function} at {call.limit:g}"))
-        if self.policy_clips and "policy" not in self._announced:
+        self._announce_two()
+
+    def _announce_two(self) -> None:
+        own = [function for function in OWN_CLIPPING if function in self._announced]
+        if own and self._policy_clips and "policy" not in self._announced:
             self._announced.add("policy")
-            message = f"two clippers are at work: the loop's own {call.function}, and then the policy"
+            message = f"two clippers are at work: the loop's own {own[-1]}, and then the policy"
             logger.warning("gradiometer: %s", message)
             self._notices.append(("two_clippers", message))
 

@@ -86,7 +86,7 @@ class Ranks:
         """
         if not isinstance(patience, int | float) or not 0 < patience < math.inf:
             raise ValueError(f"patience is {patience!r}, expected a positive number of seconds")
-        distributed, self.group, self._members = torch.distributed, None, [0]
+        distributed, self.group, self._members, self._own = torch.distributed, None, [0], 0
         self._patience = timedelta(seconds=patience)
         if distributed.is_available() and distributed.is_initialized():
             self.group = distributed.group.WORLD if group is None else group
@@ -99,6 +99,15 @@ class Ranks:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    @property
+    def members(self) -> list[int]:
+        """The ranks, in the order of the group; 0 for a process alone."""
+        return list(self._members)
+
+    @property
+    def own(self) -> int:
+        return self._own
 
     @contextmanager
     def excused(self) -> Iterator[None]:

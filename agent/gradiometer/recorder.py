@@ -50,10 +50,13 @@ UNKNOWN_SECONDS = 900.0
 """How long a writer whose process cannot be looked up from here may be silent before its run id is free again."""
 _MASK = 2**64 - 1
 _NONFINITE, _SKIPPED = int(Flag.NONFINITE), int(Flag.SKIPPED)
-_STATUS = struct.Struct(f"<QQq6Qd{POLICY_SLOTS + 3 + ACTION_SLOTS}Q")
-_ROW_HEADER = struct.Struct("<qqIIIIi4x8d")
+_STATUS = struct.Struct(f"<QQq6Qd{POLICY_SLOTS + 3 + ACTION_SLOTS + 3}Q")
+_ROW_HEADER = struct.Struct("<qqIIIIiI8d")
+_COUNTER = struct.Struct("<Q")
 _LOSS = struct.Struct("<d")
 _FIELDS: Mapping[str, Any] = RingGeometry(capacity=2, parameters=1).dtype.fields or {}
+_COUNTERS: Mapping[str, Any] = STATUS.fields or {}
+_REJECTIONS_OFFSET = STATUS_OFFSET + _COUNTERS["policy_rejections"][1]
 _ROW_HEADER_OFFSET = _FIELDS["step"][1]
 _LOSS_OFFSET = _FIELDS["loss"][1]
 _POLICIES = slice(_FIELDS["policy_threshold"][1], _FIELDS["parameters"][1])
@@ -101,6 +104,7 @@ class RowHeader(NamedTuple):
     optimizer: int
     microbatches: int
     first_nonfinite: int
+    policy_revision: int
     grad_norm_preclip: float
     grad_norm_postclip: float
     coefficient: float
@@ -130,6 +134,9 @@ class Status:
     callback_failures: int = 0
     actions_armed: int = 0
     actions: list[int] = field(default_factory=lambda: [0] * ACTION_SLOTS)
+    policy_revision: int = 0
+    policy_changes: int = 0
+    policy_rejections: int = 0
 
     def count(self, row: RowHeader) -> None:
         """Add a row that was written."""
@@ -161,6 +168,9 @@ class Status:
             self.callback_failures,
             self.actions_armed,
             *self.actions,
+            self.policy_revision,
+            self.policy_changes,
+            self.policy_rejections,
         )
 
 
@@ -214,6 +224,11 @@ class RingWriter:
     def write_status(self) -> None:
         """Publish the counters of :attr:`status`."""
         _write_all(self._ring, self.status.pack(), STATUS_OFFSET)
+
+    def count_rejection(self) -> None:
+        """Count a request that was refused, and publish that counter alone: the one thing another thread may write."""
+        self.status.policy_rejections += 1
+        _write_all(self._ring, _COUNTER.pack(self.status.policy_rejections), _REJECTIONS_OFFSET)
 
     def close(self) -> None:
         """Mark the ring finished and close it. Idempotent; a forked child only closes its own descriptor."""

@@ -5,6 +5,8 @@
         steps.ring      a header page, then a ring of fixed-size rows, one optimizer step each
         samples.ring    the same, for what is measured every so many steps only; there unless that is off
         events.jsonl    incidents, one JSON object a line
+        policy.json     the policies that were in force, see :mod:`gradiometer.revisions`
+        control.json    what is asked of the run, see :mod:`gradiometer.control`
 
 Guarantees: a row that was half written, overwritten while it was read, or lost its pages in a crash is never
 returned; readers take no lock, write nothing, and can be many. Assumes a little-endian machine. Needs no torch.
@@ -48,6 +50,7 @@ __all__ = [
     "find_runs",
     "installed_version",
     "own_clipping",
+    "read_bounded",
     "read_events",
     "read_manifest",
 ]
@@ -141,7 +144,7 @@ class RingGeometry(BaseModel):
             ("optimizer", "<u4"),
             ("microbatches", "<u4"),
             ("first_nonfinite", "<i4"),
-            ("reserved", "<u4"),
+            ("policy_revision", "<u4"),
             ("grad_norm_preclip", "<f8"),
             ("grad_norm_postclip", "<f8"),
             ("coefficient", "<f8"),
@@ -202,6 +205,9 @@ STATUS = np.dtype(
         ("callback_failures", "<u8"),
         ("actions_armed", "<u8"),  # bit for each place of `actions` that the policy has, or had
         ("actions", "<u8", (ACTION_SLOTS,)),
+        ("policy_revision", "<u8"),  # of the newest row: by its table the slots of clip_events are named
+        ("policy_changes", "<u8"),
+        ("policy_rejections", "<u8"),
     ]
 )
 
@@ -253,14 +259,6 @@ class Manifest(BaseModel):
     def acting(self) -> tuple[str, ...]:
         """Those of :attr:`policies` that act, in their order."""
         return tuple(name for name in self.policies if name not in self.shadow)
-
-    @property
-    def acts(self) -> npt.NDArray[np.bool_]:
-        """For each place in the policy columns, whether what is counted there changed gradients; bool[policy slots]."""
-        watching = [slot for slot, name in enumerate(self.policies) if name in self.shadow]
-        acts = np.ones(POLICY_SLOTS, np.bool_)
-        acts[watching] = False
-        return acts
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -345,17 +343,18 @@ def _open_file(path: Path) -> FileIO:
     return FileIO(descriptor)
 
 
-def _read_bounded(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path, limit: int, what: str) -> bytes:
+    """Read a regular file whole; raises RunFormatError if it has more than ``limit`` bytes and so is no ``what``."""
     with _open_file(path) as file:
         content = _pread_all(file.fileno(), limit + 1, 0)
     if len(content) > limit:
-        raise RunFormatError(f"{path} has more than {limit} bytes: it is not a gradiometer manifest")
+        raise RunFormatError(f"{path} has more than {limit} bytes: it is not a gradiometer {what}")
     return content
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read and validate a ``manifest.json``; raises :class:`RunFormatError` that says what is wrong with it."""
-    content = _read_bounded(path, MANIFEST_BYTES)
+    content = read_bounded(path, MANIFEST_BYTES, "manifest")
     try:
         raw = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from rich.text import Text
 from gradiometer.insight import Episode, bad_episodes, rank_ratios
 from gradiometer.process import process_alive
 from gradiometer.records import OWN_CLIPPING, RingReader, RunFormatError, State, read_manifest
+from gradiometer.revisions import Mode
 from gradiometer.run import Run
 
 __all__ = ["draw", "layer_table", "run_state", "summarize"]
@@ -57,7 +58,6 @@ def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
     siblings = run.path.parent if compare_ranks and run.manifest.world_size > 1 else None
     manifest, norms = run.manifest, run.grad_norm_preclip
     finite = norms[np.isfinite(norms)]
-    events = dict(zip(manifest.policies, run.status["clip_events"].tolist(), strict=False))
     return {
         "run_id": manifest.run_id,
         "path": str(run.path),
@@ -69,10 +69,13 @@ def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
         "steps": int(run.status["steps"]),
         "steps_in_ring": len(run),
         "parameters": len(run.parameters),
-        "policy": manifest.policy,
-        "clip_events": {name: count for name, count in events.items() if name not in manifest.shadow}
+        "policy": run.history.newest.policy,
+        "policy_revision": run.history.newest.revision,
+        "policy_changes": int(run.status["policy_changes"]),
+        "policy_rejections": int(run.status["policy_rejections"]),
+        "clip_events": _clip_events(run, "act")
         | {name: int(run.status["clip_events"][OWN_CLIPPING[name]]) for name in run.own_clipping},
-        "shadow_events": {name: count for name, count in events.items() if name in manifest.shadow},
+        "shadow_events": _clip_events(run, "shadow"),
         "nonfinite_steps": int(run.status["nonfinite_steps"]),
         "skipped_steps": int(run.status["skipped_steps"]),
         "rows_dropped": int(run.status["rows_dropped"]),
@@ -90,6 +93,12 @@ def summarize(run: Run, *, compare_ranks: bool = True) -> dict[str, Any]:
         "layers": list(_layers(run)),
         "events": run.events,
     }
+
+
+def _clip_events(run: Run, mode: Mode) -> dict[str, int]:
+    """Name the counters of what acts, or of what is in shadow, by the policy that the newest row was decided by."""
+    revision, counts = run.history.find(int(run.status["policy_revision"])), run.status["clip_events"]
+    return {slot.name: int(counts[place]) for place, slot in (revision.named if revision else ()) if slot.mode == mode}
 
 
 def _episode(episode: Episode) -> dict[str, Any]:
@@ -142,6 +151,7 @@ def _facts(summary: dict[str, Any]) -> Table:
         "gradient norm": f"median {_number(summary['grad_norm_median'])}, largest {_number(summary['grad_norm_max'])}",
         "steps clipped by": clips,
         **shadow,
+        **_changes(summary),
         "non-finite steps": f"{summary['nonfinite_steps']}, skipped {summary['skipped_steps']}",
         "last loss": _number(summary["loss_last"]),
         **_diagnostics(summary),
@@ -155,6 +165,14 @@ def _facts(summary: dict[str, Any]) -> Table:
 
 def _counts(events: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in events.items())
+
+
+def _changes(summary: dict[str, Any]) -> dict[str, str]:
+    """Put in words that the policy was changed while the job ran, if it was or should have been."""
+    changes, rejections = summary["policy_changes"], summary["policy_rejections"]
+    if not changes and not rejections:
+        return {}
+    return {"policy changes": f"{changes}, {rejections} refused; see 'gradiometer policy show'"}
 
 
 def _diagnostics(summary: dict[str, Any]) -> dict[str, str]:

@@ -95,6 +95,10 @@ class Rounds:
         """Tell whether the optimizer is in a step on the gradients it has now: the step calls its parent's."""
         return self._active == index and self._acted_on is not None and self._acted_on.matches(self.watched[index])
 
+    def active(self, index: int) -> bool:
+        """Tell whether the optimizer has used gradients in this very step before."""
+        return self._active == index
+
     def enter(self, index: int) -> bool:
         """Note that the optimizer is about to use gradients; tell whether it did so in this very step before."""
         again, self._active = self._active == index, index

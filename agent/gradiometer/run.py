@@ -22,6 +22,7 @@ from gradiometer.records import (
     read_events,
     read_manifest,
 )
+from gradiometer.revisions import History, Mode, read_history
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,8 @@ class Run:
     events: list[dict[str, Any]]
     truncated: bool
     """The ring file had lost its tail: rows are missing that the writer had written."""
+    history: History
+    """The policies that were in force."""
     samples: Samples | None = None
     """What was measured every so many steps only: weights, updates, cosines; None where nothing was."""
 
@@ -132,18 +135,37 @@ class Run:
         return self._flag(Flag.NONFINITE)
 
     @property
+    def _stages(self) -> list[tuple[str, Mode]]:
+        slots = (slot for revision in self.history.revisions for _, slot in revision.named)
+        return list(dict.fromkeys((slot.name, slot.mode) for slot in slots))
+
+    @property
+    def policies(self) -> list[str]:
+        """Names of the policies that decided about some step, those in force at attach first, then as they came.
+
+        One that was in shadow and then acted is there twice; :attr:`shadow` tells which is which.
+        """
+        return [name for name, _ in self._stages]
+
+    @property
     def clipped(self) -> npt.NDArray[np.bool_]:
-        """For each of the manifest's policies, the steps in which it changed the gradients, bool[T, policies].
+        """For each of :attr:`policies`, the steps in which it changed the gradients, bool[T, policies].
 
         Of one in shadow (:attr:`shadow`), the steps in which it would have.
         """
-        bits = np.arange(len(self.manifest.policies), dtype=np.uint32)
-        return (self._column("clipped")[:, None] >> bits & 1).astype(np.bool_)
+        columns = {slot: column for column, slot in enumerate(self._stages)}
+        clipped = np.zeros((len(self), len(columns)), np.bool_)
+        masks, revisions = self._column("clipped"), self._column("policy_revision")
+        for revision in self.history.revisions:
+            rows = revisions == revision.revision
+            for place, slot in revision.named:
+                clipped[rows, columns[slot.name, slot.mode]] = masks[rows] >> np.uint32(place) & 1
+        return clipped
 
     @property
     def shadow(self) -> npt.NDArray[np.bool_]:
-        """Which of the manifest's policies are in shadow, deciding and never acting, bool[policies]."""
-        return np.array([name in self.manifest.shadow for name in self.manifest.policies], np.bool_)
+        """Which of :attr:`policies` were in shadow, deciding and never acting, bool[policies]."""
+        return np.array([mode == "shadow" for _, mode in self._stages], np.bool_)
 
     @property
     def own_clipping(self) -> dict[str, npt.NDArray[np.bool_]]:
@@ -238,8 +260,10 @@ def open_run(path: str | os.PathLike[str], rank: int = 0) -> Run:
     ring = RingReader(directory / "steps.ring", manifest.ring)
     try:
         events, _ = read_events(directory / "events.jsonl")
-        rows = ring.read()
-        return Run(directory, manifest, rows, ring.status(), events, ring.truncated, _read_samples(directory, manifest))
+        rows, status = ring.read(), ring.status()
+        history = read_history(directory, manifest)  # after the rows, whose policies it must know
+        samples = _read_samples(directory, manifest)
+        return Run(directory, manifest, rows, status, events, ring.truncated, history, samples)
     finally:
         ring.close()
 

@@ -27,13 +27,15 @@ from torch.optim import Optimizer
 from gradiometer.actions import Actions, PolicyActionError, check_callbacks
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
 from gradiometer.callbacks import Callback
+from gradiometer.chronicle import Chronicle
 from gradiometer.hooks import StepHooks, check_free, listener_of
 from gradiometer.layers import Parameters, collect_parameters
+from gradiometer.live import Live, Order
 from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
 from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout
 from gradiometer.policy.coverage import coverage
-from gradiometer.policy.spec import PolicySource, PolicySpec, load_policy
+from gradiometer.policy.spec import PolicyError, PolicySource, PolicySpec, load_policy
 from gradiometer.ranks import Group, Parts, Ranks, label_parts
 from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
@@ -141,7 +143,7 @@ def attach(
             undo.callback(actions.close)
             if spec is not None:
                 actions.replace(spec.actions, telemetry.slots)
-                _tell_coverage(spec, agreement.parameters, telemetry)
+                _tell_coverage(spec, agreement.parameters.names, telemetry)
             stepper.updates = _updates(agreement.parameters, meter, recorder, telemetry)
             watch = _watch(agreement.parameters, backward, telemetry)
             undo.callback(watch.remove)
@@ -194,9 +196,9 @@ def _tell_unstepped(telemetry: Telemetry) -> None:
     telemetry.notice("no_step", message)
 
 
-def _tell_coverage(spec: PolicySpec, parameters: Parameters, telemetry: Telemetry) -> None:
+def _tell_coverage(spec: PolicySpec, names: Sequence[str], telemetry: Telemetry) -> None:
     """Say what the policy leaves out: in every rank's events, and in the log of the first."""
-    for message in coverage(spec, parameters.names):
+    for message in coverage(spec, names):
         if telemetry.manifest.rank == 0:
             logger.warning("gradiometer: policy coverage: %s", message)
         telemetry.notice("policy_coverage", message)
@@ -257,16 +259,18 @@ class Agent:
         actions: Actions,
         watch: BackwardWatch,
         optimizers: list[Optimizer],
-        ranks: Ranks | None = None,
+        ranks: Ranks,
     ) -> None:
         self._stepper, self._telemetry, self._actions, self._watch = stepper, telemetry, actions, watch
-        self._ranks = Ranks() if ranks is None else ranks
+        self._ranks = ranks
         self._detached = False
         self._told_of_capture = False
         self.gives_way = False
         """Whether another agent may take this one's place: it was attached by ``gradiometer run``."""
         self._spent = 0.0
         """Host seconds of the agent's own that no row has told of yet."""
+        self._chronicle = Chronicle(telemetry, stepper.spec, ranks.members[0])
+        self._live = Live(stepper, self.path, ranks.members, ranks.own, self._chronicle.reject, actions.check_callbacks)
         self._hooks = StepHooks(optimizers, self)
         watch.prepare(0, incident=False)
         _live.add(self)
@@ -328,7 +332,8 @@ class Agent:
             plan = self._stepper.plan(state)
         ranks.compare("load_state_dict()", plan.outline)
         self._stepper.go_on(plan)
-        self._telemetry.place(self._stepper.binding.names)
+        self._chronicle.restore(self._stepper.spec, plan.step, plan.anew)
+        self._follow_policy()
         if plan.said:
             logger.warning("gradiometer: going on from a checkpoint: %s", plan.said)
             self._telemetry.notice("policy_state", plan.said, step=plan.step, anew=plan.anew, unused=plan.left)
@@ -349,6 +354,7 @@ class Agent:
         if self._stepper.step == 0 and self._watch.passes:
             _tell_unstepped(self._telemetry)
         _live.discard(self)
+        self._live.close()
         self._hooks.remove()
         self._watch.remove()
         self._stepper.own.close()
@@ -369,6 +375,31 @@ class Agent:
         while self._stepper.notices:
             self._telemetry.notice(*self._stepper.notices.pop(0))
 
+    def _settle(self, optimizer: Optimizer) -> None:
+        """Put another policy in force, if one is due and the step that is about to be taken begins a round."""
+        if self._stepper.begins_round(optimizer):
+            order = self._live.settle()
+            if order is not None:
+                self._apply(order)
+
+    def _apply(self, order: Order) -> None:
+        """Change the policy in all its parts: what acts, and what is recorded of it."""
+        step = self._stepper.step
+        try:
+            turn = self._stepper.change(order.spec)
+        except PolicyError as error:  # on all ranks alike
+            self._chronicle.reject(order.request, str(error).splitlines())
+            return
+        self._chronicle.change(order.request, order.spec, step, turn)
+        self._follow_policy()
+
+    def _follow_policy(self) -> None:
+        """Let what goes by the policy in force, beside what decides, go by the newest."""
+        spec = self._stepper.spec
+        self._actions.replace(() if spec is None else spec.actions, self._telemetry.slots)
+        if spec is not None:
+            _tell_coverage(spec, self._stepper.layout.names, self._telemetry)
+
     # What the hooks call.
 
     def within_step(self, optimizer: Optimizer) -> bool:
@@ -380,6 +411,8 @@ class Agent:
     def before_update(self, optimizer: Optimizer) -> None:
         """Observe, decide and act: the gradients are final and the optimizer is about to use them."""
         began = time.perf_counter()
+        if self._live.due:
+            self._settle(optimizer)
         with self._telemetry.guard if self._stepper.pipeline is None else contextlib.nullcontext():
             self._note_loss()
             taken = self._stepper.before_update(optimizer)
@@ -437,6 +470,7 @@ class Agent:
         )
         if self._stepper.pipeline is not None:
             raise CapturedStepError(f"{message}. Step outside of the graph, or attach without a policy")
+        self._live.obstacle = "the job captures steps into CUDA graphs, in which no policy can act"
         if not self._told_of_capture:
             self._told_of_capture = True
             logger.warning("gradiometer: %s", message)
@@ -444,6 +478,8 @@ class Agent:
 
     def scaler_skipped(self, optimizer: Optimizer) -> None:
         """Record a step that a GradScaler skipped before the optimizer saw it."""
+        if self._live.due:
+            self._settle(optimizer)
         with self._telemetry.guard:
             self._note_loss()
             taken = self._stepper.observe_skipped(optimizer)

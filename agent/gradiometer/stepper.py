@@ -34,7 +34,7 @@ from gradiometer.shards import gradients_of
 from gradiometer.transfer import bring
 from gradiometer.updates import Updates
 
-__all__ = ["NonFiniteGradientError", "Stepper", "Taken"]
+__all__ = ["NonFiniteGradientError", "Stepper", "Taken", "Turn"]
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -69,6 +69,16 @@ class Taken:
         return self.outcome.after if self.changed is None else self.changed.after
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What became of the stages when another policy took over, by name."""
+
+    kept: tuple[str, ...] = ()
+    """Those that go on with the memory they had."""
+    anew: tuple[str, ...] = ()
+    """Those that begin with none."""
+
+
 class Stepper:
     """The step path of one agent; ``step`` is the number of the next step."""
 
@@ -83,6 +93,9 @@ class Stepper:
         together: bool,
     ) -> None:
         self.step, self.attached = 0, spec
+        """The number of the next step, and the policy that the agent was attached with."""
+        self.base = 0
+        """What of :attr:`step` is of a checkpoint, and not of steps taken since attach."""
         self.loss: float | Tensor | None = None
         """What was logged as the loss of the coming step, for policies that ask for it."""
         self.loss_mean = LossMean(meter.device)
@@ -91,8 +104,8 @@ class Stepper:
         self.notices: list[tuple[str, str]] = []
         """Kind and message of what should be told the user, to be taken by whoever records."""
         self._rounds = Rounds(parameters, optimizers, together=together)
-        self._meter, self._layout = meter, layout
-        self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices, policy_clips=False)
+        self._meter, self.layout = meter, layout
+        self.own = OwnClipping(parameters, self._rounds, meter.device, self.notices)
         self.shadows = Shadows(meter, self.notices)
         """What only watches; it raises nothing."""
         self._undo: dict[int, Undo] = {}
@@ -113,7 +126,12 @@ class Stepper:
         )
         self._loss_for = next((stage.name for stage in asking), None)
         stages = () if spec is None else spec.pipeline
-        self.own.policy_clips = any(not isinstance(stage, NonFiniteSpec | SkipSpec) for stage in stages)
+        self.own.policy_changed(clips=any(not isinstance(stage, NonFiniteSpec | SkipSpec) for stage in stages))
+
+    @property
+    def spec(self) -> PolicySpec | None:
+        """The policy in force."""
+        return self.binding.spec
 
     @property
     def wants_loss(self) -> bool:
@@ -124,6 +142,34 @@ class Stepper:
     def midway(self) -> bool:
         """Whether some optimizer has yet to step on the decision in force."""
         return self._rounds.current is not None
+
+    @property
+    def taken(self) -> int:
+        """Steps taken since attach, whatever :attr:`step` a checkpoint has set: the ranks of a job count alike."""
+        return self.step - self.base
+
+    def begins_round(self, optimizer: Optimizer) -> bool:
+        """Tell whether the optimizer's next update is on a decision of its own, and so the policy may change before."""
+        index = self._rounds.index(optimizer)
+        return not self._rounds.active(index) and not self._rounds.joins(index)
+
+    def change(self, spec: PolicySpec | None) -> Turn:
+        """Put another policy in force from the next step on; None observes only.
+
+        A stage that keeps its name, its kind and the shape of its memory goes on with that, whatever became of its
+        settings, and also from shadow to pipeline and back; others begin anew, and count their steps from the next.
+        Only where :meth:`begins_round`. If it raises, as :func:`~gradiometer.policy.build.bind` does, nothing has been
+        changed.
+        """
+        old, was = self._states | self.shadows.states, self.binding
+        fresh = bind(spec, self.layout).init()
+        kept = {name for name in fresh if name in old and _goes_on(name, was.spec, spec, old[name], fresh[name])}
+        born = {name: was.born[name] if name in kept else self.step for name in fresh}
+        self.put(bind(spec, self.layout, born), {name: old[name] if name in kept else fresh[name] for name in fresh})
+        return Turn(
+            kept=tuple(name for name in fresh if name in kept),
+            anew=tuple(name for name in fresh if name not in kept),
+        )
 
     def before_update(self, optimizer: Optimizer) -> Taken | None:
         """Observe, decide and act for a step that is about to be taken.
@@ -212,7 +258,7 @@ class Stepper:
     def state_dict(self) -> dict[str, Any]:
         return checkpoint.save(
             step=self.step,
-            parameters=len(self._layout.names),
+            parameters=len(self.layout.names),
             attached=self.attached,
             binding=self.binding,
             states=self._states | self.shadows.states,
@@ -221,11 +267,12 @@ class Stepper:
     def plan(self, state: Mapping[str, Any]) -> checkpoint.Plan:
         """Work out how to go on from what :meth:`state_dict` returned; raises ValueError if that is not possible."""
         return checkpoint.plan(
-            state, parameters=len(self._layout.names), attached=self.attached, bind=partial(bind, layout=self._layout)
+            state, parameters=len(self.layout.names), attached=self.attached, bind=partial(bind, layout=self.layout)
         )
 
     def go_on(self, plan: checkpoint.Plan) -> None:
         """Go on from a checkpoint."""
+        self.base += plan.step - self.step
         self.step = plan.step
         self.put(plan.binding, plan.states)
 
@@ -364,6 +411,14 @@ class Stepper:
         )
         self.step += 1
         return taken
+
+
+def _goes_on(name: str, old: PolicySpec | None, new: PolicySpec | None, memory: State, fresh: State) -> bool:
+    """Tell whether the stage of that name goes on with what it remembers."""
+    kinds = [{stage.name: stage.kind for stage in each.stages} if each else {} for each in (old, new)]
+    if kinds[0].get(name) != kinds[1].get(name) or memory.keys() != fresh.keys():
+        return False
+    return all(memory[key].shape == fresh[key].shape and memory[key].dtype == fresh[key].dtype for key in fresh)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from gradiometer.insight import Samples, noise_scale
 from gradiometer.policy.actions import CONDITIONS
-from gradiometer.records import ACTIONS, OWN_CLIPPING, Flag, RingReader, Rows, RunFormatError, State, read_manifest
+from gradiometer.records import (
+    ACTIONS,
+    OWN_CLIPPING,
+    Flag,
+    RingReader,
+    Rows,
+    RunFormatError,
+    State,
+    read_manifest,
+)
+from gradiometer.revisions import Revision, read_history
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
 __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
@@ -48,6 +59,7 @@ class RankTail:
         self._ring = RingReader(path / "steps.ring", self.manifest.ring)
         self._samples = self._open_samples()
         self.summary.status = status = self._ring.status()
+        self._revision: Revision | None = None
         self.caught_up = False
         """Every row that was there when the ring was opened has been counted: no counter climbs through history."""
         self._opened_at, self._newest_sample = int(status["head"]), 0
@@ -67,6 +79,17 @@ class RankTail:
         if info is not None and newest is not None and int(newest["begin"]) != self._newest_sample:
             self._newest_sample = int(newest["begin"])
             self.summary.layers.sample(Samples(self.manifest, info, newest.reshape(1)))
+
+    @property
+    def revision(self) -> Revision | None:
+        """The policy by which the newest row was decided and the counters are named; None where that is not known."""
+        wanted = int(self.summary.status["policy_revision"])
+        if self._revision is None or self._revision.revision != wanted:
+            try:
+                self._revision = read_history(self.path, self.manifest).find(wanted)
+            except (OSError, RunFormatError):
+                self._revision = None
+        return self._revision
 
     def poll(self) -> bool:
         """Read the rows that came since the last poll; tell whether there are more than one poll may read."""
@@ -90,6 +113,13 @@ class RankTail:
         if len(rows):
             overtaken = min(overtaken, int(rows["begin"][0]) - 1)
         self.summary.start_after(min(overtaken, self._opened_at))
+
+    @property
+    def clip_events(self) -> npt.NDArray[np.uint64]:
+        """Steps in which each policy that acts, and the loop itself, changed the gradients; uint64[clippers]."""
+        watching = [p for p, slot in self.revision.named if slot.mode == "shadow"] if self.revision else []
+        acted: npt.NDArray[np.uint64] = np.delete(self.summary.status["clip_events"], watching)
+        return acted
 
     def newest(self) -> np.void | None:
         """Copy the newest row as it is now: the job may have logged its loss since it was followed."""
@@ -170,7 +200,10 @@ def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
     for label in manifest.labels.items():
         yield "gradiometer_run_label_info", (*run, *label), 1
     versions = (manifest.torch_version, manifest.gradiometer_version, str(manifest.world_size))
-    yield "gradiometer_run_info", (*run, manifest.job, manifest.device, *versions, ",".join(manifest.acting)), 1
+    for name in ("policy_changes", "policy_rejections"):
+        yield f"gradiometer_{name}_total", run, int(lead.summary.status[name])
+    names = ",".join(lead.revision.acting) if lead.revision is not None else ""
+    yield "gradiometer_run_info", (*run, manifest.job, manifest.device, *versions, names), 1
 
 
 def _loss_sample(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:
@@ -191,6 +224,7 @@ def _gauges(ranks: Sequence[RankTail], newest: np.void | None) -> Iterator[tuple
     if newest is not None:
         yield "learning_rate", float(newest["learning_rate"])
         yield "loss_scale", float(newest["loss_scale"])
+        yield "policy_revision", int(newest["policy_revision"])
 
 
 def _known(run_id: str, gauges: Iterator[tuple[str, float]]) -> Iterator[Sample]:
@@ -200,16 +234,15 @@ def _known(run_id: str, gauges: Iterator[tuple[str, float]]) -> Iterator[Sample]
 
 
 def _policy_samples(tail: RankTail) -> Iterator[Sample]:
-    row, events = tail.summary.newest, tail.summary.status["clip_events"]
-    shadow, names = tail.manifest.shadow, tail.manifest.policies
-    modes = ["shadow" if name in shadow else "act" for name in names]
-    slots = list(zip(range(len(names)), _distinct(names), modes, strict=True))
+    row, events, revision = tail.summary.newest, tail.summary.status["clip_events"], tail.revision
+    slots = [(place, slot.name, slot.mode) for place, slot in revision.named] if revision is not None else []
     slots += [(slot, name, "act") for name, slot in OWN_CLIPPING.items() if name in tail.summary.own_clipping]
+    current = row is not None and int(row["policy_revision"]) == int(tail.summary.status["policy_revision"])
     for slot, policy, mode in slots:
         labels = (tail.run_id, policy, mode)
         yield "gradiometer_clip_events_total", labels, int(events[slot])
         for name in ("threshold", "coefficient"):
-            value = np.nan if row is None else float(row[f"policy_{name}"][slot])
+            value = float(row[f"policy_{name}"][slot]) if row is not None and current else np.nan
             if not np.isnan(value):
                 yield f"gradiometer_clip_{name}", labels, value
 
@@ -221,11 +254,6 @@ def _action_samples(tail: RankTail) -> Iterator[Sample]:
     for place, pair in enumerate(pairs):
         if armed >> place & 1:
             yield "gradiometer_policy_actions_total", (tail.run_id, *pair), int(counts[place])
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Number the names that come again, because two series may not have the same labels."""
-    return [f"{name}#{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def _rank_samples(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:

@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from gradiometer.backward import MICROBATCHES, BackwardWatch
 from gradiometer.journal import Journal, StepRecord
 from gradiometer.own_clipping import row_width
 from gradiometer.recorder import Recorder
-from gradiometer.records import PIPELINE_SLOTS, POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
+from gradiometer.records import POLICY_SLOTS, SCALAR_SLOTS, Flag, Manifest
 from gradiometer.stepper import Taken
 
 __all__ = ["Telemetry"]
@@ -44,8 +44,10 @@ class Telemetry:
         host since it was last emptied, and the step of that row."""
         self.actions: Actions | None = None
         """Shown every row that was written."""
+        self.revision = 0
+        """Of the policy in force."""
         self.slots = {name: slot for slot, name in enumerate(manifest.policies)}
-        """Place of each policy in the policy columns, by its name."""
+        """The slot of each policy in force, by name."""
         self._device, self._pid = device, os.getpid()
         width = FIXED_SCALARS + POLICY_SLOTS + 2 * (POLICY_SLOTS + SCALAR_SLOTS + 2)
         width += (2 + MICROBATCHES) * len(manifest.parameters) + row_width(len(manifest.parameters))
@@ -70,11 +72,10 @@ class Telemetry:
         with self.guard:
             self.recorder.event(kind, message, **details)
 
-    def place(self, names: Sequence[str]) -> None:
-        """Give the policies in force a slot each: those that have one keep it, others get what the manifest leaves."""
-        known = {name: slot for slot, name in enumerate(self.manifest.policies)}
-        free = iter(range(len(known), PIPELINE_SLOTS))
-        self.slots = {name: slot for name in names if (slot := known.get(name, next(free, None))) is not None}
+    def change(self, revision: int, slots: Mapping[str, int], taken_over: frozenset[int]) -> None:
+        """Record the steps to come as decided by another policy, by its table of slots."""
+        self.revision, self.slots = revision, dict(slots)
+        self._journal.change(revision, taken_over)
 
     def begin(self, taken: Taken, watch: BackwardWatch) -> None:
         """Send the row of a step on its way to the host, with what was seen of its backward passes."""
@@ -160,6 +161,7 @@ class Telemetry:
             optimizer=taken.optimizer,
             flags=int(Flag.SCALER) if taken.by_scaler else 0,
             step_seconds=seconds,
+            revision=self.revision,
             acting=self._places(taken.stages),
             watching=self._places([verdict.name for verdict in taken.shadow]),
         )
@@ -241,7 +243,8 @@ class Telemetry:
             for record, values in self._transfer.arrived(wait=wait, keep_newest=keep_newest):
                 travelled = dict(zip(record.travelling, values[: len(record.travelling)].tolist(), strict=True))
                 scalars = record.host | travelled | {"step": float(record.step)}
-                for name, count in scalars.items():
+                # A step of an earlier policy is nothing that the one in force could raise for.
+                for name, count in scalars.items() if record.revision == self.revision else ():
                     if name.startswith(STREAK) and count >= self.streaks.get(name, (0.0, 0))[0]:
                         self.streaks[name] = (count, record.step)
                 with self.guard:

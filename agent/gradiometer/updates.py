@@ -215,4 +215,4 @@ class Updates:
 
 
 def _header(step: int, optimizer: int) -> RowHeader:
-    return RowHeader(step, time.time_ns(), 0, 0, optimizer, 0, -1, NAN, NAN, NAN, NAN, NAN, NAN, NAN, 0.0)
+    return RowHeader(step, time.time_ns(), 0, 0, optimizer, 0, -1, 0, NAN, NAN, NAN, NAN, NAN, NAN, NAN, 0.0)

@@ -104,7 +104,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "grad_norm": None if row is None else float(row["grad_norm_preclip"]),
         "grad_norm_baseline": summary.grad_norm_baseline,
         "loss": summary.loss,
-        "clip_events": int(status["clip_events"][run.ranks[0].manifest.acts].sum()),
+        "clip_events": int(run.ranks[0].clip_events.sum()),
         "nonfinite_steps": int(status["nonfinite_steps"]),
         "skipped_steps": int(status["skipped_steps"]),
     }

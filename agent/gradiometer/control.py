@@ -1,0 +1,205 @@
+"""What is asked of a running job: ``control.json`` in a rank's directory, and the answer to it. Needs no torch.
+
+    <root>/<run_id>/rank-00000/
+        control.json    the newest request; of the ranks of a group, the lowest reads it for all
+
+The answer is a revision in ``policy.json``, or an event ``policy_rejected``, that names the request. Guarantees: a
+request is there whole or not at all; what can be known to be wrong without the job is refused before it is written.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradiometer.policy.fit import misfits
+from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
+from gradiometer.process import process_alive
+from gradiometer.records import RingReader, State, find_ranks, read_bounded, read_events, read_manifest
+from gradiometer.revisions import read_history, write_atomically
+
+__all__ = [
+    "Answer",
+    "Request",
+    "RequestError",
+    "await_answer",
+    "read_request",
+    "rejections",
+    "request_policy",
+    "requests_rank",
+]
+
+CONTROL_FILE = "control.json"
+MAX_BYTES = 2**20
+"""A request is refused beyond this."""
+POLL_SECONDS = 0.1
+
+
+class RequestError(ValueError):
+    """A request cannot be made or read; the message says what to do about it."""
+
+
+class Request(BaseModel):
+    """One request. Other kinds than ``policy`` may come; an agent refuses those it does not know."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    version: Literal[1] = 1
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")]
+    kind: Literal["policy"] = "policy"
+    policy: dict[str, Any] | None
+    """As one writes it; null observes only."""
+    by: Annotated[str, Field(max_length=256)] = ""
+    time_ns: int = 0
+    note: Annotated[str, Field(max_length=1024)] = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What became of a request."""
+
+    applied: bool
+    revision: int | None = None
+    step: int | None = None
+    """The first step that was decided by the new policy."""
+    reasons: tuple[str, ...] = ()
+
+
+def requests_rank(run: Path, rank: int | None = None) -> Path:
+    """Return the rank directory whose requests are read, for all ranks of its group.
+
+    That is the lowest rank's, or ``rank``'s where groups of ranks train by themselves. ``run`` may be a rank directory.
+    Raises FileNotFoundError if there is no such run, RequestError if the rank that reads is not in this directory.
+    """
+    if (run / "manifest.json").is_file():
+        run, rank = run.parent, int(run.name.removeprefix("rank-"))
+    ranks = find_ranks(run)
+    found = ranks[:1] if rank is None else [path for path in ranks if path.name == f"rank-{rank:05d}"]
+    if not found:
+        raise FileNotFoundError(f"no run at {run}" if rank is None else f"no rank {rank} in {run}")
+    leader = read_history(found[0], read_manifest(found[0] / "manifest.json")).leader
+    directory = run / f"rank-{leader:05d}"
+    if directory not in ranks:
+        raise RequestError(
+            f"requests of {found[0].name} are read by rank {leader}, whose directory is not in {run}: ask on the host "
+            f"of rank {leader}"
+        )
+    return directory
+
+
+def request_policy(
+    run: Path, source: PolicySource | None, *, rank: int | None = None, by: str | None = None, note: str = ""
+) -> str:
+    """Ask a running job for another policy, or with None for none; return the id of the request.
+
+    Raises PolicyError for a policy that is none or that does not fit the model, RequestError if the run does not run,
+    FileNotFoundError if there is no such run, OSError if its directory cannot be written.
+    """
+    spec = None if source is None else load_policy(source)
+    directory = requests_rank(run, rank)
+    _check_runs(directory)
+    if spec is not None:
+        names = [parameter.name for parameter in read_manifest(directory / "manifest.json").parameters]
+        if found := misfits(spec, names):
+            raise PolicyError("\n".join(found))
+    now = time.time_ns()
+    request = Request(
+        id=f"{now:020d}-{secrets.token_hex(4)}",
+        policy=None if spec is None else spec.to_dict(),
+        by=by if by is not None else f"{getpass.getuser()}@{socket.gethostname()}",
+        time_ns=now,
+        note=note,
+    )
+    text = request.model_dump_json(indent=1)
+    if len(text) > MAX_BYTES:
+        raise RequestError(f"the request has {len(text)} bytes, expected at most {MAX_BYTES}: shorten its patterns")
+    write_atomically(directory / CONTROL_FILE, text)
+    return request.id
+
+
+def read_request(directory: Path) -> Request:
+    """Read the newest request; raises RequestError for what is none, with a line for each thing that is wrong."""
+    path = directory / CONTROL_FILE
+    try:
+        return Request.model_validate(json.loads(read_bounded(path, MAX_BYTES, "request")))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
+        raise RequestError("\n".join(f"{path}: {line}" for line in lines)) from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not a request: {error}") from error
+
+
+def await_answer(directory: Path, request: str, seconds: float, tell: Callable[[int], None] | None = None) -> Answer:
+    """Wait until the agent has answered the request; ``tell`` is told the newest step meanwhile.
+
+    Raises TimeoutError if there is no answer in ``seconds``, RequestError if the run ended without one, or another
+    request took this one's place.
+    """
+    manifest = read_manifest(directory / "manifest.json")
+    end, offset = time.monotonic() + seconds, 0
+    while True:
+        over = not _runs(directory)  # asked before the answer is looked for, which an ending run may still give
+        revision = read_history(directory, manifest).answer(request)
+        if revision is not None:
+            return Answer(applied=True, revision=revision.revision, step=revision.step)
+        events, offset = read_events(directory / "events.jsonl", offset)
+        for event in events:
+            if event.get("kind") == "policy_rejected" and event.get("request") == request:
+                return Answer(applied=False, reasons=tuple(map(str, event.get("reasons", ()))))
+        if over:
+            raise RequestError(f"the run in {directory} ended before it answered")
+        if time.monotonic() >= end:
+            _check_not_replaced(directory, request)
+            raise TimeoutError(
+                f"no answer within {seconds:g} s; the request stands, and the job may take it up yet: see "
+                "'gradiometer policy show'"
+            )
+        if tell is not None:
+            tell(_newest_step(directory))
+        time.sleep(min(POLL_SECONDS, seconds))
+
+
+def rejections(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the events of requests that were refused."""
+    return (event for event in events if event.get("kind") == "policy_rejected")
+
+
+def _check_not_replaced(directory: Path, request: str) -> None:
+    newest = read_request(directory)
+    if newest.id != request:
+        raise RequestError(f"request {newest.id} of {newest.by or 'unknown'} took the place of this one: ask again")
+
+
+def _check_runs(directory: Path) -> None:
+    if not _runs(directory):
+        raise RequestError(
+            f"the run in {directory} does not run any more: its policy can be changed no longer; give the next one the "
+            "policy with attach(policy=...) or gradiometer run --policy"
+        )
+
+
+def _runs(directory: Path) -> bool:
+    """Tell whether the writer of a rank directory is at work, as far as can be told from here."""
+    manifest = read_manifest(directory / "manifest.json")
+    ring = RingReader(directory / "steps.ring", manifest.ring)
+    try:
+        return ring.status()["state"] != State.FINISHED and process_alive(manifest) is not False
+    finally:
+        ring.close()
+
+
+def _newest_step(directory: Path) -> int:
+    ring = RingReader(directory / "steps.ring", read_manifest(directory / "manifest.json").ring)
+    try:
+        newest = ring.newest()
+        return -1 if newest is None else int(newest["step"])
+    finally:
+        ring.close()

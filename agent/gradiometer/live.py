@@ -1,0 +1,312 @@
+"""Change the policy of a running job: a thread that reads requests, and one attribute that the step path looks at.
+
+The thread never touches the device and is never waited for, but in a step that its rank has pledged not to begin
+without a verdict, and then not for ever. Guarantees: every rank takes a new policy up at the same step or none does;
+a rank that cannot learn which of them it is raises, for ranks under different policies would train apart unseen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+from weakref import finalize, ref
+
+import torch
+
+from gradiometer.accord import Accord, Pledge, Verdict, leave_quietly
+from gradiometer.control import CONTROL_FILE, Request, RequestError, read_request
+from gradiometer.policy.build import bind
+from gradiometer.policy.spec import PolicyError, PolicySpec, load_policy
+from gradiometer.records import RunFormatError
+from gradiometer.rendezvous import job_store
+from gradiometer.stepper import Stepper
+
+__all__ = ["Live", "Order", "PolicyChangeError"]
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS, BUSY_SECONDS = 0.5, 0.02
+STORE_CHECKS = 500
+"""Looks a second that the ranks of a job together take at its store: beyond 250 ranks each looks less often."""
+PLEDGE_SECONDS = 2.0
+"""How long the steps take, as far as can be told, that a rank takes before it waits for a verdict."""
+MIN_STEPS, MAX_STEPS = 2, 10_000
+WAIT_SECONDS = 30.0
+"""How long a step waits for a verdict at most; its thread has refused long before, if it reaches the store."""
+JOIN_SECONDS = 5.0
+_attachments: dict[tuple[str, tuple[int, ...]], count[int]] = {}
+"""Numbers the agents of one run id and group: ranks attach in the same order."""
+
+
+class PolicyChangeError(RuntimeError):
+    """This rank has agreed to change its policy with the others, and cannot learn whether they do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """A policy that was checked and agreed on, for the training thread to put in force."""
+
+    request: Request
+    spec: PolicySpec | None
+    at: int | None = None
+    """The step, counted since attach, before which it is; None: at once."""
+
+
+class Live:
+    """What an agent has to do with changes of its policy."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        directory: Path,
+        members: Sequence[int],
+        own: int,
+        reject: Callable[[Request | None, Sequence[str]], None],
+        check: Callable[[PolicySpec], None],
+    ) -> None:
+        self.due = False
+        """Whether the training thread should look here before its next step: all that a step looks at."""
+        self.obstacle = ""
+        """Why no policy could act in this job."""
+        self._stepper, self._reject, self._fits, self._path = stepper, reject, check, directory
+        self._inode, self._pid = directory.stat().st_ino, os.getpid()
+        self._seen: tuple[int, int, int] | None = None
+        """Inode, time and size of the request that was read last."""
+        self._handled: str | None = None
+        self._changed = threading.Condition()
+        self._horizon: int | None = None
+        self._order: Order | None = None
+        self._lost = ""
+        self._paces: deque[tuple[float, int]] = deque(maxlen=8)
+        self._accord, self._no_accord = self._open(members, own)
+        self._reads = own == members[0]
+        self._idle = IDLE_SECONDS if len(members) == 1 else max(IDLE_SECONDS, len(members) / STORE_CHECKS)
+        self._stop = threading.Event()
+        finalize(self, self._stop.set).atexit = False
+        self._thread = threading.Thread(
+            target=_watch, args=(ref(self), self._stop), name="gradiometer-live", daemon=True
+        )
+        self._thread.start()
+
+    def _open(self, members: Sequence[int], own: int) -> tuple[Accord | None, str]:
+        if len(members) == 1:
+            return None, ""
+        name = self._path.parent.name
+        number = next(_attachments.setdefault((name, tuple(members)), count()))
+        store = job_store()
+        if store is None:
+            return None, "the ranks of this job share no key-value store (MPI has none), so they cannot agree on a step"
+        try:
+            return Accord(store, f"{name}/{number}", members, own), ""
+        except RuntimeError as error:
+            return None, f"the job's key-value store cannot be reached: {error}"
+
+    # For the training thread.
+
+    def settle(self) -> Order | None:
+        """Return what is to be put in force before the step that is about to be taken; wait for a verdict if pledged.
+
+        Raises PolicyChangeError if there is none in time.
+        """
+        if os.getpid() != self._pid:
+            self.due = False  # a forked child has no thread
+            return None
+        step = self._stepper.taken
+        with self._changed:
+            if self._horizon is not None and step >= self._horizon:
+                self._changed.wait_for(lambda: self._horizon is None or self._lost, WAIT_SECONDS)
+                if self._horizon is not None:
+                    self.due, self._horizon = False, None
+                    raise PolicyChangeError(
+                        "this rank agreed to change its policy together with the others, and cannot learn whether they "
+                        f"do: {self._lost or f'no verdict came within {WAIT_SECONDS:g} s'}. Ranks under different "
+                        "policies would train apart; start again from a checkpoint"
+                    )
+            order = self._order
+            if order is None or (order.at is not None and step < order.at):
+                self.due = order is not None or self._horizon is not None
+                return None
+            self._order, self.due = None, False
+            return order
+
+    def close(self) -> None:
+        """End the thread; what has not been put in force by now is refused. Idempotent."""
+        if os.getpid() != self._pid or self._stop.is_set():
+            return
+        self._stop.set()
+        self._thread.join(JOIN_SECONDS)
+        order, self._order, self.due = self._order, None, False
+        if order is not None:
+            self._reject(order.request, ["the agent was detached before the step at which it was to be put in force"])
+
+    # For the thread.
+
+    def look(self) -> float:
+        """Do what there is to do; return after how many seconds to look again."""
+        now, taken = time.monotonic(), self._stepper.taken
+        if not self._paces or now - self._paces[-1][0] >= IDLE_SECONDS:
+            self._paces.append((now, taken))
+        if self._order is not None:
+            return IDLE_SECONDS
+        if self._accord is not None and not self._confer(self._accord):
+            return IDLE_SECONDS
+        busy = self._accord is not None and self._accord.open
+        if self._reads and not busy:
+            busy = self._read()
+        return BUSY_SECONDS if busy else self._idle
+
+    def leave(self) -> None:
+        """Take leave of the other ranks."""
+        if self._accord is not None and not self._lost and _in_a_group():
+            leave_quietly(self._accord, "its agent was detached", self._hear)
+
+    def give_up(self, why: str) -> None:
+        """Take no requests any more; the training thread learns of it if it waits."""
+        with self._changed:
+            self._lost = why
+            self._changed.notify_all()
+        if _in_a_group():
+            logger.warning("gradiometer: the policy can no longer be changed while this job runs: %s", why)
+
+    def _read(self) -> bool:
+        """Take a new request, if there is one; tell whether it was."""
+        found = self._signature()
+        if found is None or found == self._seen:
+            return False
+        self._seen = found
+        try:
+            request = read_request(self._path)
+        except (RequestError, RunFormatError) as error:
+            self._reject(None, str(error).splitlines())
+            return False
+        except OSError:
+            return False
+        if request.id == self._handled:
+            return False
+        self._handled = request.id
+        spec, wrong = self._check(request)
+        if not wrong and self._no_accord:
+            wrong = [self._no_accord]
+        if wrong:
+            self._reject(request, wrong)
+        elif self._accord is not None:
+            self._accord.propose(request.model_dump_json())
+        else:
+            self._hand_over(Order(request=request, spec=spec))
+        return not wrong
+
+    def _signature(self) -> tuple[int, int, int] | None:
+        try:
+            if self._path.stat().st_ino != self._inode:
+                return None  # another run's, which has this one's place
+            stat = (self._path / CONTROL_FILE).stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+    def _check(self, request: Request) -> tuple[PolicySpec | None, list[str]]:
+        """Return the policy, built once on the host to see that it can be, and what is wrong with it."""
+        if request.policy is None:
+            return None, []
+        if self.obstacle:
+            return None, [self.obstacle]
+        try:
+            spec = load_policy(request.policy)
+            layout = replace(self._stepper.layout, device=torch.device("cpu"))
+            bind(spec, layout).init()
+            self._fits(spec)
+        except PolicyError as error:
+            return None, str(error).splitlines()
+        except Exception as error:  # whatever a policy cannot be built for, the job goes on with the one it has
+            return None, [f"the policy cannot be built: {type(error).__name__}: {error}"]
+        return spec, []
+
+    def _confer(self, accord: Accord) -> bool:
+        """Take part in what the ranks decide; tell whether they can."""
+        if not _in_a_group():
+            return False  # the group was destroyed, and its store may be gone
+        try:
+            if (message := accord.hear()) is not None:
+                self._answer(accord, message)
+            if (verdict := accord.look()) is not None:
+                self._hear(verdict)
+        except RuntimeError as error:  # of which kind is for the store to say
+            self._accord, self._no_accord = None, f"the job's key-value store cannot be reached: {error}"
+            self.give_up(self._no_accord)
+            return False
+        return True
+
+    def _answer(self, accord: Accord, message: str) -> None:
+        request = Request.model_validate(json.loads(message))
+        self._handled = request.id
+        _, wrong = self._check(request)
+        if wrong:
+            accord.refuse("; ".join(wrong))
+            return
+        accord.pledge(Pledge(horizon=self._bind(), base=self._stepper.base))
+
+    def _bind(self) -> int:
+        """Bind the training thread not to begin a step without a verdict; return which."""
+        while True:
+            horizon = self._stepper.taken + self._steps()
+            with self._changed:
+                self._horizon, self.due = horizon, True
+            # A step that has begun since may not have seen that it is due; those after this look will.
+            if self._stepper.taken + 1 < horizon:
+                return horizon
+
+    def _steps(self) -> int:
+        """Return how many steps the training takes in two seconds, going by the last few."""
+        if len(self._paces) < 2:
+            return MIN_STEPS
+        (began, first), (ended, last) = self._paces[0], self._paces[-1]
+        return max(MIN_STEPS, min(MAX_STEPS, math.ceil((last - first) / (ended - began) * PLEDGE_SECONDS)))
+
+    def _hear(self, verdict: Verdict) -> None:
+        request = Request.model_validate(json.loads(verdict.message))
+        if verdict.at is None:
+            with self._changed:
+                self._horizon = None
+                self._changed.notify_all()
+            self._reject(request, [verdict.why])
+            return
+        spec = None if request.policy is None else load_policy(request.policy)
+        self._hand_over(Order(request=request, spec=spec, at=verdict.at))
+
+    def _hand_over(self, order: Order) -> None:
+        with self._changed:
+            self._order, self._horizon, self.due = order, None, True
+            self._changed.notify_all()
+
+
+def _in_a_group() -> bool:
+    distributed: Any = torch.distributed
+    return bool(distributed.is_available() and distributed.is_initialized())
+
+
+def _watch(live: ref[Live], stop: threading.Event) -> None:
+    """Look again and again; keep nothing alive in between."""
+    seconds = IDLE_SECONDS
+    while not stop.wait(seconds):
+        mine = live()
+        if mine is None:
+            return
+        try:
+            seconds = mine.look()
+        except Exception as error:  # a thread has nobody to raise to
+            mine.give_up(f"{type(error).__name__}: {error}")
+            return
+        del mine
+    mine = live()
+    if mine is not None:
+        mine.leave()

@@ -1,0 +1,162 @@
+"""One rank of the trainings whose policy is changed while they run; run as :mod:`tests._parallel` is."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import gradiometer
+from gradiometer.control import Answer, await_answer, request_policy
+from tests._parallel import sharded
+from tests._ranks import Case, attach, build_model, loss_of, mine, run_cases, sgd
+from tests._training import backward
+
+__all__ = ["CASES", "OTHER"]
+
+OTHER: list[dict[str, Any]] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 0.05}}, {"value": {"max_abs": 0.01}}]
+
+
+def ask(policy: Any) -> str:
+    return request_policy(Path(os.environ["CASE_DIR"]) / "run", policy)
+
+
+def answer(request: str, seconds: float = 20.0) -> Answer:
+    return await_answer(Path(os.environ["CASE_DIR"]) / "run" / "rank-00000", request, seconds)
+
+
+def shown(model: nn.Module) -> list[Any]:
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return [each.detach().flatten().tolist() for each in whole]
+
+
+def changes(agent: gradiometer.Agent) -> list[list[Any]]:
+    events = gradiometer.open_run(agent.path).events
+    return [[e["kind"], e.get("step"), e.get("reasons")] for e in events if e["kind"].startswith("policy_")]
+
+
+def train_until(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world: int, steps: int, pause: float, first: int = 0
+) -> None:
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        backward(loss_of(model(mine(step % 7, rank, world))))
+        optimizer.step()
+        time.sleep(pause * (1 + rank))  # the ranks are not equally fast
+
+
+def change(model: Any, rank: int, world: int, pause: float, steps: int) -> dict[str, Any]:
+    """Train for some seconds; the first rank asks for another policy at the start."""
+    optimizer = sgd(model)
+    with attach(model, optimizer) as agent:
+        if rank == 0:
+            ask(OTHER)
+        train_until(model, optimizer, rank, world, steps, pause)
+        found = changes(agent)
+    return {"changes": found, "weights": shown(model)}
+
+
+def ddp_fast(rank: int, world: int) -> dict[str, Any]:
+    return change(nn.parallel.DistributedDataParallel(build_model()), rank, world, 0.002, 800)
+
+
+def ddp_slow(rank: int, world: int) -> dict[str, Any]:
+    return change(nn.parallel.DistributedDataParallel(build_model()), rank, world, 0.4, 8)
+
+
+def fsdp2(rank: int, world: int) -> dict[str, Any]:
+    return change(sharded(build_model()), rank, world, 0.004, 500)
+
+
+def refused_by_one(rank: int, world: int) -> dict[str, Any]:
+    """The second rank captures its steps, so no policy can act there, and none acts anywhere."""
+    model = nn.parallel.DistributedDataParallel(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer) as agent:
+        if rank:
+            agent._live.obstacle = "the job captures steps into CUDA graphs, in which no policy can act"
+        else:
+            ask(OTHER)
+        train_until(model, optimizer, rank, world, 300, 0.005)
+        found = changes(agent)
+    return {"changes": found}
+
+
+def unlike_numbers(rank: int, world: int) -> dict[str, Any]:
+    """One rank has loaded a checkpoint and the other has not."""
+    model = nn.parallel.DistributedDataParallel(build_model())
+    optimizer = sgd(model)
+    with attach(model, optimizer) as agent:
+        state = agent.state_dict()
+        agent.load_state_dict({**state, "step": 5 * rank})
+        if rank == 0:
+            ask(OTHER)
+        train_until(model, optimizer, rank, world, 300, 0.005)
+        found = changes(agent)
+    return {"changes": found}
+
+
+def ends_before(rank: int, world: int) -> dict[str, Any]:
+    """The training ends while the policy is being settled; nobody waits for long."""
+    model = nn.parallel.DistributedDataParallel(build_model())
+    optimizer = sgd(model)
+    agent = attach(model, optimizer)
+    if rank == 0:
+        ask(OTHER)
+    train_until(model, optimizer, rank, world, 3, 0.2)
+    began = time.monotonic()
+    agent.detach()
+    return {"seconds": time.monotonic() - began, "changes": changes(agent)}
+
+
+def detached_on_one(rank: int, world: int) -> dict[str, Any]:
+    """One rank has no agent any more; the others learn that it does not answer, and go on."""
+    model = nn.parallel.DistributedDataParallel(build_model())
+    optimizer = sgd(model)
+    agent = attach(model, optimizer)
+    train_until(model, optimizer, rank, world, 1, 0.0)
+    if rank:
+        agent.detach()
+    else:
+        ask(OTHER)
+    train_until(model, optimizer, rank, world, 150, 0.05, first=1)
+    agent.detach()
+    return {"changes": changes(agent)}
+
+
+def dies(rank: int, world: int) -> dict[str, Any]:
+    """The last rank is killed as soon as it has pledged; the first sees the request through alone."""
+    model = build_model()  # independent gradients: the others can go on
+    optimizer = sgd(model)
+    agent = attach(model, optimizer)
+    if rank == 0:
+        ask(OTHER)
+        end = time.monotonic() + 16
+        while time.monotonic() < end:
+            train_until(model, optimizer, rank, world, 1, 0.01)
+        agent.detach()
+        path = Path(os.environ["CASE_DIR"]).parent / f"dies-{rank}.json"
+        path.write_text(json.dumps({"changes": changes(agent), "step": agent.step}))
+        sys.stdout.flush()
+        os._exit(0)
+    os.kill(os.getpid(), 9)
+    return {}
+
+
+CASES: dict[str, Case] = {
+    case.__name__: case
+    for case in (ddp_fast, ddp_slow, fsdp2, refused_by_one, unlike_numbers, ends_before, detached_on_one, dies)
+}
+
+
+if __name__ == "__main__":
+    run_cases(CASES)
+    sys.stdout.flush()
+    os._exit(0)
