@@ -89,20 +89,6 @@ def refused_by_one(rank: int, world: int) -> dict[str, Any]:
     return {"changes": found}
 
 
-def unlike_numbers(rank: int, world: int) -> dict[str, Any]:
-    """One rank has loaded a checkpoint and the other has not."""
-    model = nn.parallel.DistributedDataParallel(build_model())
-    optimizer = sgd(model)
-    with attach(model, optimizer) as agent:
-        state = agent.state_dict()
-        agent.load_state_dict({**state, "step": 5 * rank})
-        if rank == 0:
-            ask(OTHER)
-        train_until(model, optimizer, rank, world, 300, 0.005)
-        found = changes(agent)
-    return {"changes": found}
-
-
 def ends_before(rank: int, world: int) -> dict[str, Any]:
     """The training ends while the policy is being settled; nobody waits for long."""
     model = nn.parallel.DistributedDataParallel(build_model())
@@ -151,8 +137,7 @@ def dies(rank: int, world: int) -> dict[str, Any]:
 
 
 CASES: dict[str, Case] = {
-    case.__name__: case
-    for case in (ddp_fast, ddp_slow, fsdp2, refused_by_one, unlike_numbers, ends_before, detached_on_one, dies)
+    case.__name__: case for case in (ddp_fast, ddp_slow, fsdp2, refused_by_one, ends_before, detached_on_one, dies)
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from torch._C._distributed_c10d import FileStore, HashStore
 
 from gradiometer import accord
-from gradiometer.accord import Accord, Pledge, Verdict
+from gradiometer.accord import Accord, Verdict
 
 
 @pytest.fixture(params=["hash", "file"])
@@ -35,7 +35,7 @@ def test_the_latest_pledge_is_the_step(ranks: list[Accord]) -> None:
             assert rank.hear() == proposal
             assert rank.hear() is None
             assert ranks[0].look() is None
-            rank.pledge(Pledge(horizon=horizon, base=3))
+            rank.pledge(horizon)
         assert [rank.look() for rank in ranks] == [Verdict(message=proposal, at=12)] * 3
         assert not any(rank.open for rank in ranks)
 
@@ -45,12 +45,12 @@ def test_one_refusal_is_everybodys(ranks: list[Accord]) -> None:
     ranks[0].propose("one")
     for rank in ranks[:2]:
         rank.hear()
-    ranks[0].pledge(Pledge(horizon=2, base=0))
+    ranks[0].pledge(2)
     ranks[1].refuse("no room")
     late = ranks[2]
     assert {rank.look().why for rank in ranks[:2] if rank.open} == {"rank 1: no room"}  # type: ignore[union-attr]
     late.hear()
-    late.pledge(Pledge(horizon=2, base=0))
+    late.pledge(2)
     assert late.look() == Verdict(message="one", at=None, why="rank 1: no room")
 
 
@@ -59,7 +59,7 @@ def test_who_does_not_answer_is_named(ranks: list[Accord], monkeypatch: pytest.M
     ranks[0].propose("one")
     for rank in ranks[:2]:
         rank.hear()
-        rank.pledge(Pledge(horizon=5, base=0))
+        rank.pledge(5)
     assert ranks[0].look() is None
     at_once(monkeypatch)
     for rank in ranks[:2]:
@@ -74,7 +74,7 @@ def test_a_first_rank_that_is_gone(ranks: list[Accord], monkeypatch: pytest.Monk
     ranks[0].propose("one")
     for rank in ranks:
         rank.hear()
-        rank.pledge(Pledge(horizon=5, base=0))
+        rank.pledge(5)
     at_once(monkeypatch)
     verdicts = [ranks[place].look() for place in (2, 1, 0)]
     assert verdicts[0] is not None
@@ -95,17 +95,6 @@ def test_a_rank_that_leaves(ranks: list[Accord], monkeypatch: pytest.MonkeyPatch
     ranks[0].propose("two")
     for rank in ranks:
         rank.hear()
-        rank.pledge(Pledge(horizon=4, base=0))
+        rank.pledge(4)
     assert ranks[0].look() == Verdict(message="two", at=4)
     assert [rank.leave("over") for rank in ranks[1:]] == [Verdict(message="two", at=4)] * 2
-
-
-def test_ranks_that_count_unlike(ranks: list[Accord]) -> None:
-    """Ranks of which one has another checkpoint are told so."""
-    ranks[0].propose("one")
-    for place, rank in enumerate(ranks):
-        rank.hear()
-        rank.pledge(Pledge(horizon=5, base=100 * (place == 2)))
-    verdict = ranks[0].look()
-    assert verdict is not None
-    assert (verdict.at, verdict.why.split(":")[0]) == (None, "ranks 0 and 2 number their steps unlike, by 100")

@@ -262,10 +262,10 @@ def test_metrics_name_the_policies_in_force(tmp_path: Path) -> None:
 
         run = open_run(agent.path)
         clips = dict(zip(run.policies, run.clipped.sum(axis=0).tolist(), strict=True))
-        assert value("clip_events_total", policy="global_norm") == clips["global_norm"] > 5
-        assert value("clip_events_total", policy="value") == clips["value"] > 0
-        assert value("clip_events_total", policy="nonfinite") is None
-        assert value("clip_threshold", policy="value") == pytest.approx(1e-6)
+        assert value("clip_events_total", policy="global_norm", mode="act") == clips["global_norm"] > 5
+        assert value("clip_events_total", policy="value", mode="act") == clips["value"] > 0
+        assert value("clip_events_total", policy="nonfinite", mode="act") is None
+        assert value("clip_threshold", policy="value", mode="act") == pytest.approx(1e-6)
         assert value("policy_changes_total") == value("policy_revision") == 1
         assert value("policy_rejections_total") == 0
         assert summarize(run)["clip_events"] == {name: clips[name] for name in ("global_norm", "value")}
@@ -285,7 +285,7 @@ def test_a_stage_that_stays_keeps_its_memory(tmp_path: Path) -> None:
             backward(loss_of(model, 0) * float("nan"))
             optimizer.step()
             assert time.monotonic() < end
-        assert float(agent.state_dict()["policy"]["nonfinite"]["consecutive"]) == agent.step
+        assert float(agent.state_dict()["states"]["nonfinite"]["consecutive"]) == agent.step
         (event,) = [e for e in open_run(agent.path).events if e["kind"] == "policy_changed"]
         assert (event["kept"], event["anew"]) == (["nonfinite"], ["global_norm"])
 

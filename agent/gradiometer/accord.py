@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-__all__ = ["Accord", "Pledge", "Verdict", "leave_quietly"]
+__all__ = ["Accord", "Verdict", "leave_quietly"]
 
 GATHER_SECONDS = 10.0
 """How long the first rank waits for the pledges of the others."""
@@ -26,16 +26,6 @@ DECIDE_SECONDS = 15.0
 LINGER_SECONDS = 2.0
 """How long a rank that leaves waits for the others to have read a verdict: the store may go with it."""
 LOOK_SECONDS = 0.02
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pledge:
-    """What a rank answers."""
-
-    horizon: int
-    """The step, counted since attach, that it will not begin without knowing the verdict."""
-    base: int
-    """Number that its step 0 since attach has: alike on ranks that count alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +70,13 @@ class Accord:
         self._message, self._pledged, self._since = self._store.get(self._key("said")).decode(), False, time.monotonic()
         return self._message
 
-    def pledge(self, pledge: Pledge) -> None:
-        """Agree to the proposal. The training thread must be bound by it already."""
+    def pledge(self, horizon: int) -> None:
+        """Agree to the proposal, and not to begin step ``horizon``, counted since attach, without knowing the verdict.
+
+        The training thread must be bound by it already.
+        """
         self._pledged, self._since = True, time.monotonic()
-        self._store.set(self._key(f"pledge/{self._own}"), json.dumps([pledge.horizon, pledge.base]))
+        self._store.set(self._key(f"pledge/{self._own}"), str(horizon))
 
     def refuse(self, why: str) -> None:
         """Have the proposal refused, unless a verdict is there."""
@@ -134,15 +127,7 @@ class Accord:
             missing = [rank for rank in self._members if not self._store.check([keys[rank]])]
             shown = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}"
             return None, f"{shown} did not answer within {GATHER_SECONDS:g} s: ended, detached, or stopped"
-        pledges = {rank: json.loads(self._store.get(key).decode()) for rank, key in keys.items()}
-        first = pledges[self._own][1]
-        for rank, (_, base) in pledges.items():
-            if base != first:
-                return None, (
-                    f"ranks {self._own} and {rank} number their steps unlike, by {abs(base - first)}: load the same "
-                    "checkpoint on every rank"
-                )
-        return max(horizon for horizon, _ in pledges.values()), ""
+        return max(int(self._store.get(key).decode()) for key in keys.values()), ""
 
     def _key(self, what: str) -> str:
         return f"{self._house}/{self._number}/{what}"

@@ -23,7 +23,7 @@ from weakref import finalize, ref
 
 import torch
 
-from gradiometer.accord import Accord, Pledge, Verdict, leave_quietly
+from gradiometer.accord import Accord, Verdict, leave_quietly
 from gradiometer.control import CONTROL_FILE, Request, RequestError, read_request
 from gradiometer.policy.build import bind
 from gradiometer.policy.spec import PolicyError, PolicySpec, load_policy
@@ -253,7 +253,7 @@ class Live:
         if wrong:
             accord.refuse("; ".join(wrong))
             return
-        accord.pledge(Pledge(horizon=self._bind(), base=self._stepper.base))
+        accord.pledge(self._bind())
 
     def _bind(self) -> int:
         """Bind the training thread not to begin a step without a verdict; return which."""
