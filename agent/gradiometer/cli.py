@@ -17,6 +17,7 @@ from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
 from gradiometer.policy_cli import app as policy_app
 from gradiometer.recorder import RunInUseError, check_run_id
 from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs, installed_version
+from gradiometer.replay_cli import replay
 from gradiometer.report import draw, job_state, summarize
 from gradiometer.run import open_run
 from gradiometer.runs import find_run
@@ -226,6 +227,9 @@ def _run_table(rows: list[dict[str, Any]], root: Path) -> Table:
 
 def _cell(value: object) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+app.command()(replay)
 
 
 def main() -> None:
