@@ -21,6 +21,7 @@ from gradiometer.replay_cli import replay
 from gradiometer.report import draw, job_state, summarize
 from gradiometer.run import open_run
 from gradiometer.runs import find_run
+from gradiometer.suggest_cli import suggest
 
 __all__ = ["app", "main"]
 
@@ -230,6 +231,7 @@ def _cell(value: object) -> str:
 
 
 app.command()(replay)
+app.command()(suggest)
 
 
 def main() -> None:
