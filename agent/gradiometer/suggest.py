@@ -49,7 +49,7 @@ class Findings:
     quantiles: dict[str, float]
     """p90, p99, p99.9 and max."""
     deviation: float
-    """1.4826 times the median absolute deviation of the logarithms."""
+    """1.4826 times the median absolute deviation of the logarithms, each tenth of the run about its own median."""
     spikes: tuple[int, ...]
     """Step numbers."""
     highest: float
@@ -170,10 +170,11 @@ def _levels(values: Floats, parts: int) -> Floats:
 
 
 def _deviation(values: Floats) -> float:
-    if not len(values):
+    """Return the robust deviation of the logarithms about the median of their tenth of the run: drift is none."""
+    if len(values) < 10:
         return math.nan
-    logs = np.log(values)
-    return float(1.4826 * np.median(np.abs(logs - np.median(logs))))
+    parts = [np.log(part) for part in np.array_split(values, 10)]
+    return float(1.4826 * np.median(np.abs(np.concatenate([part - np.median(part) for part in parts]))))
 
 
 def _dominating(
