@@ -41,20 +41,23 @@ def _panel(axis: Any, run: Run, ran: Ran, low: float, high: float) -> None:
         style = "-" if stage.acts else "--"
         label = f"threshold of {stage.name}" + ("" if stage.acts else " (shadow)")
         label += "" if stage.scope == "model" else f", the {stage.scope} cut most"
-        axis.plot(steps, stage.threshold, style, color=THRESHOLDS[place % len(THRESHOLDS)], linewidth=1.3, label=label)
+        seen = np.where(np.isfinite(stage.threshold), stage.threshold, np.nan)
+        dots = "." if np.isnan(seen).mean() > 0.5 else ""  # a threshold that is there in single steps makes no line
+        color = THRESHOLDS[place % len(THRESHOLDS)]
+        axis.plot(steps, seen, style, color=color, linewidth=1.3, marker=dots, label=label)
     skipped = ran.skipped_by_policy
     clipped = ran.clipped & ~skipped
     for chosen, color, mark, word, height in (
         (clipped & np.isfinite(norms), CLIP, "|", "clipped", 0.04),
         (skipped, SKIP, "x", "skipped", 0.1),
-        (run.nonfinite, BAD, "v", "NaN or Inf", 0.95),
+        (run.nonfinite, BAD, "v", "NaN or Inf", 0.17),
     ):
         if chosen.any():
             axis.plot(
                 steps[chosen], np.full(chosen.sum(), height), mark, color=color, markersize=5,
                 transform=axis.get_xaxis_transform(), label=f"{word} ({chosen.sum()} steps)", linestyle="none",
             )  # fmt: skip
-    axis.set(yscale="log", ylim=(low / 1.8, high), ylabel="norm", xlim=(steps[0], steps[-1] + 1))
+    axis.set(yscale="log", ylim=(low / 1.8, high * 6), ylabel="norm", xlim=(steps[0], steps[-1] + 1))
     axis.set_title(f"{ran.label}: clips {ran.clipped.mean():.1%} of the steps", loc="left", fontsize=10)
     axis.legend(loc="upper right", fontsize=7.5, ncols=2, framealpha=0.85)
     axis.grid(visible=True, which="major", linewidth=0.3)

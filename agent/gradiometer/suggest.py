@@ -222,8 +222,8 @@ def _bad_steps(found: Findings, allowed: int) -> str:
     if not found.nonfinite:
         return "nonfinite: no step was NaN or Inf; clipping could not mend one, and to skip it costs nothing before"
     return (
-        f"nonfinite: {found.nonfinite} steps were NaN or Inf, at most {found.longest_nonfinite} in a row: they are "
-        f"skipped, and {allowed} in a row stop the job"
+        f"nonfinite: {found.nonfinite} {'step was' if found.nonfinite == 1 else 'steps were'} NaN or Inf, at most "
+        f"{found.longest_nonfinite} in a row: such are skipped, and {allowed} in a row stop the job"
     )
 
 
