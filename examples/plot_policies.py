@@ -41,8 +41,9 @@ def record(root: Path) -> gradiometer.Run:
     torch.set_num_threads(1)
     inputs = torch.randn(4096, 20)
     labels = (inputs[:, :10].sum(1) * inputs[:, 10:].sum(1) > 0).long()
-    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
-    for layer in (model[0], model[4]):
+    first, last = nn.Linear(20, 64), nn.Linear(64, 2)
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), last)
+    for layer in (first, last):
         nn.init.normal_(layer.weight, std=0.5)  # a poor start: the first gradients are large
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
@@ -53,7 +54,7 @@ def record(root: Path) -> gradiometer.Run:
             optimizer.zero_grad()
             scaled = loss * SPIKES.get(step, float("nan") if step == BAD else 1.0)
             agent.log(loss=scaled)
-            scaled.backward()
+            scaled.backward()  # type: ignore[no-untyped-call]  # torch
             optimizer.step()
             warmup.step()
         path = agent.path

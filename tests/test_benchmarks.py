@@ -57,6 +57,16 @@ def test_parallel_counts_collectives(tmp_path: Path) -> None:
         assert agent == ({0} if name.endswith("DDP") else {1})
 
 
+def test_replay_times_each_kind(tmp_path: Path) -> None:
+    """The replay benchmark writes a run, reads it and replays each kind of policy over it."""
+    path = tmp_path / "replay.json"
+    done = run("benchmarks.replay", "--steps", "300", "--layers", "5", "--json", path)
+    assert done.returncode == 0, done.stderr
+    body = json.loads(path.read_text())
+    assert body["seconds"].keys() >= {"reading the run", "nonfinite", "global_norm", "group_norm"}
+    assert all(seconds > 0 for seconds in body["seconds"].values())
+
+
 def test_gpu_dry_run_covers_every_variant(tmp_path: Path) -> None:
     """A dry run of the GPU benchmark goes through every variant, its host waits and its kernels, on the CPU."""
     path = tmp_path / "gpu.json"

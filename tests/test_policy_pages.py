@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +65,21 @@ def test_each_kind_has_its_section(kind: str) -> None:
     assert (f"images/policy-{kind}.png" in section) == (kind not in NO_PICTURE)
     if kind not in NO_PICTURE:
         assert (PAGE.parent / "images" / f"policy-{kind}.png").stat().st_size < 60_000
+
+
+def test_the_pictures_can_be_drawn(tmp_path: Path) -> None:
+    """examples/plot_policies.py draws a small picture of each kind, or says why there is none."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = subprocess.run(
+        [sys.executable, str(PAGE.parents[1] / "examples" / "plot_policies.py"), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pictures = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    for kind in KINDS:
+        assert pictures.get(f"policy-{kind}.png", 60_000) < 60_000 or f"{kind}: no picture, " in done.stdout
+    assert "policy-global_norm.png" in pictures

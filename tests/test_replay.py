@@ -220,3 +220,19 @@ def test_rolling_median_and_spikes() -> None:
         before = norms[:step][np.isfinite(norms[:step])][-100:]
         assert medians[step] == pytest.approx(np.median(before)) if len(before) >= 10 else np.isnan(medians[step])
     assert np.flatnonzero(spikes(norms)).tolist() == [300]
+
+
+def test_ctrl_c_ends_in_one_line(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a long replay is one line and exit status 130."""
+    write_run(make_manifest(), np.ones((5, 4)))
+    path = tmp_path / "p.yaml"
+    path.write_text("pipeline: [nonfinite]")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradiometer.replay.replay", interrupt)
+    done = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--policy", str(path)])
+    assert (done.exit_code, done.stderr) == (130, "stopped by Ctrl-C\n")
