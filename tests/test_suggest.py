@@ -14,6 +14,9 @@ from typer.testing import CliRunner
 from gradiometer.cli import app
 from gradiometer.policy.build import _BUILDERS
 from gradiometer.policy.kinds import KINDS
+from gradiometer.policy.spec import load_policy
+from gradiometer.suggest import find, propose
+from tests.test_replay import live_run
 
 if TYPE_CHECKING:
     from tests.conftest import MakeManifest, WriteRun
@@ -150,3 +153,17 @@ def test_the_yaml_is_ready_to_use(suggest: Any, tmp_path: Path) -> None:
     assert "published recipes" in comment
     plain = runner.invoke(app, ["suggest", run])
     assert plain.stdout == text
+
+
+def test_a_run_that_really_trained(tmp_path: Path) -> None:
+    """A small model's own run: its bad step and its spike are found, and what is proposed loads."""
+    run = live_run(tmp_path, {"pipeline": ["nonfinite"]}, steps=300)
+    found = find(run)
+    assert (found.steps, found.nonfinite, found.longest_nonfinite) == (300, 1, 1)
+    assert found.warmup <= 75
+    assert (20 in found.spikes) == (found.warmup <= 20)
+    norms = run.grad_norm_preclip[found.warmup :]
+    assert found.median == pytest.approx(np.median(norms[np.isfinite(norms)]))
+    proposal = propose(found, {layer: [layer] for layer in run.layers})
+    assert proposal is not None
+    assert load_policy(proposal.policy).names[0] == "nonfinite"
