@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import gradiometer
 from gradiometer.cli import app
-from gradiometer.history import recorded, rolling_median, spikes
+from gradiometer.history import notes, recorded, rolling_median, spikes
 from gradiometer.policy.build import _BUILDERS
 from gradiometer.policy.kinds import KINDS
 from gradiometer.policy.spec import load_policy
@@ -161,6 +161,17 @@ def test_what_must_be_known_is_noted(tmp_path: Path, make_manifest: MakeManifest
         assert said in notes
     found = replayed(tmp_path, [["nonfinite"]], "--last", "6", "--settle", "2")
     assert (found["first_step"], found["steps"]) == (121, 4)
+
+
+def test_what_is_said_of_the_loss(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+    """A policy that looks at the loss gets a word on which loss that is, and on other ranks."""
+    write_run(make_manifest(world_size=2), np.ones((3, 4)), loss=[2.0, float("nan"), 1.0])
+    run, spec = gradiometer.open_run(tmp_path / "run"), load_policy([{"skip": {"on": "loss"}}])
+    asked = replace(recorded(run), policy=spec.to_dict())
+    said = "\n".join(notes(run, [asked]))
+    assert "which 2 of 3 steps have" in said
+    assert "the mean over the ranks" in said
+    assert "loss" not in "\n".join(notes(run, [recorded(run)]))
 
 
 def test_a_policy_begins_where_the_window_does(

@@ -224,6 +224,8 @@ def notes(run: Run, rans: Sequence[Ran]) -> list[str]:
             f"a policy looks at the loss, which {known} of {len(run)} steps have; one that was logged after its step "
             "is used too, though a live policy had not seen it"
         )
+        if run.manifest.world_size > 1:
+            said.append("the loss is this rank's own, where a live policy was given the mean over the ranks")
     return said
 
 

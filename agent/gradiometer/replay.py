@@ -87,7 +87,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _losses(run: Run) -> Tensor:
-    return torch.from_numpy(run.loss.astype(np.float32))
+    return torch.from_numpy(run.loss)  # float64, as a live policy is given it
 
 
 def _drive(
