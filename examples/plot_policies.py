@@ -72,7 +72,9 @@ def main() -> None:
             continue
         settings = SETTINGS.get(kind, {})
         spec = gradiometer.load_policy([{kind: settings}])
-        said = ", ".join(f"{key}: {value}" for key, value in settings.items()) or "defaults"
+        said = (
+            ", ".join(f"{key}: {'null' if value is None else value}" for key, value in settings.items()) or "defaults"
+        )
         ran = replay(run, spec, f"{kind} ({said})")
         path = folder / f"policy-{kind}.png"
         plot_replay(run, [ran], path, title=f"{kind}, replayed over a small classifier's 600 steps", dpi=72)

@@ -39,10 +39,12 @@ def _panel(axis: Any, run: Run, ran: Ran, low: float, high: float) -> None:
     axis.plot(steps, np.where(norms > 0, norms, np.nan), color=NORM, linewidth=0.8, label="gradient norm, whole model")
     for place, stage in enumerate(stage for stage in ran.stages if np.isfinite(stage.threshold).any()):
         style = "-" if stage.acts else "--"
-        label = f"threshold of {stage.name}" + ("" if stage.acts else " (shadow)")
+        many = not np.isfinite(stage.threshold).mean() > 0.5
+        label = f"threshold of {stage.name}" + (" in steps that it cuts" if many and stage.kind == "zclip" else "")
+        label += "" if stage.acts else " (shadow)"
         label += "" if stage.scope == "model" else f", the {stage.scope} cut most"
         seen = np.where(np.isfinite(stage.threshold), stage.threshold, np.nan)
-        dots = "." if np.isnan(seen).mean() > 0.5 else ""  # a threshold that is there in single steps makes no line
+        dots = "." if many else ""  # a threshold that is there in single steps makes no line
         color = THRESHOLDS[place % len(THRESHOLDS)]
         axis.plot(steps, seen, style, color=color, linewidth=1.3, marker=dots, label=label)
     skipped = ran.skipped_by_policy
@@ -55,9 +57,16 @@ def _panel(axis: Any, run: Run, ran: Ran, low: float, high: float) -> None:
         if chosen.any():
             axis.plot(
                 steps[chosen], np.full(chosen.sum(), height), mark, color=color, markersize=5,
-                transform=axis.get_xaxis_transform(), label=f"{word} ({chosen.sum()} steps)", linestyle="none",
+                transform=axis.get_xaxis_transform(), label=f"{word} ({_steps(chosen)})", linestyle="none",
             )  # fmt: skip
-    axis.set(yscale="log", ylim=(low / 1.8, high * 6), ylabel="norm", xlim=(steps[0], steps[-1] + 1))
-    axis.set_title(f"{ran.label}: clips {ran.clipped.mean():.1%} of the steps", loc="left", fontsize=10)
+    axis.set(yscale="log", ylim=(low / 1.8, high * 6), ylabel="L2 norm, log scale", xlim=(steps[0], steps[-1] + 1))
+    done = [f"{word} {chosen.mean():.1%}" for word, chosen in (("clips", clipped), ("skips", skipped)) if chosen.any()]
+    said = f"{' and '.join(done)} of the steps" if done else "changes no step"
+    axis.set_title(f"{ran.label}: {said}", loc="left", fontsize=10)
     axis.legend(loc="upper right", fontsize=7.5, ncols=2, framealpha=0.85)
     axis.grid(visible=True, which="major", linewidth=0.3)
+
+
+def _steps(chosen: Any) -> str:
+    count = int(chosen.sum())
+    return f"{count} step" if count == 1 else f"{count} steps"
