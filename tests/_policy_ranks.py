@@ -218,9 +218,6 @@ CASES["loss_ddp"] = loss("ddp")
 CASES["loss_fsdp2"] = loss("fsdp2")
 
 if __name__ == "__main__":
-    from tests._policies import use_skip_by_threshold
-
-    use_skip_by_threshold()
     run_cases(CASES)
     sys.stdout.flush()
     os._exit(0)  # gloo's threads abort a Python that ends now and then

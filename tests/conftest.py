@@ -85,7 +85,7 @@ def _append(recorder: Recorder, norms: npt.ArrayLike, **columns: Any) -> None:
     for place, row in enumerate(np.asarray(norms, np.float32)):
         recorder.stats[:] = row
         chosen = {name: value[place] if isinstance(value, list) else value for name, value in columns.items()}
-        recorder.commit(_make_row(recorder.status.steps, row, **chosen))
+        recorder.commit(_make_row(chosen.pop("step", recorder.status.steps), row, **chosen))
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,6 @@ from gradiometer.detect import DelayedMeanDetector, MaxRatioDetector, Seen
 from gradiometer.policy.actions import ActionSpec, DelayedMean, MaxRatio
 from gradiometer.policy.spec import load_policy
 from gradiometer.tail import RankTail, frame
-from tests._policies import use_skip_by_threshold
 from tests._training import RING_BYTES
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -148,14 +147,9 @@ def test_raise_stops_the_job_from_the_step(tmp_path: Path) -> None:
     assert fired(agent) == [(0, "norm_above")]
 
 
-def test_a_skip_with_a_limit_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skip_with_a_limit_raises(tmp_path: Path) -> None:
     """A policy ``skip`` that allows so many in a row stops the job, as ``nonfinite`` does, by an error of its own."""
-    use_skip_by_threshold()
-    spec = load_policy([{"skip": {"rule": "abs", "threshold": 5.0}}])
-    if "max_consecutive" not in type(spec.pipeline[0]).model_fields:
-        monkeypatch.setattr(type(spec.pipeline[0]), "max_consecutive", 2, raising=False)
-    else:
-        spec = load_policy([{"skip": {"rule": "abs", "threshold": 5.0, "max_consecutive": 2}}])
+    spec = load_policy([{"skip": {"rule": "abs", "threshold": 5.0, "max_consecutive": 2, "then": "raise"}}])
     with pytest.raises(PolicyActionError, match=r"2 step\(s\) in a row, up to step 3; policy 'skip' allows 1"):
         train({}, [9.0, 1.0, 9.0, 9.0, 1.0], tmp_path, spec)  # type: ignore[arg-type]  # a spec is a policy
 
@@ -329,7 +323,10 @@ def test_counters_are_there_before_anything_happens(tmp_path: Path) -> None:
         ({"when": {"norm_above": -1}, "do": "raise"}, r"actions\[0\]\.when\.norm_above is -1: .*greater than 0"),
         ({"when": {"norm_above": 1}, "do": "stop"}, r"actions\[0\]\.do is 'stop': expected raise, event, or"),
         ({"when": {"norm_above": 1}, "do": {"call": "x"}}, r"actions\[0\]\.do: expected raise, event, or"),
-        ({"when": {"clip_rate": {"policy": "x", "above": 0.5}}, "do": "event"}, "about policy 'x', expected one of"),
+        (
+            {"when": {"clip_rate": {"policy": "nonfinit", "above": 0.5}}, "do": "event"},
+            r"actions\[0\]\.when\.clip_rate\.policy is 'nonfinit': no such policy, .* did you mean 'nonfinite'",
+        ),
         ({"when": {"clip_rate": {"over": 0.5}}, "do": "event"}, "no such setting; there are policy, above, window"),
         ({"when": {"norm_above": 1}, "do": "event", "rest": 3}, "no such setting; there are name, when, do, cooldown"),
         ({"when": {"norm_above": 1}, "do": "event", "cooldown": 0}, r"actions\[0\]\.cooldown is 0"),

@@ -69,6 +69,16 @@ def test_policies_count_operators(tmp_path: Path) -> None:
         assert all(0 < count <= 100 for count in counts.values())
 
 
+def test_replay_times_each_kind(tmp_path: Path) -> None:
+    """The replay benchmark writes a run, reads it and replays each kind of policy over it."""
+    path = tmp_path / "replay.json"
+    done = run("benchmarks.replay", "--steps", "300", "--layers", "5", "--json", path)
+    assert done.returncode == 0, done.stderr
+    body = json.loads(path.read_text())
+    assert body["seconds"].keys() >= {"reading the run", "nonfinite", "global_norm", "group_norm"}
+    assert all(seconds > 0 for seconds in body["seconds"].values())
+
+
 def test_gpu_dry_run_covers_every_variant(tmp_path: Path) -> None:
     """A dry run of the GPU benchmark goes through every variant, its host waits and its kernels, on the CPU."""
     path = tmp_path / "gpu.json"

@@ -108,7 +108,7 @@ def test_bad_policy_names_the_place(tmp_path: Path) -> None:
     policy.write_text("pipeline:\n  - global_norm: {max_norm: -1}\n")
     done = demo(tmp_path, "--no-serve", "--policy", str(policy))
     assert done.returncode == 2
-    assert f"{policy}: pipeline[0].global_norm.max_norm is -1: Input should be greater than 0" in done.stderr
+    assert f"{policy}:2:29: pipeline[0].global_norm.max_norm is -1: Input should be greater than 0" in done.stderr
 
 
 def test_a_taken_port_is_said(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from torch.optim import LBFGS, SGD, Optimizer
 from gradiometer import open_run
 from gradiometer.policy import build, kinds
 from gradiometer.policy.base import Decision, Layout, Observation, Policy, State
-from tests._policies import use_skip_by_threshold
 from tests._training import attach, backward, loss_of, small_model
 from tests.test_step_path import Event, Watch, no_python_reads
 
@@ -72,7 +71,6 @@ def step_with(model: nn.Module, optimizer: Optimizer, step: int) -> Tensor:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_is_decided_by_its_own_loss(tmp_path: Path, fused: bool) -> None:
     """A loss that is an outlier skips the step it was logged before, whether it is a number or a tensor."""
-    use_skip_by_threshold()
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.01, fused=fused)
     losses: list[float | Tensor] = [1.0, 20.0, torch.tensor(30.0), 5, torch.tensor([2.0], dtype=torch.float64)]

@@ -83,8 +83,11 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "bad name": ([{"value": {"max_abs": 1, "name": "a b"}}], ["pipeline[0].value.name", "'a b'", "pattern"]),
     "unknown policy": ([{"clip": {"max_norm": 1}}], ["pipeline", "'clip'", "global_norm, group_norm, "]),
     "torch's name": ([{"value": {"max_abs": 1, "name": "clip_grad_value_"}}], ["'clip_grad_value_'", "torch's own"]),
-    "two in one": ([{"value": {"max_abs": 1}, "nonfinite": {}}], ["entry 0", "expected one policy"]),
-    "no settings": ([{"global_norm": 1.0}], ["entry 0", "1.0", "key: value"]),
+    "two in one": (
+        [{"value": {"max_abs": 1}, "nonfinite": {}}],
+        ["pipeline[0]", "expected one policy"],
+    ),
+    "no settings": ([{"global_norm": 1.0}], ["pipeline[0]", "1.0", "key: value"]),
     "not a list": ({"version": 1, "pipeline": "nonfinite"}, ["pipeline", "'nonfinite'", "list of policies"]),
     "empty": ([], ["hold 0 policies", "at least 1"]),
     "too many": (
@@ -138,7 +141,7 @@ def test_bad_yaml(tmp_path: Path, text: str) -> None:
     """A file that is not YAML is an error that names it."""
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(PolicyError, match=r"bad\.yaml is not YAML"):
+    with pytest.raises(PolicyError, match=r"bad\.yaml:1:\d+: the policy is not YAML"):
         load_policy(path)
 
 

@@ -14,11 +14,14 @@ from rich.table import Table
 
 from gradiometer.launch import launch, make_settings
 from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
-from gradiometer.policy_cli import policy_app
+from gradiometer.policy_cli import app as policy_app
 from gradiometer.recorder import RunInUseError, check_run_id
 from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs, installed_version
+from gradiometer.replay_cli import replay
 from gradiometer.report import draw, job_state, summarize
-from gradiometer.run import Run, open_run
+from gradiometer.run import open_run
+from gradiometer.runs import find_run
+from gradiometer.suggest_cli import suggest
 
 __all__ = ["app", "main"]
 
@@ -73,7 +76,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Sum up one run: its layers, clip events and incidents."""
-    found = _open(run, default_root(directory), rank)
+    found = find_run(run, default_root(directory), rank)
     if as_json:
         typer.echo(json.dumps(summarize(found), indent=1))
     else:
@@ -181,20 +184,6 @@ def _add_missing_monitor(name: str) -> None:
 _add_monitor()
 
 
-def _open(run: str, root: Path, rank: int) -> Run:
-    """Open a run by id or path; raises UsageError that lists the runs there are."""
-    path = root / run if (root / run).exists() else Path(run)
-    try:
-        return open_run(path, rank)
-    except FileNotFoundError as error:
-        ranks = [each.name for each in find_ranks(path)]
-        if ranks:
-            raise UsageError(f"run {run!r} has no rank {rank}: in {path} there are {', '.join(ranks)}") from error
-        newest = sorted(find_runs(root), key=lambda each: each.stat().st_mtime)[-5:]
-        known = ", ".join(each.name for each in newest) or "none"
-        raise UsageError(f"no run {run!r} (rank {rank}) in {root}; the newest there: {known}") from error
-
-
 def _listed(path: Path) -> dict[str, Any]:
     """Describe one run of a list; one that cannot be read says why."""
     try:
@@ -239,6 +228,10 @@ def _run_table(rows: list[dict[str, Any]], root: Path) -> Table:
 
 def _cell(value: object) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+app.command()(replay)
+app.command()(suggest)
 
 
 def main() -> None:

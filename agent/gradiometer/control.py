@@ -21,8 +21,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gradiometer.policy.fit import misfits
-from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
+from gradiometer.policy.audit import cover
+from gradiometer.policy.problems import PolicyError
+from gradiometer.policy.spec import PolicySource, load_policy
 from gradiometer.process import process_alive
 from gradiometer.records import RingReader, State, find_ranks, read_bounded, read_events, read_manifest
 from gradiometer.revisions import read_history, write_atomically
@@ -107,9 +108,11 @@ def request_policy(
     directory = requests_rank(run, rank)
     _check_runs(directory)
     if spec is not None:
-        names = [parameter.name for parameter in read_manifest(directory / "manifest.json").parameters]
-        if found := misfits(spec, names):
-            raise PolicyError("\n".join(found))
+        parameters = read_manifest(directory / "manifest.json").parameters
+        where = str(source) if isinstance(source, str | Path) else "policy"
+        _, problems = cover(spec, where, [each.name for each in parameters], [each.layer for each in parameters])
+        if problems:
+            raise PolicyError.of(problems)
     now = time.time_ns()
     request = Request(
         id=f"{now:020d}-{secrets.token_hex(4)}",

@@ -1,137 +1,143 @@
-"""``gradiometer policy``: the policy of a running job, seen and changed from beside it. Needs no torch."""
+"""``gradiometer policy``: policy files before they are used, and in a running job. Loads no torch."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
+from pydantic import BaseModel
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradiometer.control import RequestError, await_answer, rejections, request_policy, requests_rank
-from gradiometer.records import default_root, read_events, read_manifest
-from gradiometer.revisions import Revision, describe_change, read_history
+from gradiometer.live_cli import apply, show
+from gradiometer.policy.actions import ActionSpec
+from gradiometer.policy.audit import Coverage, cover, describe, scope_of
+from gradiometer.policy.problems import PolicyError, Problem
+from gradiometer.policy.schema import policy_schema
+from gradiometer.policy.source import read_source
+from gradiometer.policy.spec import PolicySpec, load_policy
+from gradiometer.records import default_root
+from gradiometer.run import Run
+from gradiometer.runs import find_run
 
-__all__ = ["policy_app"]
+__all__ = ["app"]
 
-policy_app = typer.Typer(
-    help="See and change the policy of a running job.", no_args_is_help=True, rich_markup_mode=None
+app = typer.Typer(
+    help="Check policy files; see and change the policy of a running job.", no_args_is_help=True, rich_markup_mode=None
 )
-WIDTH = 1000
-Target = Annotated[str, typer.Argument(help="Run id, or the path of a run directory.")]
-Dir = Annotated[
-    Path | None,
-    typer.Option("--dir", help="Where runs live [env: GRADIOMETER_DIR; default: the user's state directory]."),
-]
-Rank = Annotated[
-    int | None, typer.Option(help="A rank of the group that is meant, where groups train by themselves.", min=0)
-]
+PIPE_WIDTH, SHOWN = 1000, 8
 
 
-@policy_app.command()
-def apply(
-    run: Target,
-    file: Annotated[str, typer.Argument(help="Policy file, or 'none' to clip no more.")],
-    directory: Dir = None,
-    rank: Rank = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the job has answered.")] = True,
-    timeout: Annotated[float, typer.Option(help="For how many seconds at most.", min=0)] = 60.0,
-    note: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(help="Policy files.", metavar="FILE...")],
+    run: Annotated[
+        str | None, typer.Option(help="A recorded run, by id or path: match the patterns with its parameters.")
+    ] = None,
+    directory: Annotated[Path | None, typer.Option("--dir", help="Where runs live.")] = None,
 ) -> None:
-    """Ask a running job to take up another policy; exit status 1 if it refuses, or gives no answer."""
-    path = _path(run, directory)
-    request = request_policy(path, None if file == "none" else file, rank=rank, note=note)
-    if not wait:
-        typer.echo(f"asked (request {request}): 'gradiometer policy show {run}' tells what became of it")
-        return
-    newest = -2
+    """Report everything that is wrong with policy files, or what they do. Exit status 1 where something is wrong."""
+    recorded = None if run is None else find_run(run, default_root(directory))
+    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+    wrong = [not _checked(file, recorded, console) for file in files]
+    raise typer.Exit(int(any(wrong)))
 
-    def tell(step: int) -> None:
-        nonlocal newest
-        if newest == -2:
-            typer.echo(f"asked (request {request}); the job answers at its next step, the newest is {step}", err=True)
-        newest = step
 
+app.command()(apply)
+app.command()(show)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of policy files, for editors."""
+    typer.echo(json.dumps(policy_schema(), indent=1))
+
+
+def _checked(file: Path, run: Run | None, console: Console) -> bool:
+    """Check one file, say what was found, and tell whether it is right."""
     try:
-        answer = await_answer(requests_rank(path, rank), request, timeout, tell)
-    except (TimeoutError, RequestError) as error:
-        typer.echo(f"gradiometer: {error} (newest step: {newest})", err=True)
-        raise typer.Exit(1) from error
-    if not answer.applied:
-        typer.echo("refused, the old policy stays:\n" + "\n".join(f"  {reason}" for reason in answer.reasons), err=True)
-        raise typer.Exit(1)
-    typer.echo(f"in force from step {answer.step} on (revision {answer.revision})")
+        spec = load_policy(file)
+        covered = None if run is None else _cover(spec, file, run)
+    except PolicyError as error:
+        for line in str(error).splitlines():
+            typer.echo(line, err=True)
+        return False
+    console.print(Text(f"{file}: a policy of {len(spec.stages)}"), soft_wrap=True)
+    console.print(_table(spec, covered))
+    for action in spec.actions:
+        done = "call " + action.callback if action.callback else action.kind
+        console.print(Text(f"{action.name}: {done} when {_condition(action)}"), soft_wrap=True)
+    if run is not None and covered is not None:
+        for line in _coverage(spec, covered, run):
+            console.print(Text(line), soft_wrap=True)
+    return True
 
 
-@policy_app.command()
-def show(
-    run: Target,
-    directory: Dir = None,
-    rank: Rank = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-    history: Annotated[bool, typer.Option("--history", help="Print every revision in full as well.")] = False,
-) -> None:
-    """Print the policy in force, and how it came to be."""
-    path = requests_rank(_path(run, directory), rank)
-    found = read_history(path, read_manifest(path / "manifest.json"))
-    events, _ = read_events(path / "events.jsonl")
-    refused = list(rejections(events))
-    if as_json:
-        typer.echo(json.dumps({**found.model_dump(mode="json"), "rejections": refused}, indent=1))
-        return
-    typer.echo(_as_yaml(found.newest), nl=False)
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    console.print(_table(found.revisions, refused))
-    for revision in found.revisions if history else ():
-        typer.echo(f"\n# revision {revision.revision}, from step {revision.step} on\n{_as_yaml(revision)}", nl=False)
+def _condition(action: ActionSpec) -> str:
+    """Say when an action is done, in the words and with all settings of its condition."""
+    setting = action.when.setting
+    given = setting.model_dump().items() if isinstance(setting, BaseModel) else ()
+    shown = ", ".join(f"{key} {value}" for key, value in given) or str(setting)
+    return f"{action.when.condition}: {shown}; at most once in {action.cooldown} steps"
 
 
-def _path(run: str, directory: Path | None) -> Path:
-    root = default_root(directory)
-    path = root / run if (root / run).exists() else Path(run)
-    if not path.is_dir():
-        raise FileNotFoundError(f"no run {run!r} in {root}: 'gradiometer runs' lists those there are")
-    return path
+def _cover(spec: PolicySpec, file: Path, run: Run) -> list[Coverage]:
+    parameters = run.manifest.parameters
+    covered, problems = cover(spec, str(file), [p.name for p in parameters], [p.layer for p in parameters])
+    if problems:
+        source = read_source(file)
+        raise PolicyError.of([_placed(problem, source.place(problem.path)) for problem in problems])
+    return covered
 
 
-def _as_yaml(revision: Revision) -> str:
-    if revision.policy is None:
-        return "# no policy: gradients are observed only\n"
-    text: str = yaml.safe_dump(revision.policy, sort_keys=False)
-    return text
+def _placed(problem: Problem, place: tuple[int | None, int | None]) -> Problem:
+    return replace(problem, line=place[0], column=place[1])
 
 
-def _table(revisions: Sequence[Revision], refused: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="History", title_justify="left", title_style="bold")
-    for heading in ("revision", "step"):
-        table.add_column(heading, justify="right")
-    for heading in ("time", "who", "what"):
+def _table(spec: PolicySpec, covered: Sequence[Coverage] | None) -> Table:
+    table = Table(box=SIMPLE, padding=0)
+    for heading in ("", "policy", "what it does", "of each", "for"):
         table.add_column(heading, overflow="fold")
-    for _, cells in sorted([*_changes(revisions), *_refusals(refused)], key=lambda row: row[0]):
+    if covered is not None:
+        table.add_column("covers", justify="right")
+    for place, stage in enumerate(spec.stages):
+        acting = place < len(spec.pipeline)
+        name = stage.kind if stage.name == stage.kind else f"{stage.kind} ({stage.name})"
+        chosen = [*getattr(stage, "match", ())] + [f"not {each}" for each in getattr(stage, "exclude", ())]
+        chosen += [f"not {each}" for each in spec.groups.exclude if stage.kind != "nonfinite"]
+        cells = [str(place + 1) if acting else "shadow", name, describe(stage), scope_of(stage, spec.groups)]
+        cells.append(", ".join(chosen) or "all parameters")
+        if covered is not None:
+            cells.append(f"{sum(covered[place].parameters)} parameters, {covered[place].units} units")
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
-def _changes(revisions: Sequence[Revision]) -> Iterator[tuple[int, list[str]]]:
-    for place, each in enumerate(revisions):
-        what = "as attached" if each.source == "attach" else "the revisions before are forgotten"
-        if place:
-            what = describe_change(revisions[place - 1].policy, each.policy)
-        yield each.time_ns, [str(each.revision), str(each.step), _clock(each.time_ns), each.by or "-", what]
+def _coverage(spec: PolicySpec, covered: Sequence[Coverage], run: Run) -> list[str]:
+    """Say what each stage leaves alone, and what nothing clips."""
+    names, lines = run.parameters, []
+    for stage, coverage in zip(spec.stages, covered, strict=True):
+        left = [name for name, mine in zip(names, coverage.parameters, strict=True) if not mine]
+        if left:
+            lines.append(f"{stage.name} leaves alone {_some(left)}")
+    clipping = [
+        each.parameters
+        for stage, each in zip(spec.pipeline, covered, strict=False)
+        if stage.kind not in ("nonfinite", "skip")
+    ]
+    bare = [name for place, name in enumerate(names) if not any(parameters[place] for parameters in clipping)]
+    if bare and clipping:
+        lines.append(f"nothing clips {_some(bare)}")
+    return lines
 
 
-def _refusals(refused: Sequence[dict[str, Any]]) -> Iterator[tuple[int, list[str]]]:
-    for event in refused:
-        when, reasons = int(event.get("time_ns", 0)), "; ".join(map(str, event.get("reasons", ())))
-        yield when, ["-", "-", _clock(when), str(event.get("by") or "-"), f"refused: {reasons}"]
-
-
-def _clock(time_ns: int) -> str:
-    return datetime.fromtimestamp(time_ns / 1e9, UTC).astimezone().isoformat(" ", "seconds")[:19]
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} of the parameters: {', '.join(names[:SHOWN])}{more}"

@@ -10,17 +10,18 @@ Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
-from gradiometer.policy.kinds import NAME, Count, Number, Positive
+from gradiometer.policy.kinds import _NO_BOOL, NAME, Count, Positive
 
 __all__ = ["CONDITIONS", "ActionSpec", "ClipRate", "DelayedMean", "MaxRatio", "SkipRate", "When", "known_settings"]
 
-Window = Annotated[Count, Field(le=100_000)]
-Share = Annotated[Number, Field(ge=0, lt=1)]
+Window = Annotated[int, Field(ge=1, le=100_000), _NO_BOOL]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _NO_BOOL]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False), _NO_BOOL]
 
 
 class _Part(BaseModel):
@@ -72,8 +73,20 @@ def _bare(value: object) -> object:
     return {} if value is None else value
 
 
+def _one_given(schema: dict[str, Any]) -> None:
+    """Say in a JSON Schema that one condition is given, and that only those with defaults alone may be null."""
+    for name, condition in schema["properties"].items():
+        del condition["default"]
+        if name not in ("delayed_mean", "max_ratio"):
+            (given,) = (each for each in condition.pop("anyOf") if each != {"type": "null"})
+            condition |= given
+    schema |= {"minProperties": 1, "maxProperties": 1}
+
+
 class When(_Part):
     """A condition: exactly one of these."""
+
+    model_config = ConfigDict(json_schema_extra=_one_given)
 
     consecutive_skips: Count | None = None
     """As many steps in a row have been skipped, by whatever policy or GradScaler."""
@@ -114,6 +127,10 @@ CONDITIONS = tuple(When.model_fields)
 """Every condition; their places are those of the counters in a run's records, so new ones go to the end."""
 
 
+_CALLBACK = {"type": "object", "properties": {"callback": {"type": "string", "minLength": 1}}}
+_DO = {"anyOf": [{"enum": ["raise", "event"]}, _CALLBACK | {"required": ["callback"], "additionalProperties": False}]}
+
+
 class ActionSpec(_Part):
     """What is done, and when. It is looked at on the host, as rows arrive, at each rank by itself."""
 
@@ -121,12 +138,12 @@ class ActionSpec(_Part):
     """Name in events; the condition and the action unless given."""
     when: When
     """Condition."""
-    do: Literal["raise", "event"] | dict[Literal["callback"], str]
+    do: Annotated[Literal["raise", "event"] | dict[Literal["callback"], str], WithJsonSchema(_DO)]
     """``raise`` from ``optimizer.step()``, write an ``event``, or ``{callback: name}``, which calls a function given to
     ``attach(callbacks=...)`` on a thread of its own."""
     cooldown: Count = 500
     """Steps in which it is not done again."""
-    timeout: Annotated[Positive, Field(le=86_400)] = 60.0
+    timeout: Seconds = 60.0
     """Seconds after which a callback counts as failed and is left behind."""
 
     @field_validator("do", mode="before")
@@ -165,9 +182,9 @@ class ActionSpec(_Part):
         return written | {"when": {self.when.condition: setting}}
 
 
-def known_settings(path: tuple[Any, ...]) -> list[str]:
-    """Return the settings that there are where an unknown one stands, given its path below an action."""
+def known_settings(path: Sequence[str | int]) -> list[str]:
+    """Return the names of the settings there are at a path below an action."""
     parts: dict[str, type[_Part]] = {
         "clip_rate": ClipRate, "skip_rate": SkipRate, "delayed_mean": DelayedMean, "max_ratio": MaxRatio, "when": When,
     }  # fmt: skip
-    return list(next((part for name, part in parts.items() if name in path[:-1]), ActionSpec).model_fields)
+    return list(next((part for name, part in parts.items() if name in path), ActionSpec).model_fields)

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from gradiometer.policy.select import compile_pattern
 
@@ -49,13 +60,16 @@ def _compiles(patterns: tuple[str, ...]) -> tuple[str, ...]:
     return patterns
 
 
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-Share = Annotated[Number, Field(ge=0)]
-Decay = Annotated[Number, Field(ge=0, lt=1)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-Steps = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field()]
+_NO_BOOL = BeforeValidator(_no_bool)
+"""Stands after the bounds of a number: pydantic's schemas would lose those that come after it."""
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NO_BOOL]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False), _NO_BOOL]
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _NO_BOOL]
+Count = Annotated[int, Field(ge=1), _NO_BOOL]
+Steps = Annotated[int, Field(ge=0), _NO_BOOL]
+Window = Annotated[int, Field(ge=2, le=100_000), _NO_BOOL]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+SomePatterns = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_many)]
 Scope: TypeAlias = Literal["model", "layer", "parameter", "group"]
 """What is bounded by itself: all gradients together, each layer's, each parameter's, or those of each named group."""
 Compat: TypeAlias = Literal["safe", "reference"]
@@ -113,7 +127,7 @@ class GlobalNormSpec(SelectingSpec):
     kind: Literal["global_norm"] = "global_norm"
     max_norm: Positive
     """Largest norm."""
-    norm_type: float = 2.0
+    norm_type: Annotated[float, _NO_BOOL, WithJsonSchema({"const": 2})] = 2.0
     """Only the L2 norm is measured."""
 
     @field_validator("norm_type")
@@ -156,9 +170,9 @@ class PercentileSpec(_Learning):
     """AutoClip: the threshold is a percentile of the norms seen so far."""
 
     kind: Literal["percentile"] = "percentile"
-    p: Annotated[Number, Field(ge=0, le=100)] = 10.0
+    p: Annotated[float, Field(ge=0, le=100), _NO_BOOL] = 10.0
     """Percentile of the history, this step included."""
-    window: Annotated[int, BeforeValidator(_no_bool), Field(ge=2, le=100_000)] = 1000
+    window: Window = 1000
     """Steps of history that are kept."""
     min_history: Count = 1
     """Norms that must have been seen, this step's included, before anything is clipped."""
@@ -232,15 +246,22 @@ class EmaRatioSpec(_Learning):
 class SkipSpec(SelectingSpec):
     """Skip steps whose loss or global norm is an outlier."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"rule": {"const": "abs"}}, "required": ["rule"]},
+            "then": {"properties": {"threshold": {"type": "number"}}, "required": ["threshold"]},
+            "else": {"properties": {"threshold": {"type": "null"}}},
+        }
+    )
     kind: Literal["skip"] = "skip"
     rule: Literal["sigma", "abs", "median_mad"] = "sigma"
     """``sigma``: beyond ``sigma`` deviations above the mean; ``abs``: beyond ``threshold``; ``median_mad``: beyond
     ``k`` robust deviations above the median."""
-    on: Annotated[tuple[Literal["loss", "global_norm"], ...], BeforeValidator(_one_or_many), Field(min_length=1)] = (
+    on: Annotated[tuple[Literal["loss", "global_norm"], ...], Field(min_length=1), BeforeValidator(_one_or_many)] = (
         "global_norm",
     )
     """What must not be an outlier; a loss must be logged before the step it is of."""
-    window: Annotated[int, BeforeValidator(_no_bool), Field(ge=2, le=100_000)] = 128
+    window: Window = 128
     """Steps before this one that it is compared with."""
     sigma: Positive = 6.0
     """Deviations, for ``rule: sigma``."""
@@ -248,7 +269,7 @@ class SkipSpec(SelectingSpec):
     """Robust deviations, for ``rule: median_mad``."""
     threshold: Positive | None = None
     """Largest value, for ``rule: abs``."""
-    min_history: Annotated[int, BeforeValidator(_no_bool), Field(ge=2)] = 64
+    min_history: Annotated[int, Field(ge=2), _NO_BOOL] = 64
     """Steps that must have been seen, this one included, before any is skipped."""
     floor: Share = 0.01
     """The least deviation that is believed, as a share of the mean (with ``compat: safe``) or of the median."""
@@ -274,7 +295,11 @@ class GroupsSpec(BaseModel):
     """How the model is divided, for every policy of the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-    by: Literal["layer", "parameter"] | dict[Annotated[str, Field(pattern=NAME)], Patterns] = "layer"
+    by: Annotated[
+        Annotated[Literal["layer", "parameter"], Tag("<word>")]
+        | Annotated[dict[Annotated[str, Field(pattern=NAME)], SomePatterns], Tag("<names>")],
+        Discriminator(lambda by: "<names>" if isinstance(by, Mapping) else "<word>"),
+    ] = "layer"
     """What ``group_norm`` bounds by itself: layers, parameters, or named groups, each with its patterns; a parameter
     belongs to the first group that covers it."""
     exclude: Patterns = ()
@@ -289,8 +314,7 @@ class GroupsSpec(BaseModel):
     @classmethod
     def _groups(cls, by: object) -> object:
         for patterns in by.values() if isinstance(by, dict) else ():
-            if not _compiles(patterns):
-                raise ValueError("a group without patterns covers nothing: expected at least one")
+            _compiles(patterns)
         return by
 
 

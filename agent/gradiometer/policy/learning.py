@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ def state_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+@cache
 def largest(dtype: torch.dtype) -> float:
     """Return the largest norm that is taken for finite: 1e5 squares of its double still add up to a number."""
     return math.sqrt(torch.finfo(dtype).max) / 1e4
@@ -42,7 +44,7 @@ class Lesson:
     A GradScaler skips what is not all finite, on each rank by itself: the global norm says so on every rank alike.
     """
     rejected: Tensor
-    """int64: 1 where the unit has a gradient whose norm teaches nothing."""
+    """bool: the unit has a gradient whose norm teaches nothing."""
 
 
 def lesson(units: Units, observation: Observation, dtype: torch.dtype) -> Lesson:
@@ -54,7 +56,7 @@ def lesson(units: Units, observation: Observation, dtype: torch.dtype) -> Lesson
         learned = learned & ~observation.skipped
     present = units.present(observation)
     rejected = ~learned if present is None else present & ~learned
-    return Lesson(norms, usable, learned, rejected.long())
+    return Lesson(norms, usable, learned, rejected)
 
 
 def scaled_to(threshold: Tensor, seen: Lesson) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from operator import mul, or_
 
 import torch
@@ -112,15 +111,19 @@ def _scales_alike(decision: Decision) -> bool:
 def _after(observation: Observation, decision: Decision) -> Observation:
     """Return what the next stage sees."""
     skipped = _fold(or_, [observation.skipped, decision.skip])
+    norms, total, coefficient = observation.norms, observation.total, decision.coefficient
     if decision.zero is not None:
-        norms = torch.where(decision.zero, torch.zeros_like(observation.norms), observation.norms)
-        return replace(observation, norms=norms, total=total_norm(norms), skipped=skipped)
-    if decision.coefficient is None:
-        return replace(observation, skipped=skipped)
-    norms = observation.norms * decision.coefficient
-    total = observation.total * decision.coefficient if decision.coefficient.dim() == 0 else total_norm(norms)
-    return replace(observation, norms=norms, total=total, skipped=skipped)
+        norms = torch.where(decision.zero, torch.zeros_like(norms), norms)
+        total = total_norm(norms)
+    elif coefficient is not None:
+        norms = norms * coefficient
+        total = total * coefficient if coefficient.dim() == 0 else total_norm(norms)
+    return Observation(norms=norms, total=total, loss=observation.loss, skipped=skipped)
 
 
 def _fold(operator: Callable[[Tensor, Tensor], Tensor], parts: Sequence[Tensor | None]) -> Tensor | None:
-    return reduce(operator, [part for part in parts if part is not None]) if any(p is not None for p in parts) else None
+    folded: Tensor | None = None
+    for part in parts:
+        if part is not None:
+            folded = part if folded is None else operator(folded, part)
+    return folded

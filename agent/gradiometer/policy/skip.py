@@ -100,6 +100,8 @@ class Skip:
         """Return what is judged, of the state's dtype [S]; a loss that nobody provides is NaN."""
         dtype = self._least.dtype
         norm = self.units.norms(observation).to(dtype)
+        if "loss" not in self.on:
+            return norm.expand(len(self.on))
         loss = observation.loss
         named = {"global_norm": norm, "loss": torch.full_like(norm, math.nan) if loss is None else loss.to(dtype)}
         return torch.stack([named[each] for each in self.on])

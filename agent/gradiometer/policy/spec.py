@@ -11,24 +11,35 @@ shadow:
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gradiometer.policy import kinds
 from gradiometer.policy.actions import ActionSpec, known_settings
 from gradiometer.policy.kinds import KINDS, AnySpec, GroupsSpec, Spec
-from gradiometer.records import OWN_CLIPPING, PIPELINE_SLOTS
+from gradiometer.policy.order import check_order
+from gradiometer.policy.problems import PolicyError, Problem, explain, guess, shorten
+from gradiometer.policy.source import Source, read_source
 
-__all__ = ["PolicyError", "PolicySource", "PolicySpec", "load_policy"]
+__all__ = ["MOST_ACTIONS", "PolicyError", "PolicySource", "PolicySpec", "load_policy"]
 
-
-class PolicyError(ValueError):
-    """A policy that cannot be used; the message names the source, the path in it, the value and what was expected."""
+MOST_ACTIONS = 32
 
 
 def _kind(entry: object) -> str | None:
@@ -37,18 +48,40 @@ def _kind(entry: object) -> str | None:
     return str(entry.get("kind")) if isinstance(entry, Mapping) else None
 
 
+def _untagged(entry: object) -> object:
+    """Turn ``{global_norm: {max_norm: 1}}`` into ``{kind: global_norm, max_norm: 1}``."""
+    if isinstance(entry, Spec):
+        return entry
+    if isinstance(entry, str):
+        entry = {entry: None}
+    if not isinstance(entry, Mapping) or len(entry) != 1 or next(iter(entry)) not in KINDS:
+        name = next(iter(entry)) if isinstance(entry, Mapping) and len(entry) == 1 else ""
+        got = f"{shorten(entry)} is there, " if isinstance(entry, Mapping) else ""
+        raise ValueError(f"{got}expected one policy and its settings; policies: {', '.join(KINDS)}{guess(name, KINDS)}")
+    ((kind, settings),) = entry.items()
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ValueError(f"{kind} has {shorten(settings)}, expected its settings as 'key: value' pairs")
+    if settings and "kind" in settings:
+        raise ValueError(f"{kind} has a setting 'kind': no such setting, the name of the entry is its kind")
+    # YAML 1.1, of which most loaders are, takes the key "on" for True.
+    return {"on" if key is True else key: value for key, value in (settings or {}).items()} | {"kind": kind}
+
+
 Stage: TypeAlias = Annotated[
-    Annotated[kinds.NonFiniteSpec, Tag("nonfinite")]
-    | Annotated[kinds.GlobalNormSpec, Tag("global_norm")]
-    | Annotated[kinds.GroupNormSpec, Tag("group_norm")]
-    | Annotated[kinds.ValueSpec, Tag("value")]
-    | Annotated[kinds.AgcSpec, Tag("agc")]
-    | Annotated[kinds.PercentileSpec, Tag("percentile")]
-    | Annotated[kinds.ZClipSpec, Tag("zclip")]
-    | Annotated[kinds.AdaGCSpec, Tag("adagc")]
-    | Annotated[kinds.EmaRatioSpec, Tag("ema_ratio")]
-    | Annotated[kinds.SkipSpec, Tag("skip")],
-    Discriminator(_kind),
+    Annotated[
+        Annotated[kinds.NonFiniteSpec, Tag("nonfinite")]
+        | Annotated[kinds.GlobalNormSpec, Tag("global_norm")]
+        | Annotated[kinds.GroupNormSpec, Tag("group_norm")]
+        | Annotated[kinds.ValueSpec, Tag("value")]
+        | Annotated[kinds.AgcSpec, Tag("agc")]
+        | Annotated[kinds.PercentileSpec, Tag("percentile")]
+        | Annotated[kinds.ZClipSpec, Tag("zclip")]
+        | Annotated[kinds.AdaGCSpec, Tag("adagc")]
+        | Annotated[kinds.EmaRatioSpec, Tag("ema_ratio")]
+        | Annotated[kinds.SkipSpec, Tag("skip")],
+        Discriminator(_kind),
+    ],
+    BeforeValidator(_untagged),
 ]
 
 
@@ -64,60 +97,34 @@ class PolicySpec(BaseModel):
     """Policies that act, in the order in which they see the gradients."""
     shadow: tuple[Stage, ...] = ()
     """Policies that decide and are recorded, and never act; each sees the gradients as they were measured."""
-
-    actions: Annotated[tuple[ActionSpec, ...], Field(max_length=32)] = ()
+    actions: Annotated[tuple[ActionSpec, ...], Field(max_length=MOST_ACTIONS)] = ()
     """What is done on the host when a condition is met."""
 
     @field_validator("pipeline", "shadow", mode="before")
     @classmethod
-    def _untag(cls, entries: object) -> object:
+    def _is_a_list(cls, entries: object) -> object:
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise ValueError("expected a list of policies, such as '- global_norm: {max_norm: 1.0}'")  # noqa: TRY004
-        return [_untagged(entry, index) for index, entry in enumerate(entries)]
+        return entries
 
-    @model_validator(mode="after")
-    def _ordered(self) -> PolicySpec:
-        least = 0 if self.actions else 1
-        if not least <= len(self.stages) <= PIPELINE_SLOTS:
-            raise ValueError(
-                f"pipeline and shadow hold {len(self.stages)} policies together, expected at least 1 and at most "
-                f"{PIPELINE_SLOTS}"
-            )
-        acting = [spec.kind for spec in self.pipeline]
-        if "nonfinite" in acting[1:]:
-            raise ValueError("nonfinite must be the first of the pipeline, and only once: clipping cannot mend NaN")
-        for kind in ("value", "agc"):
-            if kind in acting[:-1]:
-                raise ValueError(
-                    f"{kind} must be the last of the pipeline, and only once: what it does to norms is known only when "
-                    "it is done"
-                )
-        for name, count in Counter(self.names).items():
-            if count > 1:
-                raise ValueError(f"{count} policies are named {name!r}: give each a 'name' of its own")
-            if name in OWN_CLIPPING:
-                raise ValueError(f"a policy is named {name!r}, as torch's own function is in metrics: give it another")
-        for spec in self.stages:
-            if getattr(spec, "scope", None) == "group" and not isinstance(self.groups.by, dict):
-                raise ValueError(
-                    f"policy {spec.name!r} has scope 'group', but groups.by is {self.groups.by!r}, expected names and "
-                    "patterns such as {embeddings: 'embed*'}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _actions_fit(self) -> PolicySpec:
-        for name, count in Counter(action.name for action in self.actions).items():
-            if count > 1:
-                raise ValueError(f"{count} actions are named {name!r}: give each a 'name' of its own")
-        known = [*self.names, *OWN_CLIPPING]
-        for action in self.actions:
-            rate = action.when.clip_rate
-            if rate is not None and rate.policy not in known:
-                raise ValueError(
-                    f"action {action.name!r} is about policy {rate.policy!r}, expected one of {', '.join(known)}"
-                )
-        return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def _all_at_once(cls, raw: Any, handler: ModelWrapValidatorHandler[PolicySpec]) -> PolicySpec:
+        """Report what is wrong between the stages together with what is wrong in them."""
+        if isinstance(raw, PolicySpec):
+            return handler(raw)
+        found, spec = [], None
+        try:
+            spec = handler(raw)
+        except ValidationError as error:
+            found += [_repeated(item) for item in error.errors(include_url=False)]
+        found += [
+            InitErrorDetails(type=PydanticCustomError("policy", "{said}", {"said": said}), loc=path, input=value)
+            for path, value, said in check_order(raw)
+        ]
+        if found or spec is None:
+            raise ValidationError.from_exception_data(cls.__name__, found)
+        return spec
 
     @property
     def stages(self) -> tuple[AnySpec, ...]:
@@ -152,54 +159,46 @@ def load_policy(source: PolicySource) -> PolicySpec:
     """
     if isinstance(source, PolicySpec):
         return source
-    where: str = "policy"
-    raw: object = source
     if isinstance(source, str | os.PathLike):
-        where, raw = str(source), _read_yaml(Path(source))
-    elif isinstance(source, Sequence):
-        raw = {"pipeline": list(source)}
+        read = read_source(Path(source))
+    else:
+        raw: object = source if isinstance(source, Mapping) or not isinstance(source, Sequence) else [*source]
+        read = Source(name="policy", raw={"pipeline": raw} if isinstance(raw, list) else raw)
+    problems, spec = read.problems, None
     try:
-        return PolicySpec.model_validate(raw)
+        spec = PolicySpec.model_validate(read.raw)
     except ValidationError as error:
-        raise PolicyError("\n".join(_explain(where, item) for item in error.errors(include_url=False))) from error
+        problems += [explain(read.name, item, _settings_at) for item in error.errors(include_url=False)]
+    if problems or spec is None:
+        raise PolicyError.of(sorted((_placed(each, read) for each in problems), key=_by_place))
+    return spec
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuse a key that is there twice, of which YAML would quietly take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def _placed(problem: Problem, source: Source) -> Problem:
+    if problem.line is not None:
+        return problem
+    line, column = source.place(problem.path)
+    return replace(problem, line=line, column=column)
 
 
-def _read_yaml(path: Path) -> object:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 - a SafeLoader
-    except FileNotFoundError as error:
-        raise PolicyError(f"policy file {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"policy file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise PolicyError(f"policy file {path} is not YAML: {error}") from error
+def _by_place(problem: Problem) -> tuple[int, int]:
+    return problem.line or 0, problem.column or 0
 
 
-def _untagged(entry: object, index: int) -> object:
-    """Turn ``{global_norm: {max_norm: 1}}`` into ``{kind: global_norm, max_norm: 1}``."""
-    if isinstance(entry, Spec):
-        return entry
-    if isinstance(entry, str):
-        entry = {entry: None}
-    if not isinstance(entry, Mapping) or len(entry) != 1 or next(iter(entry)) not in KINDS:
-        raise ValueError(
-            f"entry {index} is {entry!r}, expected one policy and its settings; policies: {', '.join(KINDS)}"
-        )
-    ((kind, settings),) = entry.items()
-    if settings is not None and not isinstance(settings, Mapping):
-        raise ValueError(f"entry {index}: {kind} has {settings!r}, expected its settings as 'key: value' pairs")
-    return {**(settings or {}), "kind": kind}
+def _settings_at(path: Sequence[str | int]) -> list[str]:
+    """Return the names of the settings there are at a path."""
+    if path[:1] == ("actions",) and len(path) > 1:
+        return known_settings(path[2:])
+    model: type[BaseModel] = PolicySpec
+    if path and path[0] == "groups":
+        model = GroupsSpec
+    elif kind := next((KINDS[part] for part in path if isinstance(part, str) and part in KINDS), None):
+        model = kind
+    return [name for name in model.model_fields if name != "kind"]
+
+
+def _repeated(item: Any) -> InitErrorDetails:
+    return InitErrorDetails(type=item["type"], loc=item["loc"], input=item["input"], ctx=item.get("ctx", {}))
 
 
 def _tagged(spec: AnySpec) -> dict[str, Any]:
@@ -207,28 +206,3 @@ def _tagged(spec: AnySpec) -> dict[str, Any]:
     if settings.get("name") == spec.kind:
         del settings["name"]
     return {spec.kind: settings}
-
-
-def _explain(where: str, item: Any) -> str:
-    path = ""
-    for part in item["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    got = "" if item["type"] == "missing" or isinstance(item["input"], Mapping) else f" is {_short(item['input'])}"
-    return f"{where}: {path or 'the policy'}{got}: {_expected(item)}"
-
-
-def _expected(item: Any) -> str:
-    if item["type"] == "extra_forbidden":
-        if item["loc"][:1] == ("actions",) and len(item["loc"]) > 2:
-            return f"no such setting; there are {', '.join(known_settings(item['loc'][2:]))}"
-        kind = next((part for part in item["loc"] if part in KINDS), None)
-        known = [name for name in (KINDS[kind] if kind else PolicySpec).model_fields if name != "kind"]
-        return f"no such setting; there are {', '.join(known)}"
-    if item["type"] == "model_type":
-        return "expected a mapping such as 'pipeline: [{global_norm: {max_norm: 1.0}}]'"
-    return str(item["msg"]).removeprefix("Value error, ")
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."

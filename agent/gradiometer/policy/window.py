@@ -46,11 +46,11 @@ class Window:
 
     def mean_std(self, state: State) -> tuple[Tensor, Tensor]:
         """Return mean and unbiased standard deviation; NaN where there are too few values for them."""
-        window, filled = state["window"], self.filled(state)
-        there = self._places < filled.unsqueeze(-1)
-        mean = torch.where(there, window, 0.0).sum(-1) / filled
-        off = torch.where(there, window - mean.unsqueeze(-1), 0.0)
-        return mean, ((off * off).sum(-1) / (filled - 1)).sqrt()
+        window, filled = state["window"], self.filled(state).unsqueeze(-1)
+        there = self._places < filled
+        mean = torch.where(there, window, 0.0).sum(-1, keepdim=True) / filled
+        off = torch.where(there, window - mean, 0.0)
+        return mean.squeeze(-1), ((off * off).sum(-1, keepdim=True) / (filled - 1)).sqrt().squeeze(-1)
 
     def quantile(self, state: State, share: float) -> Tensor:
         """Return the quantile, with linear interpolation as NumPy's; Inf or NaN where there is no value."""
