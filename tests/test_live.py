@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
@@ -23,6 +24,7 @@ import gradiometer
 import gradiometer.exporter
 from gradiometer import Agent, open_run
 from gradiometer.control import RequestError, await_answer, request_policy
+from gradiometer.history import recorded
 from gradiometer.live import PolicyChangeError
 from gradiometer.policy.spec import PolicyError
 from gradiometer.records import find_ranks
@@ -114,7 +116,7 @@ def test_what_is_refused_before_it_is_asked(tmp_path: Path, job: subprocess.Pope
     for text, said in {
         "pipeline: [{global_norm: {max_norm: .nan}}]": "max_norm is nan",
         "pipeline: [": "is not YAML",
-        "pipeline: [{global_norm: {max_norm: 1, match: 'head.*'}}]": "pattern 'head.*' matches no parameter",
+        "pipeline: [{global_norm: {max_norm: 1, match: 'head.*'}}]": "a pattern that matches no parameter",
         "pipeline: [{global_nrom: {max_norm: 1}}]": "policies: nonfinite",
     }.items():
         file.write_text(text)
@@ -269,6 +271,10 @@ def test_metrics_name_the_policies_in_force(tmp_path: Path) -> None:
         assert value("policy_changes_total") == value("policy_revision") == 1
         assert value("policy_rejections_total") == 0
         assert summarize(run)["clip_events"] == {name: clips[name] for name in ("global_norm", "value")}
+        assert np.isnan(run.thresholds[: int(run.history.newest.step), run.policies.index("value")]).all()
+        assert run.thresholds[-1, run.policies.index("value")] == pytest.approx(1e-6)
+        live = {stage.name: int(stage.clipped.sum()) for stage in recorded(run).stages}
+        assert live == clips  # what a replay is set beside knows whose slot it was
         exporter.close()
 
 

@@ -5,6 +5,7 @@ The same figures for the run as it went (:func:`recorded`) and for a replay, so 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,39 +96,46 @@ class Ran:
 
 def recorded(run: Run) -> Ran:
     """Return what the run itself did, by its recorded rows: its policies, and the loop's own clipping."""
-    spec = None
-    if run.manifest.policy is not None:
-        try:
-            spec = load_policy(run.manifest.policy)
-        except PolicyError:  # of a version that had other settings
-            spec = None
-    kinds = {} if spec is None else {stage.name: stage.kind for stage in spec.stages}
-    scopes = {} if spec is None else {stage.name: scope_of(stage, spec.groups) for stage in spec.stages}
-    slots = {name: slot for slot, name in enumerate(run.manifest.policies)}
-    slots |= {name: OWN_CLIPPING[name] for name in run.own_clipping}
-    factors = run.rows["policy_coefficient"]
-    stages = tuple(
+    kinds: dict[str, str] = {}
+    scopes: dict[str, str] = {}
+    for revision in run.history.revisions:
+        with contextlib.suppress(PolicyError):  # of a version that had other settings
+            if revision.policy is not None:
+                spec = load_policy(revision.policy)
+                kinds |= {stage.name: stage.kind for stage in spec.stages}
+                scopes |= {stage.name: scope_of(stage, spec.groups) for stage in spec.stages}
+    stages = [
         StageRan(
             name=name,
             kind=kinds.get(name, name),
-            acts=name not in run.manifest.shadow,
+            acts=not shadow,
             scope=scopes.get(name, "model"),
-            threshold=run.rows["policy_threshold"][:, slot].astype(np.float32),
-            coefficient=np.where(np.isnan(factors[:, slot]), np.float32(1), factors[:, slot]),
+            threshold=threshold,
+            coefficient=_or_one(coefficient),
         )
-        for name, slot in slots.items()
-    )
+        for name, shadow, threshold, coefficient in zip(
+            run.policies, run.shadow, run.thresholds.T, run.coefficients.T, strict=True
+        )
+    ]
     by_policy = np.zeros(len(run), np.bool_)
-    for stage in stages:
-        if stage.acts and stage.name not in OWN_CLIPPING:
-            by_policy |= stage.coefficient == 0
+    for acting in (stage for stage in stages if stage.acts):
+        by_policy |= acting.coefficient == 0
+    for name in run.own_clipping:
+        threshold, coefficient = (
+            run.rows[f"policy_{column}"][:, OWN_CLIPPING[name]] for column in ("threshold", "coefficient")
+        )
+        stages.append(StageRan(name=name, kind=name, acts=True, threshold=threshold, coefficient=_or_one(coefficient)))
     return Ran(
         label="the run itself",
-        policy=run.manifest.policy,
-        stages=stages,
+        policy=run.history.newest.policy,
+        stages=tuple(stages),
         skipped=run.skipped,
         skipped_by_policy=run.skipped & by_policy,
     )
+
+
+def _or_one(factors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.where(np.isnan(factors), np.float32(1), factors)
 
 
 def rolling_median(norms: Floats, window: int = SPIKE_WINDOW) -> Floats:

@@ -216,7 +216,8 @@ def _stages(policy: Mapping[str, Any] | None) -> Iterator[tuple[Mode, str, str, 
     modes: dict[str, Mode] = {"pipeline": "act", "shadow": "shadow"}
     for part, mode in modes.items():
         for stage in (policy or {}).get(part, ()):
-            ((kind, settings),) = stage.items()
+            entry: Mapping[str, Any] = stage if isinstance(stage, Mapping) else {stage: None}
+            ((kind, settings),) = entry.items()
             yield mode, (settings or {}).get("name", kind), kind, settings or {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,14 +154,36 @@ class Run:
 
         Of one in shadow (:attr:`shadow`), the steps in which it would have.
         """
-        columns = {slot: column for column, slot in enumerate(self._stages)}
-        clipped = np.zeros((len(self), len(columns)), np.bool_)
-        masks, revisions = self._column("clipped"), self._column("policy_revision")
-        for revision in self.history.revisions:
-            rows = revisions == revision.revision
-            for place, slot in revision.named:
-                clipped[rows, columns[slot.name, slot.mode]] = masks[rows] >> np.uint32(place) & 1
+        clipped = np.zeros((len(self), len(self._stages)), np.bool_)
+        for column, rows, place in self._places():
+            clipped[rows, column] = self._column("clipped")[rows] >> np.uint32(place) & 1
         return clipped
+
+    @property
+    def thresholds(self) -> npt.NDArray[np.float32]:
+        """Threshold of each of :attr:`policies`, float32[T, policies]; NaN in steps about which it did not decide."""
+        return self._of_policies("policy_threshold")
+
+    @property
+    def coefficients(self) -> npt.NDArray[np.float32]:
+        """Smallest factor by which each of :attr:`policies` scaled a gradient, or in shadow would have,
+        float32[T, policies]; NaN in steps about which it did not decide."""
+        return self._of_policies("policy_coefficient")
+
+    def _of_policies(self, name: str) -> npt.NDArray[np.float32]:
+        values = np.full((len(self), len(self._stages)), np.nan, np.float32)
+        for column, rows, place in self._places():
+            values[rows, column] = self._column(name)[rows, place]
+        return values
+
+    def _places(self) -> Iterator[tuple[int, npt.NDArray[np.bool_], int]]:
+        """Yield for each policy the rows of each revision, bool[T], and its place in their columns."""
+        columns = {slot: column for column, slot in enumerate(self._stages)}
+        revisions = self._column("policy_revision")
+        for revision in self.history.revisions:
+            rows: npt.NDArray[np.bool_] = revisions == revision.revision
+            for place, slot in revision.named:
+                yield columns[slot.name, slot.mode], rows, place
 
     @property
     def shadow(self) -> npt.NDArray[np.bool_]:
