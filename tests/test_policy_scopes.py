@@ -185,7 +185,7 @@ def test_units_that_appear_late_or_now_and_then(tmp_path: Path) -> None:
                 here = None if place and size is None else torch.tensor([[size if place and size else 0.5, 0.0]])
                 parameter.grad = here
             optimizer.step()
-        state = agent.state_dict()["policy"]["adagc"]
+        state = agent.state_dict()["states"]["adagc"]
     after = open_run(agent.path).stat("grad_norm_postclip")[:, 1].tolist()
     assert after == pytest.approx([0, 0, 1.0, 0, 1.5])
     assert state["rejected"].tolist() == [0, 0]

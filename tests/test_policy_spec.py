@@ -54,7 +54,7 @@ def test_names_default_to_the_kind() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "wanted"),
-    [({}, 20), ({"compat": "reference"}, None), ({"compat": "reference", "max_consecutive": 3}, 3)],
+    [({}, 20), ({"compat": "reference"}, None), ({"compat": "reference", "max_consecutive": 20}, 20)],
 )
 def test_a_skip_has_a_bound_unless_it_is_to_the_letter(settings: dict[str, Any], wanted: int | None) -> None:
     """``max_consecutive`` is 20, with ``compat: reference`` none, and what is written wins; all go round."""

@@ -73,6 +73,22 @@ def test_replaying_the_live_policy_gives_its_decisions_to_the_bit(tmp_path: Path
     assert bits[:, -1].any()
 
 
+@pytest.mark.parametrize("pipeline", [["nonfinite"], []], ids=["beside another", "alone"])
+def test_what_was_in_shadow_is_replayed_as_such(tmp_path: Path, pipeline: list[str]) -> None:
+    """Policies that only watched are told from those that acted, to the bit; actions are left to live runs."""
+    shadow = [{kind: SETTINGS[kind]} for kind in ("zclip", "skip", "group_norm")]
+    actions = [{"when": {"norm_above": 1e9}, "do": "event"}]
+    policy = {"pipeline": pipeline, "shadow": shadow, "actions": actions}
+    run = live_run(tmp_path, policy)
+    ran, live = replay(run, load_policy(policy), "again"), recorded(run)
+    acts = [True] * len(pipeline) + [False] * len(shadow)
+    assert [stage.acts for stage in ran.stages] == [stage.acts for stage in live.stages] == acts
+    for mine, its in zip(ran.stages, live.stages, strict=True):
+        np.testing.assert_array_equal(mine.threshold, its.threshold)
+        np.testing.assert_array_equal(mine.coefficient, its.coefficient)
+    np.testing.assert_array_equal(ran.clipped, live.clipped)
+
+
 def test_steps_that_a_grad_scaler_skipped(tmp_path: Path) -> None:
     """Steps that a GradScaler skips by itself are taken note of, and are nobody's decision, live and in a replay."""
     model = small_model()

@@ -205,4 +205,6 @@ def _tagged(spec: AnySpec) -> dict[str, Any]:
     settings = spec.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)
     if settings.get("name") == spec.kind:
         del settings["name"]
+    if isinstance(spec, kinds.SkipSpec) and spec.compat == "reference":  # where the default is another
+        settings["max_consecutive"] = spec.max_consecutive
     return {spec.kind: settings}

@@ -35,6 +35,8 @@ class Units:
         if not self._whole and not self._identity:
             self._unit = torch.tensor([0 if owner is None else place[owner] for owner in owners], device=device)
             self._members = torch.tensor(_members(owners, place), device=device)
+            self._nothing = torch.full((1,), -0.0, device=device)
+            self._absent = torch.ones(1, dtype=torch.bool, device=device)
         self.shape = torch.Size(() if self._whole else (len(self.names),))
         self.device = device
 
@@ -53,7 +55,7 @@ class Units:
             return total_norm(torch.where(self._covered, observation.norms, 0.0))
         if self._identity:
             return observation.norms
-        members = torch.nn.functional.pad(observation.norms, (0, 1), value=-0.0)[self._members]
+        members = torch.cat([observation.norms, self._nothing])[self._members]
         norms: Tensor = torch.linalg.vector_norm(members, dim=1, dtype=torch.float64).to(observation.norms.dtype)
         return norms
 
@@ -64,7 +66,7 @@ class Units:
         absent = torch.signbit(observation.norms) & (observation.norms == 0)
         if self._identity:
             return ~absent
-        return ~torch.nn.functional.pad(absent, (0, 1), value=True)[self._members].all(dim=1)
+        return ~torch.cat([absent, self._absent])[self._members].all(dim=1)
 
     def spread(self, values: Tensor) -> Tensor:
         """Return the units' factors as the parameters': 0-dim where it is one for all, else [P], 1 outside of units."""
