@@ -21,7 +21,7 @@ from gradiometer.policy.kinds import KINDS
 from gradiometer.policy.spec import load_policy
 from gradiometer.recorder import Recorder
 from gradiometer.records import RingGeometry
-from gradiometer.replay import UNREPLAYABLE, replay
+from gradiometer.replay.driver import UNREPLAYABLE, replay
 from gradiometer.run import open_run
 
 NEEDED = {"global_norm": {"max_norm": 1.0}, "group_norm": {"max_norm": 1.0}}

@@ -20,8 +20,8 @@ from torch import nn
 
 import gradiometer
 from gradiometer.policy.kinds import KINDS
-from gradiometer.replay import UNREPLAYABLE, replay
-from gradiometer.replay_plot import plot_replay
+from gradiometer.replay.driver import UNREPLAYABLE, replay
+from gradiometer.replay.plot import plot_replay
 
 STEPS, SPIKES, BAD = 600, {180: 12.0, 330: 30.0, 480: 8.0}, 400
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import gradiometer
-from gradiometer.control import Answer, await_answer, request_policy
+from gradiometer.live.control import Answer, await_answer, request_policy
 from tests._parallel import sharded
 from tests._ranks import Case, attach, build_model, loss_of, mine, run_cases, sgd
 from tests._training import backward

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import FileStore, HashStore
 
-from gradiometer import accord
-from gradiometer.accord import Accord, Verdict
+from gradiometer.live import accord
+from gradiometer.live.accord import Accord, Verdict
 
 
 @pytest.fixture(params=["hash", "file"])

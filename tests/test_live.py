@@ -23,13 +23,13 @@ from torch.amp.grad_scaler import GradScaler
 import gradiometer
 import gradiometer.exporter
 from gradiometer import Agent, open_run
-from gradiometer.control import RequestError, await_answer, request_policy
-from gradiometer.history import recorded
-from gradiometer.live import PolicyChangeError
+from gradiometer.live.control import RequestError, await_answer, request_policy
+from gradiometer.live.revisions import Slot, SlotTable, describe_change
+from gradiometer.live.thread import PolicyChangeError
 from gradiometer.policy.spec import PolicyError
 from gradiometer.records import find_ranks
+from gradiometer.replay.history import recorded
 from gradiometer.report import summarize
-from gradiometer.revisions import Slot, SlotTable, describe_change
 from tests._training import assert_same, attach, backward, loss_of, small_model, train
 
 CLIP: list[Any] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 1.0}}]

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import gradiometer
 from gradiometer.cli import app
-from gradiometer.history import notes, recorded, rolling_median, spikes
 from gradiometer.policy.kinds import KINDS
 from gradiometer.policy.spec import load_policy
 from gradiometer.records import Flag
-from gradiometer.replay import UNREPLAYABLE, replay
+from gradiometer.replay.driver import UNREPLAYABLE, replay
+from gradiometer.replay.history import notes, recorded, rolling_median, spikes
 from tests._training import attach, backward, loss_of, small_model
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from gradiometer.cli import app
 from gradiometer.policy.spec import load_policy
-from gradiometer.suggest import find, propose
+from gradiometer.replay.suggest import find, propose
 from tests.test_replay import live_run
 
 if TYPE_CHECKING:

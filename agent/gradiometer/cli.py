@@ -12,16 +12,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from gradiometer.commands.policy import app as policy_app
+from gradiometer.commands.replay import replay
+from gradiometer.commands.suggest import suggest
 from gradiometer.launch import launch, make_settings
 from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
-from gradiometer.policy_cli import app as policy_app
 from gradiometer.recorder import RunInUseError, check_run_id
 from gradiometer.records import RunFormatError, default_root, find_ranks, find_runs, installed_version
-from gradiometer.replay_cli import replay
 from gradiometer.report import draw, job_state, summarize
 from gradiometer.run import open_run
 from gradiometer.runs import find_run
-from gradiometer.suggest_cli import suggest
 
 __all__ = ["app", "main"]
 

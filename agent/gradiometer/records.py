@@ -5,8 +5,8 @@
         steps.ring      a header page, then a ring of fixed-size rows, one optimizer step each
         samples.ring    the same, for what is measured every so many steps only; there unless that is off
         events.jsonl    incidents, one JSON object a line
-        policy.json     the policies that were in force, see :mod:`gradiometer.revisions`
-        control.json    what is asked of the run, see :mod:`gradiometer.control`
+        policy.json     the policies that were in force, see :mod:`gradiometer.live.revisions`
+        control.json    what is asked of the run, see :mod:`gradiometer.live.control`
 
 Guarantees: a row that was half written, overwritten while it was read, or lost its pages in a crash is never
 returned; readers take no lock, write nothing, and can be many. Assumes a little-endian machine. Needs no torch.

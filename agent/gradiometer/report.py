@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gradiometer.insight import Episode, bad_episodes, rank_ratios
+from gradiometer.live.revisions import Mode
 from gradiometer.process import process_alive
 from gradiometer.records import OWN_CLIPPING, RingReader, RunFormatError, State, read_manifest
-from gradiometer.revisions import Mode
 from gradiometer.run import Run
 
 __all__ = ["draw", "layer_table", "run_state", "summarize"]

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiometer.insight import NoiseScale, Samples, average_noise, compose, replicas, shares
+from gradiometer.live.revisions import History, Mode, read_history
 from gradiometer.records import (
     OWN_CLIPPING,
     STATS,
@@ -23,7 +24,6 @@ from gradiometer.records import (
     read_events,
     read_manifest,
 )
-from gradiometer.revisions import History, Mode, read_history
 
 if TYPE_CHECKING:
     import pandas as pd

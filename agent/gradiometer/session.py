@@ -27,10 +27,10 @@ from torch.optim import Optimizer
 from gradiometer.actions import Actions, PolicyActionError, check_callbacks
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
 from gradiometer.callbacks import Callback
-from gradiometer.chronicle import Chronicle
 from gradiometer.hooks import StepHooks, check_free, listener_of
 from gradiometer.layers import Parameters, collect_parameters
-from gradiometer.live import Live, Order
+from gradiometer.live.chronicle import Chronicle
+from gradiometer.live.thread import Live, Order
 from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
 from gradiometer.norms import Meter
 from gradiometer.policy.base import Layout

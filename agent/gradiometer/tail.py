@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiometer.insight import Samples, noise_scale
+from gradiometer.live.revisions import Revision, read_history
 from gradiometer.policy.actions import CONDITIONS
 from gradiometer.records import (
     ACTIONS,
@@ -25,7 +26,6 @@ from gradiometer.records import (
     State,
     read_manifest,
 )
-from gradiometer.revisions import Revision, read_history
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
 __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradiometer.history import SPIKE, SPIKE_WINDOW, rolling_median
 from gradiometer.insight import compose
+from gradiometer.replay.history import SPIKE, SPIKE_WINDOW, rolling_median
 from gradiometer.run import Run
 
 __all__ = ["WANTED", "Findings", "Proposal", "describe", "find", "propose"]

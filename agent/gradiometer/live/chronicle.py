@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from gradiometer.control import Request
+from gradiometer.live.control import Request
+from gradiometer.live.revisions import History, Revision, SlotTable, Source, describe_change, slots_of, write_history
 from gradiometer.policy.spec import PolicySpec
-from gradiometer.revisions import History, Revision, SlotTable, Source, describe_change, slots_of, write_history
 from gradiometer.stepper import Turn
 from gradiometer.telemetry import Telemetry
 

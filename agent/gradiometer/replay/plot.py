@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gradiometer.history import Ran
+from gradiometer.replay.history import Ran
 from gradiometer.run import Run
 
 __all__ = ["plot_replay"]

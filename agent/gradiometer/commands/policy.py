@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradiometer.live_cli import apply, show
+from gradiometer.commands.live import apply, show
 from gradiometer.policy.actions import ActionSpec
 from gradiometer.policy.audit import Coverage, cover, describe, scope_of
 from gradiometer.policy.problems import PolicyError, Problem

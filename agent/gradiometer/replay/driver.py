@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradiometer.history import Ran, recorded
 from gradiometer.norms import total_norm
 from gradiometer.policy.audit import scope_of
 from gradiometer.policy.base import Decision, Layout, Observation
@@ -26,6 +25,7 @@ from gradiometer.policy.kinds import AgcSpec, AnySpec, SkipSpec, ValueSpec
 from gradiometer.policy.pipeline import Pipeline, Shadow
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.records import Flag
+from gradiometer.replay.history import Ran, recorded
 from gradiometer.run import Run
 
 __all__ = ["UNREPLAYABLE", "Progress", "replay"]

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from gradiometer.history import spikes, summarize_ran
+from gradiometer.commands.replay import replay_all
 from gradiometer.policy.spec import load_policy
 from gradiometer.records import default_root
-from gradiometer.replay_cli import replay_all
+from gradiometer.replay.history import spikes, summarize_ran
+from gradiometer.replay.suggest import WANTED, Findings, Proposal, describe, find, propose
 from gradiometer.run import Run
 from gradiometer.runs import find_run
-from gradiometer.suggest import WANTED, Findings, Proposal, describe, find, propose
 
 __all__ = ["suggest"]
 

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from gradiometer.history import SPIKE, Ran, notes, recorded, spikes, summarize_ran
 from gradiometer.policy.problems import PolicyError
 from gradiometer.policy.spec import PolicySpec, load_policy
 from gradiometer.records import default_root
+from gradiometer.replay.history import SPIKE, Ran, notes, recorded, spikes, summarize_ran
 from gradiometer.run import Run
 from gradiometer.runs import find_run
 
@@ -72,7 +72,7 @@ def replay(
 def replay_all(run: Run, specs: dict[str, PolicySpec], *, quiet: bool = False) -> list[Ran]:
     """Replay each policy over the run, with a progress bar on stderr where that is a terminal."""
     try:
-        from gradiometer.replay import replay as replay_one
+        from gradiometer.replay.driver import replay as replay_one
     except ModuleNotFoundError as error:
         raise ReplayError(f"replaying needs {error.name}: pip install 'gradiometer[torch]'") from error
     console = Console(stderr=True)
@@ -93,7 +93,7 @@ def replay_all(run: Run, specs: dict[str, PolicySpec], *, quiet: bool = False) -
 
 def _plot(run: Run, rans: Sequence[Ran], path: Path) -> None:
     try:
-        from gradiometer.replay_plot import plot_replay
+        from gradiometer.replay.plot import plot_replay
     except ModuleNotFoundError as error:
         raise ReplayError(f"--plot needs {error.name}: pip install 'gradiometer[plot]'") from error
     plot_replay(run, rans, path)

@@ -23,8 +23,8 @@ from weakref import finalize, ref
 
 import torch
 
-from gradiometer.accord import Accord, Verdict, leave_quietly
-from gradiometer.control import CONTROL_FILE, Request, RequestError, read_request
+from gradiometer.live.accord import Accord, Verdict, leave_quietly
+from gradiometer.live.control import CONTROL_FILE, Request, RequestError, read_request
 from gradiometer.policy.build import bind
 from gradiometer.policy.spec import PolicyError, PolicySpec, load_policy
 from gradiometer.records import RunFormatError

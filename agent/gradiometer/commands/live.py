@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradiometer.control import RequestError, await_answer, rejections, request_policy, requests_rank
+from gradiometer.live.control import RequestError, await_answer, rejections, request_policy, requests_rank
+from gradiometer.live.revisions import Revision, describe_change, read_history
 from gradiometer.records import default_root, read_events, read_manifest
-from gradiometer.revisions import Revision, describe_change, read_history
 
 __all__ = ["apply", "show"]
 

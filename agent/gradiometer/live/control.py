@@ -21,12 +21,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gradiometer.live.revisions import read_history, write_atomically
 from gradiometer.policy.audit import cover
 from gradiometer.policy.problems import PolicyError
 from gradiometer.policy.spec import PolicySource, load_policy
 from gradiometer.process import process_alive
 from gradiometer.records import RingReader, State, find_ranks, read_bounded, read_events, read_manifest
-from gradiometer.revisions import read_history, write_atomically
 
 __all__ = [
     "Answer",
