@@ -256,6 +256,6 @@ def test_ctrl_c_ends_in_one_line(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradiometer.replay.replay", interrupt)
+    monkeypatch.setattr("gradiometer.replay.driver.replay", interrupt)
     done = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--policy", str(path)])
     assert (done.exit_code, done.stderr) == (130, "stopped by Ctrl-C\n")
