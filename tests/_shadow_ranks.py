@@ -58,18 +58,18 @@ def failing(rank: int, world: int) -> dict[str, Any]:
     """On one rank the elements cannot be weighed: it stays in phase with the others."""
     model = parallel("fsdp2")
     module: Any = gradiometer.shadows
-    optimizer, original = sgd(model), module._largest
+    optimizer, original = sgd(model), module.weigh
     if rank == 1:
 
         def fail(*_: Any) -> torch.Tensor:
             raise ZeroDivisionError
 
-        module._largest = fail
+        module.weigh = fail
     try:
         with attach(model, optimizer, policy={"shadow": SHADOW}) as agent:
             train(agent, model, optimizer, lambda step: mine(step, rank, world))
     finally:
-        module._largest = original
+        module.weigh = original
     return {"errors": agent.errors}
 
 
