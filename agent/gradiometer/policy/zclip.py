@@ -53,23 +53,30 @@ class ZClip:
         seen = lesson(self.units, observation, state["mean"].dtype)
         if step < self.warmup_steps:
             spike, cut = None, torch.full_like(seen.norms, math.inf)
+            reach = cut
         elif self.safe:
-            spike, cut = self._cut_safely(state, seen.norms)
+            spike, cut, reach = self._cut_safely(state, seen.norms)
         else:
-            spike, cut = self._cut(state, seen.norms)
-        bound = cut if self.max_grad_norm is None else cut.clamp(max=self.max_grad_norm)
-        decision = self.units.scale(self._coefficient(bound, seen), bound, observation)
+            spike, cut, reach = self._cut(state, seen.norms)
+        decision = self.units.scale(self._coefficient(self._at_most(cut), seen), self._at_most(reach), observation)
         fed = seen.norms if spike is None else torch.where(spike, cut, seen.norms)
         if self.safe:
             fed = torch.minimum(fed, seen.norms)
         learned = self._learned(seen, spike)
         return decision, self._learn(state, fed, learned, step) | {"rejected": state["rejected"] + seen.rejected}
 
-    def _cut(self, state: State, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where there are spikes and what they are cut to, Inf elsewhere, to the letter."""
+    def _at_most(self, norms: Tensor) -> Tensor:
+        return norms if self.max_grad_norm is None else norms.clamp(max=self.max_grad_norm)
+
+    def _cut(self, state: State, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return where there are spikes and what they are cut to, Inf elsewhere, to the letter; and the threshold.
+
+        That is what a spike is cut to, and elsewhere the norm beyond which it would be one.
+        """
         mean, deviation = state["mean"], state["variance"].sqrt()
+        limit = mean + self.z * deviation
         if self.option == "percentile":
-            cut = mean + self.z * deviation
+            cut = limit
             spike = norms > cut
         else:
             score = (norms - mean) / (deviation + EPSILON)
@@ -77,20 +84,21 @@ class ZClip:
             cut = mean
             if self.option == "reciprocal":
                 cut = (mean + self.z * deviation / (score / self.z)) * self.clip_factor
-        return spike, torch.where(spike, cut, math.inf)
+        return spike, torch.where(spike, cut, math.inf), torch.where(spike, cut, limit)
 
-    def _cut_safely(self, state: State, norms: Tensor) -> tuple[Tensor, Tensor]:
+    def _cut_safely(self, state: State, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same with a floor for the deviation, which makes the 1e-6 needless, once there is a mean."""
         mean = state["mean"]
         reach = torch.maximum(state["variance"].sqrt(), mean * self.floor) * self.z
-        excess = norms - mean
-        spike = (excess > reach) & (state["count"] >= self.warmup_steps)
+        excess, limit, known = norms - mean, mean + reach, state["count"] >= self.warmup_steps
+        spike = (excess > reach) & known
         if self.option == "reciprocal":
             cut = mean + reach * (reach / excess)
             cut = cut if self.clip_factor == 1 else cut * self.clip_factor
         else:
-            cut = mean if self.option == "mean" else mean + reach
-        return spike, torch.where(spike, cut, math.inf)
+            cut = mean if self.option == "mean" else limit
+        shown = torch.where(spike, cut, torch.where(known, limit, math.inf))
+        return spike, torch.where(spike, cut, math.inf), shown
 
     def _coefficient(self, bound: Tensor, seen: Lesson) -> Tensor:
         if self.safe:
