@@ -4,6 +4,8 @@ PYTHON ?= python3
 PIP_INSTALL_TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# A file of tests stays in one process: what it has started serves all of it.
+PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist loadfile
 BENCH_ARGS ?=
 
 BIN := .venv/bin
@@ -20,7 +22,7 @@ WHEEL := build/wheel
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "Variables: DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS are passed on; PYTHON chooses the interpreter of a new .venv;"
+	@echo "Variables: DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS are passed on; PYTEST_JOBS= runs the tests one by one; PYTHON chooses the interpreter of a new .venv;"
 	@echo "PIP_INSTALL_TORCH chooses the build of torch, for example"
 	@echo "  make setup PIP_INSTALL_TORCH='torch==2.13.0 --index-url URL-OF-THE-INDEX'"
 
@@ -44,7 +46,7 @@ demo: $(STAMP)  ## Train a small model under the agent and show what it measures
 	@$(BIN)/gradiometer demo $(DEMO_ARGS)
 
 test: $(STAMP)  ## Run the tests from the checkout
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## Check style, formatting and that the dashboards match their Python
 	@$(BIN)/ruff check .
@@ -76,7 +78,7 @@ wheel-test: $(STAMP)  ## Build sdist and wheel, and run the tests against the in
 	@$(WHEEL)/venv/bin/python -m pip install --disable-pip-version-check -qq -c constraints-dev.txt \
 		"$$(echo $(WHEEL)/dist/gradiometer-*.whl)[torch,monitor,dev]"
 	@away=$$(mktemp -d) && trap 'rm -rf "$$away"' EXIT && cp -R tests pyproject.toml "$$away" && cd "$$away" \
-		&& "$(CURDIR)/$(WHEEL)/venv/bin/python" -m pytest -p no:cacheprovider -m "not slow" $(PYTEST_ARGS)
+		&& "$(CURDIR)/$(WHEEL)/venv/bin/python" -m pytest -p no:cacheprovider -m "not slow" $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 clean:  ## Remove what was built and cached; .venv stays
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -39,14 +39,11 @@ def _panel(axis: Any, run: Run, ran: Ran, low: float, high: float) -> None:
     axis.plot(steps, np.where(norms > 0, norms, np.nan), color=NORM, linewidth=0.8, label="gradient norm, whole model")
     for place, stage in enumerate(stage for stage in ran.stages if np.isfinite(stage.threshold).any()):
         style = "-" if stage.acts else "--"
-        many = not np.isfinite(stage.threshold).mean() > 0.5
-        label = f"threshold of {stage.name}" + (" in steps that it cuts" if many and stage.kind == "zclip" else "")
-        label += "" if stage.acts else " (shadow)"
+        label = f"threshold of {stage.name}" + ("" if stage.acts else " (shadow)")
         label += "" if stage.scope == "model" else f", the {stage.scope} cut most"
         seen = np.where(np.isfinite(stage.threshold), stage.threshold, np.nan)
-        dots = "." if many else ""  # a threshold that is there in single steps makes no line
         color = THRESHOLDS[place % len(THRESHOLDS)]
-        axis.plot(steps, seen, style, color=color, linewidth=1.3, marker=dots, label=label)
+        axis.plot(steps, seen, style, color=color, linewidth=1.3, label=label)
     skipped = ran.skipped_by_policy
     clipped = ran.clipped & ~skipped
     for chosen, color, mark, word, height in (
