@@ -203,6 +203,16 @@ def test_a_zero_gradient_locks_nothing_out(name: str, scope: str, nothing: float
         assert min(coefficients[5:]) > 0.95
 
 
+@pytest.mark.parametrize("name", ["adagc", "ema_ratio"])
+def test_an_average_has_a_floor(name: str) -> None:
+    """However small norms have been, and for however long, one of the floor's size gets through."""
+    stream = [([1e-30, 0.0, 0.0, 0.0, 0.0], None, False)] * 60 + [([1e-8, 0.0, 0.0, 0.0, 0.0], None, False)]
+    *_, (_, last, _) = live(bind(BOUNDING[name], "parameter"), stream, F32)
+    assert last.strength is not None
+    assert float(last.strength) == 1
+    assert float(last.threshold) >= 1e-8
+
+
 @pytest.mark.parametrize("name", ["zclip", "adagc", "ema_ratio"])
 def test_guards_change_nothing_of_a_healthy_run(name: str) -> None:
     """Where norms are ordinary, safe and reference agree, but for the 1e-6 that references add to a norm."""
