@@ -20,7 +20,7 @@ from gradiometer.policy.spec import load_policy
 from gradiometer.records import Flag
 from gradiometer.replay.driver import UNREPLAYABLE, replay
 from gradiometer.replay.history import notes, recorded, rolling_median, spikes
-from tests._training import attach, backward, loss_of, small_model
+from tests._training import attach, backward, loss_of, small_model, train
 
 if TYPE_CHECKING:
     from tests.conftest import MakeManifest, WriteRun
@@ -174,6 +174,29 @@ def test_what_must_be_known_is_noted(tmp_path: Path, make_manifest: MakeManifest
         assert said in notes
     found = replayed(tmp_path, [["nonfinite"]], "--last", "6", "--settle", "2")
     assert (found["first_step"], found["steps"]) == (121, 4)
+
+
+def test_a_policy_that_was_changed_is_noted(tmp_path: Path) -> None:
+    """Where the run's policy was changed between two steps, the notes say at which, and what a replay is then."""
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    policy: list[Any] = [{"zclip": {"warmup_steps": 2}}]
+    with attach(tmp_path, model, optimizer, policy=policy) as agent:
+        train(model, optimizer, range(5))
+        state = agent.state_dict()
+    state["in_force"] = load_policy([{"global_norm": {"max_norm": 0.1}}]).to_dict()
+    with attach(tmp_path, model, optimizer, policy=policy) as agent:
+        train(model, optimizer, range(3))
+        agent.load_state_dict(state)
+        train(model, optimizer, range(5, 9))
+    run = gradiometer.open_run(agent.path)
+    said = notes(run, [recorded(run)])
+    assert any("policy was changed at step 5:" in note for note in said)
+    spec = load_policy([{"global_norm": {"max_norm": 0.1}}])
+    (ran,) = replay(run, spec, "new").stages
+    live = next(stage for stage in recorded(run).stages if stage.name == "global_norm")
+    np.testing.assert_array_equal(ran.coefficient[3:], live.coefficient[3:])
+    assert not any("policy was changed" in note for note in notes(replace(run, rows=run.rows[3:]), []))
 
 
 def test_what_is_said_of_the_loss(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun) -> None:

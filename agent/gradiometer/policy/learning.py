@@ -49,9 +49,10 @@ class Lesson:
 
 def lesson(units: Units, observation: Observation, dtype: torch.dtype) -> Lesson:
     """Sort out what one step may teach each of the units."""
-    norms = units.norms(observation).to(dtype)
+    own = units.norms(observation)
+    norms = own.to(dtype)
     usable = (norms > 0) & (norms < largest(dtype))  # NaN compares false
-    learned = usable & (observation.total < math.inf) if norms.dim() else usable
+    learned = usable if own is observation.total else usable & (observation.total < math.inf)
     if observation.skipped is not None:
         learned = learned & ~observation.skipped
     present = units.present(observation)

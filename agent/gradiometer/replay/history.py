@@ -212,6 +212,13 @@ def notes(run: Run, rans: Sequence[Ran]) -> list[str]:
             f"the first step is {run.steps[0]}: statistics begin there as if the policy were new (--settle N leaves "
             "the first N steps out of the figures)"
         )
+    changed = run.steps[1:][np.diff(run.rows["policy_revision"]) != 0].tolist()
+    if changed:
+        shown = ", ".join(map(str, changed[:3])) + (", …" if len(changed) > 3 else "")
+        said.append(
+            f"the run's policy was changed at step {shown}: what it did is by several policies, and each replay is of "
+            "one over all steps"
+        )
     gaps = np.diff(run.steps)
     missing = int((gaps - 1)[gaps > 1].sum()) if len(run) else 0
     if missing:
