@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradiometer import ActionCall, Agent, chronicle, open_run
+from gradiometer import ActionCall, Agent, chronicle, open_run, revisions
 from gradiometer.actions import Actions
 from gradiometer.control import await_answer, request_policy
 from gradiometer.policy.spec import PolicyError, load_policy
@@ -159,7 +159,7 @@ def test_a_request_that_is_put_back(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy changes, nothing is said that is not so, and the history is written when there is room."""
-    full, write = threading.Event(), chronicle.write_history
+    full, write = threading.Event(), revisions.write_history
     full.set()
 
     def write_history(*arguments: Any) -> Any:
