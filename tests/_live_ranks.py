@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import gradiometer
+from gradiometer.live import thread as live
 from gradiometer.live.control import Answer, await_answer, request_policy
 from tests._parallel import sharded
 from tests._ranks import Case, attach, build_model, loss_of, mine, run_cases, sgd
@@ -136,8 +140,50 @@ def dies(rank: int, world: int) -> dict[str, Any]:
     return {}
 
 
+def pledged_then(agent: gradiometer.Agent, signal_number: int) -> None:
+    """Signal this process as soon as it has told the others what it is bound to."""
+    while agent._live._accord is None or not agent._live._accord.open or not agent._live._accord._pledged:
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal_number)
+
+
+def alone(rank: int, world: int, case: str, seconds: float, signal_number: int) -> None:
+    """Train with no collective, so that nothing but the change holds anyone up; the last rank is signalled."""
+    live.WAIT_SECONDS = 4.0
+    model = build_model()
+    optimizer = sgd(model)
+    agent = attach(model, optimizer)
+    if rank == 0:
+        ask(OTHER)
+    if rank == world - 1:
+        if signal_number == signal.SIGSTOP:
+            subprocess.Popen(["/bin/sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
+        threading.Thread(target=pledged_then, args=(agent, signal_number), daemon=True).start()
+    end = time.monotonic() + seconds + 4 * (rank == 0)  # the store is in the first rank's process
+    while time.monotonic() < end:
+        train_until(model, optimizer, rank, world, 1, 0.002)
+    found = {"changes": changes(agent), "step": agent.step}
+    agent.detach()
+    (Path(os.environ["CASE_DIR"]).parent / f"{case}-{rank}.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def killed(rank: int, world: int) -> dict[str, Any]:
+    """The last rank is killed between its pledge and the verdict."""
+    alone(rank, world, "killed", 14.0, signal.SIGKILL)
+    return {}
+
+
+def stopped(rank: int, world: int) -> dict[str, Any]:
+    """The last rank is stopped after its pledge, for longer than a rank waits for a verdict."""
+    alone(rank, world, "stopped", 16.0, signal.SIGSTOP)
+    return {}
+
+
 CASES: dict[str, Case] = {
-    case.__name__: case for case in (ddp_fast, ddp_slow, fsdp2, refused_by_one, ends_before, detached_on_one, dies)
+    case.__name__: case
+    for case in (ddp_fast, ddp_slow, fsdp2, refused_by_one, ends_before, detached_on_one, dies, killed, stopped)
 }
 
 

@@ -88,3 +88,18 @@ def test_a_rank_that_dies(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert kind == "policy_rejected"
     assert "rank 1 did not answer within" in reasons[0]
     assert found["step"] > 10
+
+
+@pytest.mark.parametrize(("case", "survivors"), [("killed", 3), ("stopped", 4)])
+def test_a_rank_that_is_gone_between_pledge_and_verdict(
+    tmp_path_factory: pytest.TempPathFactory, case: str, survivors: int
+) -> None:
+    """Killed, or stopped for longer than a rank waits: the ranks that are left all do the same at the same step."""
+    job = LiveRanks(tmp_path_factory.mktemp(case), 4, [case])
+    paths = [job.root / f"{case}-{rank}.json" for rank in range(survivors)]
+    assert all(path.exists() for path in paths), "\n".join(job.errors)[-3000:]
+    found = [json.loads(path.read_text()) for path in paths]
+    assert all(each["step"] > 100 for each in found)
+    told = [[change[:2] for change in each["changes"]] for each in found]
+    assert len(told[0]) == 1
+    assert told == [told[0]] * survivors

@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gradiometer.callbacks import ActionCall, Callback, Callbacks
 from gradiometer.detect import Detector, Seen, detector
@@ -35,6 +36,8 @@ class _Bound:
     rest: int = 0
     """Steps in which it is not done again."""
     slot: int | None = None
+    since: int = 0
+    """Revision of the policy with which it came: rows that an earlier one decided are nothing to it."""
 
 
 class Actions:
@@ -49,11 +52,11 @@ class Actions:
         self._bound: list[_Bound] = []
         self._error: PolicyActionError | None = None
 
-    def replace(self, actions: Sequence[ActionSpec], policies: Mapping[str, int]) -> None:
+    def replace(self, actions: Sequence[ActionSpec], policies: Mapping[str, int], revision: int = 0) -> None:
         """Put other actions in force; those that are unchanged keep what they have seen.
 
-        ``policies`` gives the slots of the policies in force, by name. Raises PolicyError, having changed nothing, for
-        a callback that was not given to ``attach``.
+        ``policies`` gives the slots of the policies in force, by name, ``revision`` the number of that policy. Raises
+        PolicyError, having changed nothing, for a callback that was not given to ``attach``.
         """
         check_callbacks(actions, self._given)
         slots = {**OWN_CLIPPING, **policies}
@@ -61,14 +64,16 @@ class Actions:
         for spec in actions:
             slot = slots[spec.when.setting.policy] if spec.when.condition == "clip_rate" else None
             kept = next((bound for bound in self._bound if bound.spec == spec and bound.slot == slot), None)
-            following.append(kept or _Bound(spec=spec, detector=detector(spec.when, slots), slot=slot))
+            following.append(kept or _Bound(spec=spec, detector=detector(spec.when, slots), slot=slot, since=revision))
         self._bound = following
         status = self._recorder.status
         for spec in actions:
             status.actions_armed |= 1 << place_of(spec)
-        self._recorder.write_status()
+        with contextlib.suppress(OSError):  # the next row writes it again
+            self._recorder.write_status()
         if any(spec.callback for spec in actions):
-            self._callbacks.start()
+            with contextlib.suppress(RuntimeError):  # no thread can be made now; the first call tries again
+                self._callbacks.start()
 
     def check_callbacks(self, spec: PolicySpec) -> None:
         """Raise PolicyError if a policy wants a callback that was not given; from any thread."""
@@ -80,13 +85,24 @@ class Actions:
             return
         flags = row.flags
         seen = Seen(row.step, row.grad_norm_preclip, bool(flags & SKIPPED), bool(flags & NONFINITE), row.clipped)
+        called = []
         for bound in self._bound:
+            if row.policy_revision < bound.since:
+                continue
             numbers = bound.detector.see(seen)
             if bound.rest > 0:
                 bound.rest -= 1
             elif numbers is not None:
                 bound.rest = bound.spec.cooldown - 1
-                self._do(bound.spec, row.step, numbers)
+                called.append((bound.spec, numbers))
+        events = [self._do(spec, row.step, numbers) for spec, numbers in called]
+        for message, details in events:  # last: a full disk shall cost the event and nothing else
+            self._recorder.event("policy_action", message, **details)
+
+    @property
+    def calling(self) -> bool:
+        """Whether it is a callback that asks."""
+        return self._callbacks.calling
 
     def check(self) -> None:
         """Raise the PolicyActionError that a row has called for, if one has."""
@@ -98,7 +114,8 @@ class Actions:
         """Wait, within bounds, for a callback under way. Idempotent."""
         self._callbacks.close()
 
-    def _do(self, spec: ActionSpec, step: int, numbers: dict[str, float]) -> None:
+    def _do(self, spec: ActionSpec, step: int, numbers: dict[str, float]) -> tuple[str, dict[str, Any]]:
+        """Do it; return message and details of the event that is to tell of it."""
         condition = spec.when.condition
         shown = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
         message = f"action {spec.name!r}: {condition} at step {step} ({shown})"
@@ -117,8 +134,9 @@ class Actions:
             )
             self._callbacks.submit(spec.callback, call, spec.timeout)
         logger.warning("gradiometer: %s", message)
-        details = {"name": spec.name, "condition": condition, "action": spec.kind, "step": step, "numbers": numbers}
-        self._recorder.event("policy_action", message, **details)
+        return message, {
+            "name": spec.name, "condition": condition, "action": spec.kind, "step": step, "numbers": numbers
+        }  # fmt: skip
 
     def _tell(self, failure: str | None, call: ActionCall, name: str) -> None:
         """Count a call that begins or fails; the counters are written with the next row, or at the end."""

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
+from weakref import finalize, ref
 
 __all__ = ["ActionCall", "Callback", "Callbacks", "Outcome"]
 
@@ -43,6 +44,10 @@ class ActionCall:
 Callback = Callable[[ActionCall], object]
 
 
+_Calls: TypeAlias = "queue.SimpleQueue[tuple[str, ActionCall, float] | None]"
+"""Of the simple kind, into which a finalizer may put at any time."""
+
+
 class Outcome(Protocol):
     """Is told of every call that began, and of every failure."""
 
@@ -54,34 +59,50 @@ class Callbacks:
 
     def __init__(self, functions: Mapping[str, Callback], told: Outcome) -> None:
         self._functions, self._told, self._pid = dict(functions), told, os.getpid()
-        self._queue: queue.Queue[tuple[str, ActionCall, float] | None] = queue.Queue(QUEUED)
+        self._queue: _Calls = queue.SimpleQueue()
+        self._submitted = self._done = 0
+        """Calls so far: one is counted by the training thread alone, the other by the dispatcher alone."""
         self._running: dict[str, threading.Thread] = {}
         self._dispatcher: threading.Thread | None = None
         self._closed, self._longest = False, 0.0
+        finalize(self, self._queue.put, None).atexit = False
 
     def start(self) -> None:
         """Start the thread that starts the calls; nothing if it runs."""
         if self._dispatcher is None and os.getpid() == self._pid:
-            self._dispatcher = threading.Thread(target=self._dispatch, name="gradiometer-callbacks", daemon=True)
-            self._dispatcher.start()
+            dispatcher = threading.Thread(
+                target=_dispatch, args=(ref(self), self._queue), name="gradiometer-callbacks", daemon=True
+            )
+            dispatcher.start()
+            self._dispatcher = dispatcher
+
+    @property
+    def calling(self) -> bool:
+        """Whether it is one of the functions here that asks."""
+        return threading.current_thread() in [*self._running.values()]  # which the dispatcher may be adding to
 
     def submit(self, name: str, call: ActionCall, timeout: float) -> None:
         """Have a function called soon; a call that cannot wait is a failure."""
         if self._closed or os.getpid() != self._pid:
             return
-        self.start()
-        self._longest = max(self._longest, timeout)
         try:
-            self._queue.put_nowait((name, call, timeout))
-        except queue.Full:
+            self.start()
+        except RuntimeError as error:
+            self._told(f"it could not be started: {error}", call, name)
+            return
+        self._longest = max(self._longest, timeout)
+        if self._queue.qsize() >= QUEUED:
             self._told(f"{QUEUED} calls are waiting already", call, name)
+            return
+        self._submitted += 1
+        self._queue.put((name, call, timeout))
 
     def close(self) -> None:
         """Wait for the calls under way, at most the longest time that one of them may take. Idempotent."""
         if self._closed or self._dispatcher is None or os.getpid() != self._pid:
             return
         self._closed, until = True, time.monotonic() + self._longest
-        while self._queue.unfinished_tasks and time.monotonic() < until and self._dispatcher.is_alive():
+        while self._done < self._submitted and time.monotonic() < until and self._dispatcher.is_alive():
             time.sleep(0.002)
         with contextlib.suppress(queue.Empty):
             while (item := self._queue.get_nowait()) is not None:
@@ -89,15 +110,14 @@ class Callbacks:
         self._queue.put(None)
         self._dispatcher.join(timeout=1.0)
 
-    def _dispatch(self) -> None:
-        while (item := self._queue.get()) is not None:
-            name, call, timeout = item
-            try:
-                self._start(name, call, timeout)
-            except Exception as error:  # no thread could be made, or nobody could be told
-                logger.exception("gradiometer: callback %s could not be started", name)
-                self._told(f"it could not be started: {error}", call, name)
-            self._queue.task_done()
+    def take(self, name: str, call: ActionCall, timeout: float) -> None:
+        """See a call through, for the dispatcher."""
+        try:
+            self._start(name, call, timeout)
+        except Exception as error:  # no thread could be made, or nobody could be told
+            logger.exception("gradiometer: callback %s could not be started", name)
+            self._told(f"it could not be started: {error}", call, name)
+        self._done += 1
 
     def _start(self, name: str, call: ActionCall, timeout: float) -> None:
         previous = self._running.get(name)
@@ -124,3 +144,13 @@ class Callbacks:
         except BaseException as error:  # whatever it is must not end the thread without a word
             failures.append(f"{type(error).__name__}: {error}")
             logger.exception("gradiometer: callback %s failed", name)
+
+
+def _dispatch(callbacks: ref[Callbacks], calls: _Calls) -> None:
+    """Start one call after the other; keep nothing alive in between, for functions hold models."""
+    while (item := calls.get()) is not None:
+        mine = callbacks()
+        if mine is None:
+            return
+        mine.take(*item)
+        del mine, item

@@ -12,7 +12,7 @@ over its memory, from shadow to pipeline and back too. Nothing here touches an a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,8 +83,15 @@ def save(
     }
 
 
-def plan(saved: Mapping[str, Any], *, parameters: int, attached: PolicySpec | None, bind: Bind) -> Plan:
-    """Work out how an agent with the policy ``attached`` goes on from ``saved``.
+def plan(
+    saved: Mapping[str, Any],
+    *,
+    parameters: int,
+    attached: PolicySpec | None,
+    bind: Bind,
+    check: Callable[[PolicySpec], None],
+) -> Plan:
+    """Work out how an agent with the policy ``attached`` goes on from ``saved``; ``check`` says what it cannot do.
 
     Raises ValueError if that is not the state of an agent, or if what it remembers does not fit this model.
     """
@@ -92,7 +99,7 @@ def plan(saved: Mapping[str, Any], *, parameters: int, attached: PolicySpec | No
     step, reasons = int(saved["step"]), []
     spec = attached
     if saved["attached"] == _written(attached) and saved["in_force"] != saved["attached"]:
-        spec, reason = _in_force(saved["in_force"], attached, bind)
+        spec, reason = _in_force(saved["in_force"], attached, bind, check)
         reasons += [reason] if reason else []
     elif saved["attached"] not in (None, _written(attached)) and attached is not None:
         reasons.append("the policy is not the one that the checkpoint was made under")
@@ -142,7 +149,10 @@ def _are_states(states: object) -> bool:
 
 
 def _in_force(
-    written: Mapping[str, Any] | None, attached: PolicySpec | None, bind: Bind
+    written: Mapping[str, Any] | None,
+    attached: PolicySpec | None,
+    bind: Bind,
+    check: Callable[[PolicySpec], None],
 ) -> tuple[PolicySpec | None, str]:
     """Return the policy that was in force, or the one attached and why that one is no longer possible."""
     if written is None:
@@ -150,6 +160,7 @@ def _in_force(
     try:
         spec = load_policy(written)
         bind(spec)
+        check(spec)
     except PolicyError as error:
         return attached, f"the policy that was in force cannot be restored, so the one attached is ({error})"
     return spec, ""

@@ -270,7 +270,7 @@ class Agent:
         self._spent = 0.0
         """Host seconds of the agent's own that no row has told of yet."""
         self._chronicle = Chronicle(telemetry, stepper.spec, ranks.members[0])
-        self._live = Live(stepper, self.path, ranks.members, ranks.own, self._chronicle.reject, actions.check_callbacks)
+        self._live = Live(stepper, self.path, ranks.members, ranks.own, self._chronicle, actions.check_callbacks)
         self._hooks = StepHooks(optimizers, self)
         watch.prepare(0, incident=False)
         _live.add(self)
@@ -329,7 +329,7 @@ class Agent:
         """
         ranks = Ranks() if self._detached else self._ranks
         with ranks.excused_from("load_state_dict()"):
-            plan = self._stepper.plan(state)
+            plan = self._stepper.plan(state, self._actions.check_callbacks)
         ranks.compare("load_state_dict()", plan.outline)
         self._stepper.go_on(plan)
         self._chronicle.restore(self._stepper.spec, plan.step, plan.anew)
@@ -346,10 +346,12 @@ class Agent:
     def detach(self) -> None:
         """Write what is under way, remove every hook and restore model and optimizer exactly. Idempotent.
 
-        Waits for a callback under way, as long as its time lasts.
+        Waits for a callback under way, as long as its time lasts. Raises RuntimeError in one: it runs beside training.
         """
         if self._detached:
             return
+        if self._actions.calling:
+            raise RuntimeError("detach() was called by a callback, beside training: set a flag for the loop to see")
         self._detached = True
         if self._stepper.step == 0 and self._watch.passes:
             _tell_unstepped(self._telemetry)
@@ -384,19 +386,20 @@ class Agent:
 
     def _apply(self, order: Order) -> None:
         """Change the policy in all its parts: what acts, and what is recorded of it."""
-        step = self._stepper.step
         try:
             turn = self._stepper.change(order.spec)
-        except PolicyError as error:  # on all ranks alike
-            self._chronicle.reject(order.request, str(error).splitlines())
+        except Exception as error:
+            if order.at is not None and not isinstance(error, PolicyError):
+                raise  # a PolicyError is on all ranks alike; else the others may have changed theirs
+            self._chronicle.reject(order.request, [f"{type(error).__name__}: {error}"])
             return
-        self._chronicle.change(order.request, order.spec, step, turn)
+        self._chronicle.change(order.request, order.spec, self._stepper.step, turn)
         self._follow_policy()
 
     def _follow_policy(self) -> None:
         """Let what goes by the policy in force, beside what decides, go by the newest."""
         spec = self._stepper.spec
-        self._actions.replace(() if spec is None else spec.actions, self._telemetry.slots)
+        self._actions.replace(() if spec is None else spec.actions, self._telemetry.slots, self._telemetry.revision)
         if spec is not None:
             _tell_coverage(spec, self._stepper.layout.names, self._telemetry)
 

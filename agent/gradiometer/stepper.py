@@ -5,7 +5,7 @@ What gradients belong to a step is for :mod:`gradiometer.rounds`, what is done t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -264,10 +264,14 @@ class Stepper:
             states=self._states | self.shadows.states,
         )
 
-    def plan(self, state: Mapping[str, Any]) -> checkpoint.Plan:
-        """Work out how to go on from what :meth:`state_dict` returned; raises ValueError if that is not possible."""
+    def plan(self, state: Mapping[str, Any], check: Callable[[PolicySpec], None]) -> checkpoint.Plan:
+        """Work out how to go on from what :meth:`state_dict` returned; raises ValueError if that is not possible.
+
+        ``check`` raises PolicyError for a policy that could not be carried out here.
+        """
+        bind_it = partial(bind, layout=self.layout)
         return checkpoint.plan(
-            state, parameters=len(self.layout.names), attached=self.attached, bind=partial(bind, layout=self.layout)
+            state, parameters=len(self.layout.names), attached=self.attached, bind=bind_it, check=check
         )
 
     def go_on(self, plan: checkpoint.Plan) -> None:

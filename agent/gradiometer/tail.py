@@ -117,8 +117,8 @@ class RankTail:
     @property
     def clip_events(self) -> npt.NDArray[np.uint64]:
         """Steps in which each policy that acts, and the loop itself, changed the gradients; uint64[clippers]."""
-        watching = [p for p, slot in self.revision.named if slot.mode == "shadow"] if self.revision else []
-        acted: npt.NDArray[np.uint64] = np.delete(self.summary.status["clip_events"], watching)
+        acting = [place for place, slot in self.revision.named if slot.mode == "act"] if self.revision else []
+        acted: npt.NDArray[np.uint64] = self.summary.status["clip_events"][[*acting, *OWN_CLIPPING.values()]]
         return acted
 
     def newest(self) -> np.void | None:

@@ -247,11 +247,16 @@ class Telemetry:
                 for name, count in scalars.items() if record.revision == self.revision else ():
                     if name.startswith(STREAK) and count >= self.streaks.get(name, (0.0, 0))[0]:
                         self.streaks[name] = (count, record.step)
+                before = self._journal.newest
                 with self.guard:
                     incident |= self._journal.write(record, scalars, values, order)
-                    self._written = record
-                    if self.actions is not None and self._journal.newest is not None:
-                        self.actions.see(self._journal.newest)
+                newest = self._journal.newest
+                if newest is None or newest is before:
+                    continue
+                self._written = record  # whatever became of its events
+                if self.actions is not None:
+                    with self.guard:
+                        self.actions.see(newest)
         return incident
 
 

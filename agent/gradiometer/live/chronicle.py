@@ -34,8 +34,10 @@ class Chronicle:
             source="attach",
         )
         self._history = History(leader=leader, revisions=(attached,))
+        self._unwritten = False
+        """Whether ``policy.json`` is behind."""
         with telemetry.guard:
-            write_history(telemetry.recorder.path, self._history)
+            self._write()
 
     def change(self, request: Request, spec: PolicySpec | None, step: int, turn: Turn) -> None:
         """Tell that another policy decides from ``step`` on; for the training thread, before that step."""
@@ -71,14 +73,15 @@ class Chronicle:
             request=request,
             by=by,
         )
-        self._history = self._history.model_copy(update={"revisions": (*self._history.revisions, revision)})
+        with self._lock:
+            self._history = self._history.model_copy(update={"revisions": (*self._history.revisions, revision)})
         recorder = self._telemetry.recorder
         with self._telemetry.guard:
             self._telemetry.change(revision.revision, self._table.places, taken_over)
             recorder.status.policy_changes += 1
             recorder.write_status()
         with self._telemetry.guard:
-            self._history = write_history(recorder.path, self._history)
+            self._write()
         said = describe_change(old.policy, new)
         message = f"from step {step} on another policy is in force (revision {revision.revision}): {said}"
         logger.info("gradiometer: %s", message)
@@ -87,6 +90,18 @@ class Chronicle:
                 "policy_changed", message, step=step, revision=revision.revision, source=source, request=request,
                 by=by, note=note, old=old.policy, new=new, kept=turn.kept, anew=turn.anew,
             )  # fmt: skip
+
+    def tend(self) -> None:
+        """Try again to write ``policy.json`` if it is behind, as after a full disk; for the thread."""
+        if self._unwritten:
+            with contextlib.suppress(OSError):
+                self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            self._unwritten = True
+            self._history = write_history(self._telemetry.recorder.path, self._history)
+            self._unwritten = False
 
     def reject(self, request: Request | None, reasons: Sequence[str]) -> None:
         """Tell that a request was refused, None where it was none; for any thread."""

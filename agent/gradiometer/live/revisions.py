@@ -4,8 +4,8 @@
         policy.json     the policies that were in force, newest last, each with its table of slots
 
 A row of the ring and the counters name the revision by which their policy columns are to be read. Guarantees: a stage
-that keeps its name, kind and mode keeps its slot over a change, also if it was away in between and nobody took its
-place; the file is replaced as a whole, and bounded.
+that keeps name and mode, which are the labels of its counter, keeps its slot over a change, also if it was away in
+between and nobody took its place; the file is replaced as a whole, and bounded.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class SlotTable:
 
     def change(self, wanted: Sequence[Slot]) -> frozenset[int]:
         """Give the ``wanted`` their slots, at most 14; return those that were another's before."""
-        kept = {place for place, owner in enumerate(self._owners) if owner in wanted}
+        places = {(owner.name, owner.mode): place for place, owner in enumerate(self._owners) if owner is not None}
+        kept = {places[label] for slot in wanted if (label := (slot.name, slot.mode)) in places}
         self._retired = [place for place in self._retired if place not in kept] + [
             place
             for place, owner in enumerate(self._owners)
@@ -146,21 +147,25 @@ class SlotTable:
         free = [place for place, owner in enumerate(self._owners) if owner is None]
         taken = set()
         for slot in wanted:
-            if slot not in self._owners:
+            place = places.get((slot.name, slot.mode), -1)
+            if place < 0:
                 place = free.pop(0) if free else self._retired.pop(0)
                 if self._owners[place] is not None:
                     taken.add(place)
-                self._owners[place] = slot
+            self._owners[place] = slot
         return frozenset(taken)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file of the user's alone (0600): a reader sees none, the old one, or the whole new one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    owner = path.parent.stat()
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+            if os.geteuid() == 0 and owner.st_uid != 0:  # a request of the administrator's, for the job to read
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -24,8 +24,10 @@ from weakref import finalize, ref
 import torch
 
 from gradiometer.live.accord import Accord, Verdict, leave_quietly
+from gradiometer.live.chronicle import Chronicle
 from gradiometer.live.control import CONTROL_FILE, Request, RequestError, read_request
-from gradiometer.policy.build import bind
+from gradiometer.policy.build import Binding, bind
+from gradiometer.policy.pipeline import observe
 from gradiometer.policy.spec import PolicyError, PolicySpec, load_policy
 from gradiometer.records import RunFormatError
 from gradiometer.rendezvous import job_store
@@ -38,11 +40,17 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS, BUSY_SECONDS = 0.5, 0.02
 STORE_CHECKS = 500
 """Looks a second that the ranks of a job together take at its store: beyond 250 ranks each looks less often."""
+BUSY_CHECKS = 5000
+"""As many, while they settle a request."""
 PLEDGE_SECONDS = 2.0
 """How long the steps take, as far as can be told, that a rank takes before it waits for a verdict."""
 MIN_STEPS, MAX_STEPS = 2, 10_000
-WAIT_SECONDS = 30.0
-"""How long a step waits for a verdict at most; its thread has refused long before, if it reaches the store."""
+WAIT_SECONDS = 300.0
+"""How long a step waits for a verdict at most; its thread has refused long before, if it reaches the store. As long as
+attach() waits for a rank: the store may be in a process that is stopped for a while, and a job outlives that."""
+SLICE_SECONDS = 1.0
+"""The wait is counted in these: a process that was stopped while it waited has not waited."""
+MOST_REASONS, LONGEST_REASON, REMEMBERED = 20, 500, 256
 JOIN_SECONDS = 5.0
 _attachments: dict[tuple[str, tuple[int, ...]], count[int]] = {}
 """Numbers the agents of one run id and group: ranks attach in the same order."""
@@ -71,18 +79,19 @@ class Live:
         directory: Path,
         members: Sequence[int],
         own: int,
-        reject: Callable[[Request | None, Sequence[str]], None],
+        chronicle: Chronicle,
         check: Callable[[PolicySpec], None],
     ) -> None:
         self.due = False
         """Whether the training thread should look here before its next step: all that a step looks at."""
         self.obstacle = ""
         """Why no policy could act in this job."""
-        self._stepper, self._reject, self._fits, self._path = stepper, reject, check, directory
+        self._stepper, self._chronicle, self._fits, self._path = stepper, chronicle, check, directory
         self._inode, self._pid = directory.stat().st_ino, os.getpid()
         self._seen: tuple[int, int, int] | None = None
         """Inode, time and size of the request that was read last."""
-        self._handled: str | None = None
+        self._handled: deque[str] = deque(maxlen=REMEMBERED)
+        """Ids of requests that are done with: a file that is put back is not asked again."""
         self._changed = threading.Condition()
         self._horizon: int | None = None
         self._order: Order | None = None
@@ -91,6 +100,7 @@ class Live:
         self._accord, self._no_accord = self._open(members, own)
         self._reads = own == members[0]
         self._idle = IDLE_SECONDS if len(members) == 1 else max(IDLE_SECONDS, len(members) / STORE_CHECKS)
+        self._busy = max(BUSY_SECONDS, len(members) / BUSY_CHECKS)
         self._stop = threading.Event()
         finalize(self, self._stop.set).atexit = False
         self._thread = threading.Thread(
@@ -123,21 +133,27 @@ class Live:
             return None
         step = self._stepper.taken
         with self._changed:
-            if self._horizon is not None and step >= self._horizon:
-                self._changed.wait_for(lambda: self._horizon is None or self._lost, WAIT_SECONDS)
-                if self._horizon is not None:
-                    self.due, self._horizon = False, None
-                    raise PolicyChangeError(
-                        "this rank agreed to change its policy together with the others, and cannot learn whether they "
-                        f"do: {self._lost or f'no verdict came within {WAIT_SECONDS:g} s'}. Ranks under different "
-                        "policies would train apart; start again from a checkpoint"
-                    )
+            if self._horizon is not None and step >= self._horizon and not self._is_settled():
+                self.due, self._horizon = False, None
+                raise PolicyChangeError(
+                    "this rank agreed to change its policy together with the others, and cannot learn whether they "
+                    f"do: {self._lost or f'no verdict came within {WAIT_SECONDS:g} s'}. Ranks under different "
+                    "policies would train apart; start again from a checkpoint"
+                )
             order = self._order
             if order is None or (order.at is not None and step < order.at):
                 self.due = order is not None or self._horizon is not None
                 return None
             self._order, self.due = None, False
             return order
+
+    def _is_settled(self) -> bool:
+        """Wait for a verdict, the lock being held; tell whether it came."""
+        waited = 0.0
+        while self._horizon is not None and not self._lost and waited < WAIT_SECONDS:
+            self._changed.wait(min(SLICE_SECONDS, WAIT_SECONDS))
+            waited += SLICE_SECONDS
+        return self._horizon is None
 
     def close(self) -> None:
         """End the thread; what has not been put in force by now is refused. Idempotent."""
@@ -156,6 +172,7 @@ class Live:
         now, taken = time.monotonic(), self._stepper.taken
         if not self._paces or now - self._paces[-1][0] >= IDLE_SECONDS:
             self._paces.append((now, taken))
+        self._chronicle.tend()
         if self._order is not None:
             return IDLE_SECONDS
         if self._accord is not None and not self._confer(self._accord):
@@ -163,7 +180,7 @@ class Live:
         busy = self._accord is not None and self._accord.open
         if self._reads and not busy:
             busy = self._read()
-        return BUSY_SECONDS if busy else self._idle
+        return self._busy if busy else self._idle
 
     def leave(self) -> None:
         """Take leave of the other ranks."""
@@ -189,11 +206,15 @@ class Live:
         except (RequestError, RunFormatError) as error:
             self._reject(None, str(error).splitlines())
             return False
-        except OSError:
+        except FileNotFoundError:
             return False
-        if request.id == self._handled:
+        except OSError as error:
+            said = f"the request cannot be read ({error}): ask as the user who trains"
+            self._reject(None, [said])
             return False
-        self._handled = request.id
+        if request.id in self._handled:
+            return False
+        self._handled.append(request.id)
         spec, wrong = self._check(request)
         if not wrong and self._no_accord:
             wrong = [self._no_accord]
@@ -205,6 +226,12 @@ class Live:
             self._hand_over(Order(request=request, spec=spec))
         return not wrong
 
+    def _reject(self, request: Request | None, reasons: Sequence[str]) -> None:
+        """Tell why a request is refused, in so many words and no more: whoever wrote it may have written a lot."""
+        said = [each[:LONGEST_REASON] for each in reasons[:MOST_REASONS]]
+        more = len(reasons) - len(said)
+        self._chronicle.reject(request, [*said, f"and {more} more"] if more > 0 else said)
+
     def _signature(self) -> tuple[int, int, int] | None:
         try:
             if self._path.stat().st_ino != self._inode:
@@ -215,7 +242,7 @@ class Live:
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
     def _check(self, request: Request) -> tuple[PolicySpec | None, list[str]]:
-        """Return the policy, built once on the host to see that it can be, and what is wrong with it."""
+        """Return the policy, tried on the host for one step to see that it can decide, and what is wrong with it."""
         if request.policy is None:
             return None, []
         if self.obstacle:
@@ -223,7 +250,7 @@ class Live:
         try:
             spec = load_policy(request.policy)
             layout = replace(self._stepper.layout, device=torch.device("cpu"))
-            bind(spec, layout).init()
+            _try(bind(spec, layout), len(layout.names))
             self._fits(spec)
         except PolicyError as error:
             return None, str(error).splitlines()
@@ -248,10 +275,9 @@ class Live:
 
     def _answer(self, accord: Accord, message: str) -> None:
         request = Request.model_validate(json.loads(message))
-        self._handled = request.id
         _, wrong = self._check(request)
         if wrong:
-            accord.refuse("; ".join(wrong))
+            accord.refuse("; ".join(wrong)[:LONGEST_REASON])
             return
         accord.pledge(self._bind())
 
@@ -287,6 +313,15 @@ class Live:
         with self._changed:
             self._order, self._horizon, self.due = order, None, True
             self._changed.notify_all()
+
+
+def _try(binding: Binding, parameters: int) -> None:
+    """Let the stages of a policy decide about a step that never was: what fails here would fail in training."""
+    states, step = binding.init(), observe(torch.ones(parameters), torch.ones(()))
+    with torch.no_grad():
+        for part in (binding.pipeline, binding.shadow):
+            if part is not None:
+                part.decide(states, step, 0)
 
 
 def _in_a_group() -> bool:

@@ -62,11 +62,13 @@ def _compiles(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 _NO_BOOL = BeforeValidator(_no_bool)
 """Stands after the bounds of a number: pydantic's schemas would lose those that come after it."""
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NO_BOOL]
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False), _NO_BOOL]
+LARGEST, MOST = 3e38, 2**53
+"""What float32 holds, and what a double counts to: tensors are made of the numbers in a policy, on any device."""
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False), _NO_BOOL]
+Share = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False), _NO_BOOL]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _NO_BOOL]
-Count = Annotated[int, Field(ge=1), _NO_BOOL]
-Steps = Annotated[int, Field(ge=0), _NO_BOOL]
+Count = Annotated[int, Field(ge=1, le=MOST), _NO_BOOL]
+Steps = Annotated[int, Field(ge=0, le=MOST), _NO_BOOL]
 Window = Annotated[int, Field(ge=2, le=100_000), _NO_BOOL]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 SomePatterns = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_one_or_many)]

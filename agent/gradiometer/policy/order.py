@@ -12,8 +12,10 @@ from gradiometer.policy.kinds import KINDS, GroupsSpec, Spec
 from gradiometer.policy.problems import Path, guess
 from gradiometer.records import OWN_CLIPPING, PIPELINE_SLOTS
 
-__all__ = ["check_order"]
+__all__ = ["MOST_ENTRIES", "check_order"]
 
+MOST_ENTRIES = 100
+"""Entries beyond which only their number is told of: a list as long was not written by hand."""
 Complaint = tuple[Path, object, str]
 """Where, what is there, and what is wrong with it."""
 
@@ -33,7 +35,10 @@ def check_order(raw: object) -> Iterator[Complaint]:
         return
     lists = {section: raw.get(section, ()) for section in ("pipeline", "shadow")}
     if all(isinstance(entries, Sequence) and not isinstance(entries, str) for entries in lists.values()):
-        yield from _count(sum(map(len, lists.values())), least=0 if raw.get("actions") else 1)
+        count = sum(map(len, lists.values()))
+        yield from _count(count, least=0 if raw.get("actions") else 1)
+        if count > MOST_ENTRIES:
+            return
         stages = {section: list(_stages(section, entries)) for section, entries in lists.items()}
         yield from _places(stages["pipeline"])
         yield from _names(stages["pipeline"] + stages["shadow"])
@@ -104,6 +109,8 @@ def _scopes(stages: Sequence[_Stage], groups: object) -> Iterator[Complaint]:
 def _actions(entries: object, policies: Sequence[object]) -> Iterator[Complaint]:
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         return
+    if len(entries) > MOST_ENTRIES:
+        return  # too many, which is told of elsewhere
     names = [_action_name(entry) for entry in entries]
     known = [*map(str, policies), *OWN_CLIPPING]
     for place, (entry, name) in enumerate(zip(entries, names, strict=True)):

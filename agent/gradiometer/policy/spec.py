@@ -33,7 +33,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from gradiometer.policy import kinds
 from gradiometer.policy.actions import ActionSpec, known_settings
 from gradiometer.policy.kinds import KINDS, AnySpec, GroupsSpec, Spec
-from gradiometer.policy.order import check_order
+from gradiometer.policy.order import MOST_ENTRIES, check_order
 from gradiometer.policy.problems import PolicyError, Problem, explain, guess, shorten
 from gradiometer.policy.source import Source, read_source
 
@@ -105,7 +105,7 @@ class PolicySpec(BaseModel):
     def _is_a_list(cls, entries: object) -> object:
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise ValueError("expected a list of policies, such as '- global_norm: {max_norm: 1.0}'")  # noqa: TRY004
-        return entries
+        return entries if len(entries) <= MOST_ENTRIES else ()  # which check_order tells of
 
     @model_validator(mode="wrap")
     @classmethod
