@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def _panel(axis: Any, run: Run, ran: Ran, low: float, high: float) -> None:
         style = "-" if stage.acts else "--"
         many = not np.isfinite(stage.threshold).mean() > 0.5
         label = f"threshold of {stage.name}" + (" in steps that it cuts" if many and stage.kind == "zclip" else "")
+        label += _part(ran.policy, stage.name)
         label += "" if stage.acts else " (shadow)"
         label += "" if stage.scope == "model" else f", the {stage.scope} cut most"
         seen = np.where(np.isfinite(stage.threshold), stage.threshold, np.nan)
@@ -65,6 +66,16 @@ def _panel(axis: Any, run: Run, ran: Ran, low: float, high: float) -> None:
     axis.set_title(f"{ran.label}: {said}", loc="left", fontsize=10)
     axis.legend(loc="upper right", fontsize=7.5, ncols=2, framealpha=0.85)
     axis.grid(visible=True, which="major", linewidth=0.3)
+
+
+def _part(policy: Mapping[str, Any] | None, name: str) -> str:
+    """Say of which parameters the norm is that a threshold bounds, where it is not the one that is drawn."""
+    stages = [*(policy or {}).get("pipeline", ()), *(policy or {}).get("shadow", ())]
+    for kind, settings in (item for stage in stages for item in stage.items()):
+        if settings.get("name", kind) == name:
+            chosen = [*settings.get("match", ())] + [f"all but {each}" for each in settings.get("exclude", ())]
+            return f" on {chosen[0]}{', …' if len(chosen) > 1 else ''}" if chosen else ""
+    return ""
 
 
 def _steps(chosen: Any) -> str:

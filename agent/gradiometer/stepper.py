@@ -253,10 +253,12 @@ class Stepper:
         for name, limit in self._limits.items():
             count, step = streaks.get(name, (0.0, 0))
             if count >= limit.steps:
-                raise limit.error(
+                message = (
                     f"{limit.what} in {count:g} step(s) in a row, up to step {step}; policy {name!r} allows "
                     f"{limit.steps - 1}. {limit.excuse}"
                 )
+                self.notices.append(("policy_raised", message))
+                raise limit.error(message)
 
     def state_dict(self) -> dict[str, Any]:
         return checkpoint.save(

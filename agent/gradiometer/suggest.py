@@ -281,8 +281,8 @@ def describe(found: Findings) -> list[str]:
     if found.spikes:
         where = ", ".join(map(str, found.spikes[:10])) + (", …" if len(found.spikes) > 10 else "")
         lines.append(
-            f"spikes: {_count(len(found.spikes), 'step')} at {SPIKE:g} times the median of the {SPIKE_WINDOW} before or "
-            f"more, up to {found.highest:.3g} times: at {where}"
+            f"spikes: {_count(len(found.spikes), 'step')} at {SPIKE:g} times the median of the {SPIKE_WINDOW} before "
+            f"or more, up to {found.highest:.3g} times: at {where}"
         )
     else:
         lines.append(f"spikes: no step was {SPIKE:g} times the median of the {SPIKE_WINDOW} before")
