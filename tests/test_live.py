@@ -386,4 +386,4 @@ def test_changes_in_words() -> None:
     assert describe_change(old, new) == (
         '-nonfinite, global_norm.max_norm 1.0 -> 2.0, +zclip (shadow), groups: null -> {"by": "parameter"}'
     )
-    assert describe_change(old, old) == "nothing but the asking"
+    assert describe_change(old, old) == "the same policy again"

@@ -134,7 +134,7 @@ def test_a_request_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monke
 
     model = small_model()
     with attach(tmp_path, model, sgd(model), policy=None) as agent:
-        monkeypatch.setattr("gradiometer.live.read_request", refuse)
+        monkeypatch.setattr("gradiometer.live.thread.read_request", refuse)
         request_policy(agent.path, CLIP)
         end = time.monotonic() + 20
         while not events(agent, "policy_rejected"):

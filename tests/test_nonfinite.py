@@ -155,7 +155,7 @@ def test_raise_stops_before_anything_moves(tmp_path: Path, kind: str, how: str) 
 @pytest.mark.parametrize("action", ["skip", "zero"])
 @pytest.mark.parametrize("how", ["foreach", "fused"])
 def test_max_consecutive(tmp_path: Path, action: str, how: str) -> None:
-    """The third bad step in a row raises where two are allowed; a good one in between starts the count again."""
+    """The third bad step in a row raises where two are allowed, as an event says; a good one starts the count again."""
     model = small_model()
     optimizer = make("adam", how, model)
     policy = [{"nonfinite": {"action": action, "max_consecutive": 3}}]
@@ -167,7 +167,10 @@ def test_max_consecutive(tmp_path: Path, action: str, how: str) -> None:
             bad_step(model, optimizer)
         with pytest.raises(NonFiniteGradientError, match="allows 2"):
             bad_step(model, optimizer)
-    assert len(open_run(agent.path)) == 6
+    run = open_run(agent.path)
+    assert len(run) == 6
+    (raised,) = [event["message"] for event in run.events if event["kind"] == "policy_raised"]
+    assert "allows 2" in raised  # whoever finds the run over learns why
 
 
 def test_training_can_go_on_after_the_error(tmp_path: Path) -> None:

@@ -79,6 +79,32 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
         assert said in line, line
 
 
+def test_names_of_groups_in_the_wrong_place(tmp_path: Path) -> None:
+    """Whoever writes named groups right under ``groups`` is told where they go."""
+    path = write(tmp_path, "groups: {head: 'head.*', rest: ['*']}\npipeline: [{group_norm: {max_norm: 1}}]\n")
+    status, _, lines = check(path)
+    assert status == 1
+    for name, line in zip(("head", "rest"), lines, strict=True):
+        assert f"groups: {{by: {{{name}: ...}}}}" in line
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "told"),
+    [
+        ("[{global_norm: {max_norm: 1}}]", True),
+        ("[{skip: {match: 'a*'}}]", True),
+        ("[{skip: {on: loss}}]", True),
+        ("[{skip: {}}, {global_norm: {max_norm: 1}}]", False),
+        ("[nonfinite, {global_norm: {max_norm: 1}}]", False),
+        ("[], shadow: [zclip]", False),
+    ],
+)
+def test_a_pipeline_that_lets_nan_through(tmp_path: Path, pipeline: str, told: bool) -> None:
+    """Nothing but ``nonfinite``, and ``skip`` by the whole norm, keeps NaN from the optimizer: that is said."""
+    status, out, _ = check(write(tmp_path, f"{{pipeline: {pipeline}}}\n"))
+    assert (status, "no stage 'nonfinite'" in out) == (0, told)
+
+
 def test_problems_can_be_had_as_values(tmp_path: Path) -> None:
     """PolicyError holds each problem with path, value, line and column, for programs."""
     with pytest.raises(PolicyError) as caught:

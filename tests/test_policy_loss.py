@@ -174,3 +174,17 @@ def test_a_loss_is_not_read_from_the_device(
                 optimizer.step()
         assert (watch.reads, python) == ([], [])
     assert len(values(noting)) == 3
+
+
+def test_a_loss_that_comes_too_late_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever reads the log, and not the run's events, learns that a policy is blind, and what to do."""
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    with attach(tmp_path, model, optimizer, policy=ON_LOSS) as agent:
+        for step in range(3):
+            loss = step_with(model, optimizer, step)
+            optimizer.step()
+            agent.log(loss=loss)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == len(missing(agent.path)) == 1
+    assert "before optimizer.step()" in warnings[0]

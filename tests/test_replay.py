@@ -282,3 +282,16 @@ def test_ctrl_c_ends_in_one_line(
     monkeypatch.setattr("gradiometer.replay.driver.replay", interrupt)
     done = CliRunner().invoke(app, ["replay", str(tmp_path / "run"), "--policy", str(path)])
     assert (done.exit_code, done.stderr) == (130, "stopped by Ctrl-C\n")
+
+
+def test_the_plot_says_what_part_a_threshold_is_for() -> None:
+    """A bound on some parameters is drawn over the norm of all: its label says of which it is."""
+    plotting = pytest.importorskip(
+        "gradiometer.replay.plot", reason="matplotlib is not installed", exc_type=ImportError
+    )
+    policy = {
+        "pipeline": [{"zclip": {"match": ["embed.*", "pos.*"]}}, {"global_norm": {"name": "all", "max_norm": 1.0}}],
+        "shadow": [{"percentile": {"exclude": ["head.*"]}}],
+    }
+    said = [plotting._part(policy, name) for name in ("zclip", "all", "percentile")]
+    assert said == [" on embed.*, …", "", " on all but head.*"]

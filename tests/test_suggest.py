@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from gradiometer.cli import app
 from gradiometer.policy.spec import load_policy
+from gradiometer.records import Flag
 from gradiometer.replay.suggest import find, propose
 from tests.test_replay import live_run
 
@@ -32,10 +33,10 @@ def level(sigma: float = 0.1) -> np.ndarray[Any, np.dtype[np.float64]]:
 def suggest(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun) -> Any:
     """Give a function that writes a run of the norms [T] or [T, P] and returns what ``suggest --json`` says."""
 
-    def ask(norms: Any, *options: str, status: int = 0) -> dict[str, Any]:
+    def ask(norms: Any, *options: str, status: int = 0, **columns: Any) -> dict[str, Any]:
         whole = np.asarray(norms)
         parts = whole[:, None] * LAYERS if whole.ndim == 1 else whole
-        write_run(make_manifest(capacity=2000), parts)
+        write_run(make_manifest(capacity=2000), parts, **columns)
         done = CliRunner().invoke(app, ["suggest", str(tmp_path / "run"), "--json", *options])
         assert done.exit_code == status, (done.output, done.exception)
         result: dict[str, Any] = json.loads(done.stdout)
@@ -104,6 +105,32 @@ def test_bursts_of_nonfinite_steps(suggest: Any) -> None:
     assert stages(result)["nonfinite"] == {"action": "skip", "max_consecutive": 16}
     assert result["findings"]["median"] == pytest.approx(1, rel=0.05)
     assert result["proposal"]["replay"]["steps_skipped"] == 9
+
+
+def test_weights_that_were_lost_to_a_nonfinite_step(suggest: Any) -> None:
+    """Steps after one that the optimizer used do not tell how many in a row are usual, nor count as clipped."""
+    norms = level()
+    norms[100:103], norms[400:] = np.nan, np.nan
+    flags = [int(Flag.NONFINITE)] * STEPS
+    flags[:400] = [int(Flag.NONFINITE | Flag.SKIPPED) if np.isnan(norm) else 0 for norm in norms[:400]]
+    result = suggest(norms, flags=flags)
+    found = result["findings"]
+    assert (found["lost_at"], found["longest_nonfinite"], found["nonfinite"]) == (400, 3, 203)
+    assert stages(result)["nonfinite"]["max_consecutive"] == 10
+    assert "step 400" in result["proposal"]["reasons"][0]
+    said = " ".join(result["proposal"]["yaml"].replace("#", "").split())
+    assert "skips 203" in said
+    scaled = result["proposal"]["replay"]["steps_clipped"] - 203
+    assert f"it clips {scaled / STEPS:.2%} of them" in said
+
+
+def test_bad_steps_at_the_end_that_were_skipped(suggest: Any) -> None:
+    """A burst at the end that moved nothing is a burst like another."""
+    norms = level()
+    norms[-7:] = np.nan
+    result = suggest(norms)
+    assert result["findings"]["lost_at"] is None
+    assert stages(result)["nonfinite"]["max_consecutive"] == 14
 
 
 def test_a_layer_that_dominates_spikes(suggest: Any) -> None:

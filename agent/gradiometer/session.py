@@ -334,6 +334,7 @@ class Agent:
         self._stepper.go_on(plan)
         self._chronicle.restore(self._stepper.spec, plan.step, plan.anew)
         self._follow_policy()
+        logger.info("gradiometer: going on from a checkpoint, at step %d", plan.step)
         if plan.said:
             logger.warning("gradiometer: going on from a checkpoint: %s", plan.said)
             self._telemetry.notice("policy_state", plan.said, step=plan.step, anew=plan.anew, unused=plan.left)

@@ -5,6 +5,7 @@ What gradients belong to a step is for :mod:`gradiometer.rounds`, what is done t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ from gradiometer.transfer import bring
 from gradiometer.updates import Updates
 
 __all__ = ["NonFiniteGradientError", "Stepper", "Taken", "Turn"]
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -250,10 +253,12 @@ class Stepper:
         for name, limit in self._limits.items():
             count, step = streaks.get(name, (0.0, 0))
             if count >= limit.steps:
-                raise limit.error(
+                message = (
                     f"{limit.what} in {count:g} step(s) in a row, up to step {step}; policy {name!r} allows "
                     f"{limit.steps - 1}. {limit.excuse}"
                 )
+                self.notices.append(("policy_raised", message))
+                raise limit.error(message)
 
     def state_dict(self) -> dict[str, Any]:
         return checkpoint.save(
@@ -356,6 +361,7 @@ class Stepper:
                 f"policy {self._loss_for!r} looks at the loss, but none was logged before step {self.step}: call "
                 "agent.log(loss=loss) before optimizer.step()"
             )
+            logger.warning("gradiometer: %s", message)
             self.notices.append(("policy_loss_missing", message))
         return self.loss_mean(self.loss)
 

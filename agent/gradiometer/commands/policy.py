@@ -19,6 +19,7 @@ from rich.text import Text
 from gradiometer.commands.live import apply, show
 from gradiometer.policy.actions import ActionSpec
 from gradiometer.policy.audit import Coverage, cover, describe, scope_of
+from gradiometer.policy.kinds import NonFiniteSpec, SkipSpec
 from gradiometer.policy.problems import PolicyError, Problem
 from gradiometer.policy.schema import policy_schema
 from gradiometer.policy.source import read_source
@@ -71,6 +72,8 @@ def _checked(file: Path, run: Run | None, console: Console) -> bool:
         return False
     console.print(Text(f"{file}: a policy of {len(spec.stages)}"), soft_wrap=True)
     console.print(_table(spec, covered))
+    if spec.pipeline and not (isinstance(spec.pipeline[0], NonFiniteSpec) or _guarded(spec)):
+        console.print(Text("no stage 'nonfinite': a step with NaN goes to the optimizer as it is"), soft_wrap=True)
     for action in spec.actions:
         done = "call " + action.callback if action.callback else action.kind
         console.print(Text(f"{action.name}: {done} when {_condition(action)}"), soft_wrap=True)
@@ -78,6 +81,14 @@ def _checked(file: Path, run: Run | None, console: Console) -> bool:
         for line in _coverage(spec, covered, run):
             console.print(Text(line), soft_wrap=True)
     return True
+
+
+def _guarded(spec: PolicySpec) -> bool:
+    """Tell whether a stage skips steps with NaN by the way: ``skip`` where it looks at the norm of all parameters."""
+    return not spec.groups.exclude and any(
+        isinstance(stage, SkipSpec) and "global_norm" in stage.on and not stage.match and not stage.exclude
+        for stage in spec.pipeline
+    )
 
 
 def _condition(action: ActionSpec) -> str:

@@ -69,9 +69,11 @@ def _replayed(run: Run, found: Findings, proposal: Proposal) -> dict[str, Any]:
 
 def _text(run: Run, found: Findings, proposal: Proposal, figures: dict[str, Any]) -> str:
     """Write the policy as YAML, the reasons as comments."""
+    steps = len(run) - found.warmup
+    scaled = (figures["steps_clipped"] - figures["steps_skipped"]) / steps
     would = (
-        f"Replayed over {len(run) - found.warmup} steps of that run, open-loop: it clips {figures['clip_rate']:.2%} of "
-        f"them, skips {figures['steps_skipped']}, and catches {figures['spikes_caught']} of {figures['spikes']} spikes."
+        f"Replayed over {steps} steps of that run, open-loop: it clips {scaled:.2%} of them, skips "
+        f"{figures['steps_skipped']}, and catches {figures['spikes_caught']} of {figures['spikes']} spikes."
     )
     lines = [f"Proposed by gradiometer suggest from run {run.manifest.run_id}.", "", *describe(found), ""]
     lines += [*proposal.reasons, "", would]

@@ -245,7 +245,7 @@ def describe_change(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None
         said.append("other order")
     said += _rest(old or {}, new or {})
     more = f", and {len(said) - MAX_SHOWN} more" if len(said) > MAX_SHOWN else ""
-    return ", ".join(said[:MAX_SHOWN]) + more if said else "nothing but the asking"
+    return ", ".join(said[:MAX_SHOWN]) + more if said else "the same policy again"
 
 
 def _rest(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

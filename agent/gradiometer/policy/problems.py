@@ -79,6 +79,8 @@ def explain(source: str, item: Mapping[str, Any], settings_at: Callable[[Path], 
 
 def _expected(item: Mapping[str, Any], path: Path, settings_at: Callable[[Path], Sequence[str]]) -> str:
     if item["type"] == "extra_forbidden":
+        if path[0] == "groups" and len(path) == 2 and isinstance(item["input"], str | Sequence):
+            return f"no such setting; named groups stand under 'by': groups: {{by: {{{path[1]}: ...}}}}"
         known = settings_at(path[:-1])
         return f"no such setting; there are {', '.join(known)}{guess(path[-1], known)}"
     if item["type"] == "tuple_type":

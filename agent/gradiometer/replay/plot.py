@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def _panel(axis: Any, run: Run, ran: Ran, low: float, high: float) -> None:
     axis.plot(steps, np.where(norms > 0, norms, np.nan), color=NORM, linewidth=0.8, label="gradient norm, whole model")
     for place, stage in enumerate(stage for stage in ran.stages if np.isfinite(stage.threshold).any()):
         style = "-" if stage.acts else "--"
-        label = f"threshold of {stage.name}" + ("" if stage.acts else " (shadow)")
+        label = f"threshold of {stage.name}{_part(ran.policy, stage.name)}" + ("" if stage.acts else " (shadow)")
         label += "" if stage.scope == "model" else f", the {stage.scope} cut most"
         seen = np.where(np.isfinite(stage.threshold), stage.threshold, np.nan)
         color = THRESHOLDS[place % len(THRESHOLDS)]
@@ -62,6 +62,16 @@ def _panel(axis: Any, run: Run, ran: Ran, low: float, high: float) -> None:
     axis.set_title(f"{ran.label}: {said}", loc="left", fontsize=10)
     axis.legend(loc="upper right", fontsize=7.5, ncols=2, framealpha=0.85)
     axis.grid(visible=True, which="major", linewidth=0.3)
+
+
+def _part(policy: Mapping[str, Any] | None, name: str) -> str:
+    """Say of which parameters the norm is that a threshold bounds, where it is not the one that is drawn."""
+    stages = [*(policy or {}).get("pipeline", ()), *(policy or {}).get("shadow", ())]
+    for kind, settings in (item for stage in stages for item in stage.items()):
+        if settings.get("name", kind) == name:
+            chosen = [*settings.get("match", ())] + [f"all but {each}" for each in settings.get("exclude", ())]
+            return f" on {chosen[0]}{', …' if len(chosen) > 1 else ''}" if chosen else ""
+    return ""
 
 
 def _steps(chosen: Any) -> str:

@@ -42,7 +42,9 @@ class Findings:
     finite: int
     nonfinite: int
     longest_nonfinite: int
-    """Most non-finite steps in a row."""
+    """Most non-finite steps in a row, before :attr:`lost_at`."""
+    lost_at: int | None
+    """The step from which on all are non-finite, and whose gradients the optimizer used: weights were lost there."""
     warmup: int
     """Steps at the start that are left out of all below."""
     median: float
@@ -91,11 +93,13 @@ def find(run: Run) -> Findings:
     values = norms[finite & calm_from]
     layer, share, quantile = _dominating(run, spiking, finite & calm_from & ~spiking)
     levels = _levels(values, 10)
+    lost = _lost(run)
     return Findings(
         steps=len(norms),
         finite=int(finite.sum()),
         nonfinite=int(run.nonfinite.sum()),
-        longest_nonfinite=_longest(run.nonfinite),
+        longest_nonfinite=_longest(run.nonfinite[:lost]),
+        lost_at=None if lost is None else int(run.steps[lost]),
         warmup=warmup,
         median=_quantile(values, 50),
         quantiles={f"p{p:g}": _quantile(values, p) for p in (90, 99, 99.9)} | {"max": _quantile(values, 100)},
@@ -208,6 +212,14 @@ def _longest(bad: npt.NDArray[np.bool_]) -> int:
     return longest
 
 
+def _lost(run: Run) -> int | None:
+    """Return the place of the step that made all that follow non-finite: its gradients were used, and so are theirs."""
+    finite = np.flatnonzero(~run.nonfinite)
+    first = int(finite[-1]) + 1 if len(finite) else 0
+    used = run.nonfinite[first:] & ~run.skipped[first:]
+    return first if used.any() and len(used) > 1 and used[0] else None
+
+
 def _quantile(values: Floats, percent: float) -> float:
     return float(np.percentile(values, percent)) if len(values) else math.nan
 
@@ -220,11 +232,23 @@ def _round_up(value: float) -> float:
 
 def _bad_steps(found: Findings, allowed: int) -> str:
     if not found.nonfinite:
-        return "nonfinite: no step was NaN or Inf; clipping could not mend one, and to skip it costs nothing before"
+        return (
+            f"nonfinite: no step was NaN or Inf; should one come, clipping cannot mend it and skipping does; {allowed} "
+            "in a row stop the job"
+        )
+    if found.lost_at is not None:
+        return (
+            f"nonfinite: step {found.lost_at} was NaN or Inf and the optimizer used it; the weights were lost, and all "
+            f"steps since are NaN or Inf. Such a step is skipped, and {allowed} in a row stop the job"
+        )
     return (
-        f"nonfinite: {found.nonfinite} {'step was' if found.nonfinite == 1 else 'steps were'} NaN or Inf, at most "
+        f"nonfinite: {_count(found.nonfinite, 'step')} {'was' if found.nonfinite == 1 else 'were'} NaN or Inf, at most "
         f"{found.longest_nonfinite} in a row: such are skipped, and {allowed} in a row stop the job"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _drifted(found: Findings) -> str:
@@ -239,7 +263,12 @@ def _published(found: Findings) -> str:
 
 def describe(found: Findings) -> list[str]:
     """Say what was found, a line each."""
-    lines = [f"{found.steps} steps, {found.nonfinite} of them non-finite (at most {found.longest_nonfinite} in a row)"]
+    bad = f"{found.nonfinite} of them non-finite" if found.nonfinite else "none of them non-finite"
+    if found.lost_at is not None:
+        bad += f", all from step {found.lost_at} on: the optimizer used that one, and the weights were lost"
+    elif found.nonfinite:
+        bad += f" (at most {found.longest_nonfinite} in a row)"
+    lines = [f"{_count(found.steps, 'step')}, {bad}"]
     if found.warmup:
         lines.append(
             f"warm-up: the first {found.warmup} steps are left out; after them the median of a block of steps is "
@@ -252,8 +281,8 @@ def describe(found: Findings) -> list[str]:
     if found.spikes:
         where = ", ".join(map(str, found.spikes[:10])) + (", …" if len(found.spikes) > 10 else "")
         lines.append(
-            f"spikes: {len(found.spikes)} steps at {SPIKE:g} times the median of the {SPIKE_WINDOW} before or more, up "
-            f"to {found.highest:.3g} times: at {where}"
+            f"spikes: {_count(len(found.spikes), 'step')} at {SPIKE:g} times the median of the {SPIKE_WINDOW} before "
+            f"or more, up to {found.highest:.3g} times: at {where}"
         )
     else:
         lines.append(f"spikes: no step was {SPIKE:g} times the median of the {SPIKE_WINDOW} before")
