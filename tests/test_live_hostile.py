@@ -6,6 +6,8 @@ import errno
 import gc
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -98,6 +100,42 @@ def await_change(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimize
     before = int(open_run(agent.path).status["policy_changes"])
     train_until(model, optimizer, lambda: open_run(agent.path).status["policy_changes"] > before)
     return await_answer(agent.path, request, 5).revision
+
+
+STOPPED = """
+import os, signal, subprocess, sys, threading, time
+from pathlib import Path
+import torch
+from gradiometer import live
+from tests._training import attach, small_model, train
+live.WAIT_SECONDS = 3.0
+model = small_model()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+agent = attach(Path(sys.argv[1]), model, optimizer, policy=None)
+train(model, optimizer, [0])
+agent._live._horizon, agent._live.due = 1, True
+
+def stop():
+    time.sleep(0.5)
+    subprocess.Popen(["/bin/sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.5)
+    with agent._live._changed:
+        agent._live._horizon = None
+        agent._live._changed.notify_all()
+
+threading.Thread(target=stop).start()
+train(model, optimizer, [0])
+print("steps", agent.step)
+agent.detach()
+"""
+
+
+def test_a_process_that_is_stopped_while_it_waits(tmp_path: Path) -> None:
+    """The time in which it was stopped is not time that it has waited: the verdict is there when it wakes."""
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
+    assert done.stdout == "steps 2\n", done.stderr
 
 
 def test_a_policy_that_builds_and_cannot_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
