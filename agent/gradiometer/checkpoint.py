@@ -6,8 +6,8 @@
      "states": {"zclip": {"mean": tensor}}}     what each stage remembers, by its name
 
 A checkpoint that was made under the policy which is attached now restores the one that was in force then. Under another
-policy, the one attached stays, and each of its stages that has the name, kind and shapes of one in the checkpoint takes
-over its memory, from shadow to pipeline and back too. Nothing here touches an agent: it makes a plan, or raises.
+policy, the one attached stays; each of its stages that has the name, kind, shapes and units of one in the checkpoint
+takes over its memory, from shadow to pipeline and back too. Nothing here touches an agent: it makes a plan, or raises.
 """
 
 from __future__ import annotations
