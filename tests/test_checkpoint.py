@@ -172,6 +172,22 @@ def test_a_memory_of_other_settings_begins_anew(tmp_path: Path, remembering: Any
         assert said(agent)[0]["anew"] == ([] if kept else ["group_norm"])
 
 
+def test_a_memory_of_other_parameters_begins_anew(tmp_path: Path) -> None:
+    """As many averages as before, of other parameters, are nothing to go on from; of the same ones they are."""
+
+    def policy(exclude: str, ratio: float = 1.04) -> Any:
+        return [{"adagc": {"warmup_steps": 1, "exclude": exclude, "ratio": ratio}}]
+
+    state = checkpoint(tmp_path, policy("0.*"), bad=0)
+    for given, kept in ((policy("2.*"), False), (policy("0.*", 2.0), True), (policy("re:^0"), True)):
+        agent, _, _ = begin(tmp_path, given)
+        with agent:
+            agent.load_state_dict(state)
+            found = agent.state_dict()
+        assert bool(found["states"]["adagc"]["average"].isfinite().all()) == kept
+        assert found["born"] == {"adagc": 0 if kept else 3}
+
+
 def test_a_memory_keeps_its_width(tmp_path: Path, remembering: Any) -> None:
     """What a policy has come to know in float64 is float64 after a restart."""
     policy = remembering(scope="parameter")

@@ -296,6 +296,19 @@ def test_a_stage_that_stays_keeps_its_memory(tmp_path: Path) -> None:
         assert (event["kept"], event["anew"]) == (["nonfinite"], ["global_norm"])
 
 
+@pytest.mark.parametrize(("exclude", "kept"), [("0.*", True), ("2.*", False), ("0.bias", False)])
+def test_a_memory_of_other_parameters_begins_anew(tmp_path: Path, exclude: str, kept: bool) -> None:
+    """Averages go on only if they are of the same parameters, not if there are merely as many."""
+    model = small_model()
+    optimizer = sgd(model)
+    with attach(tmp_path, model, optimizer, policy=[{"adagc": {"exclude": "0.*"}}, *CLIP[1:]]) as agent:
+        train(model, optimizer, range(3))
+        request_policy(agent.path, [{"adagc": {"exclude": exclude, "ratio": 2.0}}, *CLIP[1:]])
+        (event,) = step_until(agent, model, optimizer, ["policy_changed"])
+        assert ("adagc" in event["kept"], "adagc" in event["anew"]) == (kept, not kept)
+        assert len(agent.state_dict()["states"]["adagc"]["average"]) == (3 if exclude == "0.bias" else 2)
+
+
 @pytest.mark.parametrize("policy", [None, CLIP])
 def test_a_rank_that_has_lost_the_others(tmp_path: Path, policy: Any) -> None:
     """A rank that has pledged and cannot learn the verdict raises at its pledged step, and says what to do."""

@@ -19,8 +19,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradiometer import ActionCall, Agent, chronicle, open_run, revisions
+from gradiometer import ActionCall, Agent, open_run
 from gradiometer.actions import Actions
+from gradiometer.live import chronicle, revisions
 from gradiometer.live.control import await_answer, request_policy
 from gradiometer.live.revisions import Slot, SlotTable
 from gradiometer.policy.spec import PolicyError, load_policy
@@ -106,7 +107,7 @@ STOPPED = """
 import os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import torch
-from gradiometer import live
+from gradiometer.live import thread as live
 from tests._training import attach, small_model, train
 live.WAIT_SECONDS = 3.0
 model = small_model()

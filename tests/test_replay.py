@@ -176,6 +176,18 @@ def test_what_must_be_known_is_noted(tmp_path: Path, make_manifest: MakeManifest
     assert (found["first_step"], found["steps"]) == (121, 4)
 
 
+def test_a_replay_is_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are read a few at a time, and memory goes on from one piece to the next, in force and in shadow."""
+    policy = {"pipeline": ["nonfinite", {"zclip": SETTINGS["zclip"]}], "shadow": [{"skip": SETTINGS["skip"]}]}
+    run, spec = live_run(tmp_path, policy), load_policy(policy)
+    whole = replay(run, spec, "whole")
+    monkeypatch.setattr("gradiometer.replay.driver.CHUNK", 7)
+    for one, other in zip(whole.stages, replay(run, spec, "pieces").stages, strict=True):
+        assert len(other.threshold) == len(run) == 40
+        np.testing.assert_array_equal(one.threshold, other.threshold)
+        np.testing.assert_array_equal(one.coefficient, other.coefficient)
+
+
 def test_a_policy_that_was_changed_is_noted(tmp_path: Path) -> None:
     """Where the run's policy was changed between two steps, the notes say at which, and what a replay is then."""
     model = small_model()

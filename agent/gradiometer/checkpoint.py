@@ -6,8 +6,8 @@
      "states": {"zclip": {"mean": tensor}}}     what each stage remembers, by its name
 
 A checkpoint that was made under the policy which is attached now restores the one that was in force then. Under another
-policy, the one attached stays, and each of its stages that has the name, kind and shapes of one in the checkpoint takes
-over its memory, from shadow to pipeline and back too. Nothing here touches an agent: it makes a plan, or raises.
+policy, the one attached stays; each of its stages that has the name, kind, shapes and units of one in the checkpoint
+takes over its memory, from shadow to pipeline and back too. Nothing here touches an agent: it makes a plan, or raises.
 """
 
 from __future__ import annotations
@@ -103,8 +103,11 @@ def plan(
         reasons += [reason] if reason else []
     elif saved["attached"] not in (None, _written(attached)) and attached is not None:
         reasons.append("the policy is not the one that the checkpoint was made under")
-    fresh = bind(spec).init()
-    kept = {name for name in fresh if _fits(name, fresh, saved, spec, parameters)}
+    now = bind(spec)
+    fresh, then = now.init(), _then(saved, now, bind)
+    kept = {
+        name for name in fresh if _fits(name, fresh, saved, spec, parameters) and now.units(name) == then.units(name)
+    }
     born = {name: int(saved["born"].get(name, 0)) if name in kept else step for name in fresh}
     states = {
         name: {key: saved["states"][name][key].to(state[key].device) for key in state} if name in kept else state
@@ -164,6 +167,16 @@ def _in_force(
     except PolicyError as error:
         return attached, f"the policy that was in force cannot be restored, so the one attached is ({error})"
     return spec, ""
+
+
+def _then(saved: Mapping[str, Any], now: Binding, bind: Bind) -> Binding:
+    """Return what the policy of the checkpoint is on this model; that of now where it is the same, or not known."""
+    if saved["in_force"] in (None, _written(now.spec)):
+        return now
+    try:
+        return bind(load_policy(saved["in_force"]))
+    except PolicyError:  # of another model, or of a version that had other settings
+        return bind(None)
 
 
 def _fits(

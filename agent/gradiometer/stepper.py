@@ -159,14 +159,16 @@ class Stepper:
     def change(self, spec: PolicySpec | None) -> Turn:
         """Put another policy in force from the next step on; None observes only.
 
-        A stage that keeps its name, its kind and the shape of its memory goes on with that, whatever became of its
-        settings, and also from shadow to pipeline and back; others begin anew, and count their steps from the next.
+        A stage that keeps its name, its kind, the shape of its memory and the units that it is of goes on with that,
+        whatever became of its settings, and also from shadow to pipeline and back; others begin anew, and count their
+        steps from the next.
         Only where :meth:`begins_round`. If it raises, as :func:`~gradiometer.policy.build.bind` does, nothing has been
         changed.
         """
         old, was = self._states | self.shadows.states, self.binding
-        fresh = bind(spec, self.layout).init()
-        kept = {name for name in fresh if name in old and _goes_on(name, was.spec, spec, old[name], fresh[name])}
+        new = bind(spec, self.layout)
+        fresh = new.init()
+        kept = {name for name in fresh if name in old and _goes_on(name, was, new, old[name], fresh[name])}
         born = {name: was.born[name] if name in kept else self.step for name in fresh}
         self.put(bind(spec, self.layout, born), {name: old[name] if name in kept else fresh[name] for name in fresh})
         return Turn(
@@ -423,10 +425,12 @@ class Stepper:
         return taken
 
 
-def _goes_on(name: str, old: PolicySpec | None, new: PolicySpec | None, memory: State, fresh: State) -> bool:
+def _goes_on(name: str, old: Binding, new: Binding, memory: State, fresh: State) -> bool:
     """Tell whether the stage of that name goes on with what it remembers."""
-    kinds = [{stage.name: stage.kind for stage in each.stages} if each else {} for each in (old, new)]
+    kinds = [{stage.name: stage.kind for stage in each.spec.stages} if each.spec else {} for each in (old, new)]
     if kinds[0].get(name) != kinds[1].get(name) or memory.keys() != fresh.keys():
+        return False
+    if old.units(name) != new.units(name):
         return False
     return all(memory[key].shape == fresh[key].shape and memory[key].dtype == fresh[key].dtype for key in fresh)
 

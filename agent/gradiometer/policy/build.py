@@ -49,6 +49,15 @@ class Binding:
         """Names of what acts, then of what watches."""
         return () if self.spec is None else self.spec.names
 
+    def units(self, name: str) -> tuple[str, ...]:
+        """Return what the stage of that name remembers something of each for; empty where its memory is of the whole.
+
+        Two memories of equal shape are of the same things only if these are equal.
+        """
+        stages = [stage for part in (self.pipeline, self.shadow) if part for stage in part.stages]
+        units = next((getattr(stage, "units", None) for stage in stages if stage.name == name), None)
+        return units.names if units is not None and units.shape else ()
+
     @property
     def born(self) -> dict[str, int]:
         """Step at which each stage came into force."""
