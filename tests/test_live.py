@@ -309,6 +309,20 @@ def test_a_memory_of_other_parameters_begins_anew(tmp_path: Path, exclude: str, 
         assert len(agent.state_dict()["states"]["adagc"]["average"]) == (3 if exclude == "0.bias" else 2)
 
 
+@pytest.mark.parametrize(("window", "kept"), [(4, True), (5, False)])
+def test_a_memory_of_another_shape_begins_anew(tmp_path: Path, window: int, kept: bool) -> None:
+    """A window of another length cannot go on with what the old one holds."""
+    model = small_model()
+    optimizer = sgd(model)
+    with attach(tmp_path, model, optimizer, policy=[{"percentile": {"window": 4}}]) as agent:
+        train(model, optimizer, range(6))
+        request_policy(agent.path, [{"percentile": {"window": window, "p": 50}}])
+        (event,) = step_until(agent, model, optimizer, ["policy_changed"])
+        assert event["kept"] == (["percentile"] if kept else [])
+        assert agent.state_dict()["states"]["percentile"]["window"].shape == (window,)
+        assert agent.errors == 0
+
+
 @pytest.mark.parametrize("policy", [None, CLIP])
 def test_a_rank_that_has_lost_the_others(tmp_path: Path, policy: Any) -> None:
     """A rank that has pledged and cannot learn the verdict raises at its pledged step, and says what to do."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradiometer.live.control import RequestError, await_answer, rejections, request_policy, requests_rank
+from gradiometer.live.control import Answer, RequestError, await_answer, rejections, request_policy, requests_rank
 from gradiometer.live.revisions import Revision, describe_change, read_history
 from gradiometer.records import default_root, read_events, read_manifest
 
@@ -63,7 +63,7 @@ def apply(
     if not answer.applied:
         typer.echo("refused, the old policy stays:\n" + "\n".join(f"  {reason}" for reason in answer.reasons), err=True)
         raise typer.Exit(1)
-    typer.echo(f"in force from step {answer.step} on (revision {answer.revision})")
+    typer.echo(f"in force from step {answer.step} on (revision {answer.revision}){_what_changed(path, rank, answer)}")
 
 
 def show(
@@ -86,6 +86,14 @@ def show(
     console.print(_table(found.revisions, refused))
     for revision in found.revisions if history else ():
         typer.echo(f"\n# revision {revision.revision}, from step {revision.step} on\n{_as_yaml(revision)}", nl=False)
+
+
+def _what_changed(path: Path, rank: int | None, answer: Answer) -> str:
+    """Put the change in words, as the history has them; nothing where it is forgotten."""
+    directory = requests_rank(path, rank)
+    history = read_history(directory, read_manifest(directory / "manifest.json"))
+    old, new = (history.find((answer.revision or 0) - back) for back in (1, 0))
+    return "" if old is None or new is None else f": {describe_change(old.policy, new.policy)}"
 
 
 def _path(run: str, directory: Path | None) -> Path:

@@ -126,7 +126,9 @@ def _table(spec: PolicySpec, covered: Sequence[Coverage] | None) -> Table:
         cells = [str(place + 1) if acting else "shadow", name, describe(stage), scope_of(stage, spec.groups)]
         cells.append(", ".join(chosen) or "all parameters")
         if covered is not None:
-            cells.append(f"{sum(covered[place].parameters)} parameters, {covered[place].units} units")
+            cells.append(
+                f"{_count(sum(covered[place].parameters), 'parameter')}, {_count(covered[place].units, 'unit')}"
+            )
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
@@ -147,6 +149,10 @@ def _coverage(spec: PolicySpec, covered: Sequence[Coverage], run: Run) -> list[s
     if bare and clipping:
         lines.append(f"nothing clips {_some(bare)}")
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _some(names: Sequence[str]) -> str:
