@@ -273,7 +273,7 @@ def _piece(parameter: nn.Parameter) -> Piece:
     whole = parameter.grad
     if whole.layout is torch.sparse_coo and not whole.is_coalesced():
         whole = whole.coalesce()
-    gradient, weight = local_part(whole), local_part(parameter.detach())
+    gradient, weight = local_part(whole), local_part(parameter)
     if gradient.layout is torch.strided:
         return Piece(gradient=gradient, weight=weight)
     if gradient.layout is torch.sparse_coo and gradient.sparse_dim() == 1:

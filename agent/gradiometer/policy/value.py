@@ -71,7 +71,7 @@ def _largest(values: list[Tensor], device: torch.device) -> Tensor:
     if not values:
         return torch.zeros((), device=device)
     if values[0].device.type == "cpu":
-        extrema = [extremum.abs() for value in values for extremum in torch.aminmax(value)]
+        extrema = [extremum for value in values for extremum in torch.aminmax(value)]
     else:
         extrema = list(torch._foreach_norm(values, float("inf")))
-    return torch.stack([bring(extremum, device).float() for extremum in extrema]).max()
+    return torch.stack([bring(extremum, device).float() for extremum in extrema]).abs().max()
