@@ -173,7 +173,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.rank is not None:
         work(options.rank, options)
-        return 0
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads abort the interpreter's end now and then
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.parallel", *sys.argv[1:], "--store", f"{folder}/store"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
