@@ -182,7 +182,7 @@ def test_patterns_are_matched_with_a_recorded_run(
     policy = write(tmp_path, "pipeline:\n  - nonfinite\n  - group_norm: {max_norm: 1, match: 'blocks.*'}\n")
     status, shown, _ = check(policy, "--run", "run", "--dir", tmp_path)
     assert status == 0
-    assert "2 parameters, 1 units" in shown
+    assert "2 parameters, 1 unit" in shown
     assert "nothing clips 2 of the parameters: embed.0, head.3" in shown
     assert "group_norm leaves alone 2 of the parameters" in shown
 
