@@ -15,10 +15,10 @@ import torch
 
 from gradiometer import open_run
 from tests._resume import HALF, STEPS
-from tests._stages import parameters
+from tests._stages import STAGES
 
 pytestmark = pytest.mark.slow
-KINDS = [str(each.values[0]) for each in parameters() if not each.marks]
+KINDS = list(STAGES)
 WAYS = {"alone": (1, "plain"), "under a scaler": (1, "scaled"), "two ranks": (2, "plain")}
 
 
@@ -71,7 +71,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return root, world
 
 
-@pytest.mark.parametrize("kind", parameters())
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on_to_the_bit(trained: tuple[Path, int], kind: str) -> None:
     """Coefficients, thresholds and clips after the restart, and the parameters in the end, are an unbroken run's."""
     root, world = trained
