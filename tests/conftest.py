@@ -24,6 +24,16 @@ NAN = float("nan")
 START_NS = 1_700_000_000_000_000_000
 LAYERS = ("embed", "blocks.0", "blocks.0", "head")
 """Layer of each parameter, unless a test says otherwise."""
+PACKAGES = {
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "prometheus-alertmanager": "prometheus-alertmanager",
+    "amtool": "prometheus-alertmanager",
+    "victoria-metrics": "victoria-metrics",
+    "chromium": "chromium",
+    "systemd-analyze": "systemd",
+}
+"""Debian's package of each program that tests run against."""
 
 
 Golden = Callable[[str, str], None]
@@ -146,9 +156,10 @@ def native_binary() -> Callable[[str], str]:
 
     def find(name: str) -> str:
         path = shutil.which(name)
+        remedy = f"{name} is not installed (apt-get install {PACKAGES[name]})"
         if path is None and os.environ.get("CI") == "true":
-            pytest.fail(f"{name} is not installed: CI must have it (apt-get install prometheus)")
-        return path or pytest.skip(f"{name} is not installed (apt-get install prometheus)")
+            pytest.fail(f"{remedy}, and CI must have it")
+        return path or pytest.skip(remedy)
 
     return find
 

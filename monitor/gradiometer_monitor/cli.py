@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from gradiometer_monitor.daemon import SettingsError, resolve, serve
+from gradiometer_monitor.daemon import serve
+from gradiometer_monitor.logs import log_to_stderr
+from gradiometer_monitor.settings import SettingsError, resolve
 
 __all__ = ["monitor"]
 
@@ -24,31 +26,27 @@ def monitor(
     retention_seconds: Annotated[
         float | None, typer.Option(help="How long a run that is over is still shown [default: 900].")
     ] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="The monitor's own state [default: .monitor in the runs' directory].")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     port_file: Annotated[Path | None, typer.Option(help="File to write the port to once it is bound.")] = None,
 ) -> None:
     """Serve the metrics of this host's runs to Prometheus."""
-    _log_to_stderr()
+    log_to_stderr()
     try:
         settings = resolve(
             directory,
+            config,
             host=host,
             port=port,
             poll_seconds=poll_seconds,
             series_budget=series_budget,
             retention_seconds=retention_seconds,
             port_file=port_file,
+            state_dir=state_dir,
         )
     except SettingsError as error:
         log.error("%s", error)  # noqa: TRY400 - one line for the user, who is not helped by a traceback
         raise typer.Exit(2) from error
     raise typer.Exit(serve(settings))
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in ("gradiometer", "gradiometer_monitor", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.setLevel(logging.WARNING if name == "uvicorn" else logging.INFO)
-        logger.propagate = False

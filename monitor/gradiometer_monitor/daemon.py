@@ -1,30 +1,29 @@
-"""The monitor as a process: settings, the polling thread, the HTTP server, and an orderly end.
+"""The monitor as a process: threads, the HTTP server, signals, and an orderly end.
 
-One thread polls the run directories; uvicorn serves in the main thread. :class:`gradiometer_monitor.runs.Runs` holds
-the lock that orders the two.
+One thread polls the run directories, each service has one of its own, and uvicorn serves in the main thread.
+:class:`gradiometer_monitor.runs.Runs` holds the lock that orders polls and scrapes.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import ip_address
 from logging import getLogger
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 
-from gradiometer.records import default_root
+from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
-from gradiometer_monitor.http import app
 from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.services import Context, Service
+from gradiometer_monitor.settings import Settings, SettingsError
+from gradiometer_monitor.store import Store
+from gradiometer_monitor.web.app import app
 
-__all__ = ["Settings", "SettingsError", "resolve", "serve"]
+__all__ = ["serve"]
 
 log = getLogger(__name__)
 
@@ -33,64 +32,6 @@ CONNECTIONS = 64
 GRACE_SECONDS = 5
 CATCH_UP_SECONDS = 0.05
 """Pause between two polls while there is more to read, so that scrapes come in between."""
-
-
-class SettingsError(ValueError):
-    """A setting is out of its range, or asks for what is refused."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How the monitor runs; raises :class:`SettingsError` for a value out of range."""
-
-    root: Path
-    host: str = "127.0.0.1"
-    port: int = 9477
-    """0 takes a free one: see the log, or ``port_file``."""
-    poll_seconds: float = 1.0
-    series_budget: int = 10_000
-    """Series that one run may have in a scrape."""
-    retention_seconds: float = 900.0
-    """How long the series of a run that is over stay after its last heartbeat."""
-    port_file: Path | None = None
-    """Where to write the port once it is bound, for whoever started the monitor with port 0."""
-
-    def __post_init__(self) -> None:
-        if self.root.exists() and not self.root.is_dir():
-            raise SettingsError(f"dir is {self.root}, which is not a directory: give the one that holds the runs")
-        _check("port", self.port, 0, 65535)
-        _check("poll_seconds", self.poll_seconds, 0.05, 3600)
-        _check("series_budget", self.series_budget, 100, 10_000_000)
-        _check("retention_seconds", self.retention_seconds, 0, 366 * 86400)
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise SettingsError(f"{name} {value!r}: expected a number from {low} to {high}")
-
-
-def resolve(root: Path | None = None, **arguments: Any) -> Settings:
-    """Resolve the settings: an argument that is not None, else ``GRADIOMETER_MONITOR_<NAME>``, else the default.
-
-    The root's variable is ``GRADIOMETER_DIR``. Raises :class:`SettingsError`.
-    """
-    readers: dict[str, Callable[[str], Any]] = {
-        "host": str,
-        "port": int,
-        "poll_seconds": float,
-        "series_budget": int,
-        "retention_seconds": float,
-        "port_file": Path,
-    }
-    chosen = {name: value for name, value in arguments.items() if value is not None}
-    for name, read in readers.items():
-        variable = f"GRADIOMETER_MONITOR_{name.upper()}"
-        if name not in chosen and (text := os.environ.get(variable)):
-            try:
-                chosen[name] = read(text)
-            except ValueError as error:
-                raise SettingsError(f"{variable} {text!r}: expected {read.__name__}") from error
-    return Settings(root=default_root(root), **chosen)
 
 
 def serve(settings: Settings) -> int:
@@ -108,18 +49,31 @@ def serve(settings: Settings) -> int:
         return 1
     if not settings.root.exists():
         log.warning("%s does not exist yet: runs are served as soon as there are some", settings.root)
-    runs = Runs(settings.root, retention_seconds=settings.retention_seconds)
+    runs, store = Runs(settings.root, retention_seconds=settings.retention_seconds), Store.open(settings.state)
+    context = Context(runs=runs, events=Events(runs, store), store=store)
+    services = _services(settings, context)
     stop = threading.Event()
-    poller = threading.Thread(target=_poll, args=(runs, settings.poll_seconds, stop), name="gradiometer-poll")
+    poller = threading.Thread(target=_poll, args=(context, settings.poll_seconds, stop), name="gradiometer-poll")
     poller.start()
+    for service in services:
+        service.start()
     try:
-        _serve_http(runs, settings, listener)
+        _serve_http(context, services, settings, listener)
     finally:
         stop.set()
+        for service in services:
+            service.stop(GRACE_SECONDS)
         poller.join(GRACE_SECONDS)
         runs.close()
+        store.close()
         listener.close()
     return 0
+
+
+def _services(settings: Settings, context: Context) -> list[Service]:
+    """Build the services that the settings ask for."""
+    del settings, context
+    return []
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -154,10 +108,11 @@ def _write_port(path: Path, port: int) -> None:
     temporary.replace(path)
 
 
-def _serve_http(runs: Runs, settings: Settings, listener: socket.socket) -> None:
-    exposition = Exposition(runs, series_budget=settings.series_budget)
+def _serve_http(context: Context, services: list[Service], settings: Settings, listener: socket.socket) -> None:
+    exposition = Exposition(context.runs, series_budget=settings.series_budget)
+    exposition.collect_from({service.name: service.samples for service in services})
     config = uvicorn.Config(
-        app(runs, exposition, host=settings.host, poll_seconds=settings.poll_seconds),
+        app(context, exposition, settings),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -177,13 +132,14 @@ def _serve_http(runs: Runs, settings: Settings, listener: socket.socket) -> None
     server.run(sockets=[listener])
 
 
-def _poll(runs: Runs, poll_seconds: float, stop: threading.Event) -> None:
-    pause = 0.0
+def _poll(context: Context, poll_seconds: float, stop: threading.Event) -> None:
+    pause, runs = 0.0, context.runs
     while not stop.wait(pause):
         pause = poll_seconds
         try:
             if runs.poll():
                 pause = min(CATCH_UP_SECONDS, poll_seconds)
+            context.events.follow()
         except Exception:  # the thread must outlive whatever one poll met
             runs.poll_succeeded = False
             log.exception("a poll of %s failed and will be tried again", runs.root)

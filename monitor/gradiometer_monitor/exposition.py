@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from logging import getLogger
 from typing import Any
 
@@ -42,6 +42,7 @@ LABEL_SETS = 65_536
 
 Mask = npt.NDArray[np.bool_]
 Lines = dict[str, list[str]]
+Collect = Callable[[], Iterable[Sample]]
 
 
 def negotiate(accept: str) -> str:
@@ -69,12 +70,17 @@ class Exposition:
 
     def __init__(self, runs: Runs, *, series_budget: int) -> None:
         self._runs, self._budget = runs, series_budget
+        self._collectors: dict[str, Collect] = {}
         self._layers: dict[tuple[Any, ...], _LayerLines] = {}
         self._failing: set[str] = set()
         self._lock = threading.Lock()
         self._registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
+
+    def collect_from(self, collectors: Mapping[str, Collect]) -> None:
+        """Take also the samples that these give, by name, at each scrape; another call replaces them."""
+        self._collectors = dict(collectors)
 
     def render(self, content_type: str = TEXT) -> bytes:
         """Render one scrape in ``content_type``, :data:`TEXT` or :data:`OPENMETRICS`."""
@@ -83,6 +89,8 @@ class Exposition:
         with self._lock:
             parts = [self._timed("process", lines, lambda: self._process_text(openmetrics)) or ""]
             self._timed("runs", lines, lambda: self._add_runs(lines))
+            for name, collect in self._collectors.items():
+                self._timed(name, lines, partial(_add_all, lines, collect))
             _add(lines, ("gradiometer_build_info", build_labels(), 1))
             self._report(lines, "poll", self._runs.poll_succeeded, self._runs.poll_seconds)
         for name, found in lines.items():
@@ -243,6 +251,12 @@ def _number(value: float) -> str:
 def _add(lines: Lines, sample: Sample) -> None:
     name, labels, value = sample
     lines[name].append(f"{name}{_labels(name, labels)} {_number(value)}\n")
+
+
+def _add_all(lines: Lines, collect: Collect) -> str:
+    for sample in list(collect()):  # all of a collector's, or none
+        _add(lines, sample)
+    return ""
 
 
 def _add_histogram(lines: list[str], name: str, run_id: str, histogram: Histogram) -> None:

@@ -1,0 +1,1 @@
+"""Every step with its own timestamp, pushed to a remote-write receiver."""

@@ -1,0 +1,108 @@
+"""What a monitor does besides following and serving: services, each in a thread of its own, none in another's way.
+
+A service is built from its section of the settings. When a reload changes that section, the service is stopped and
+built anew: whatever must outlive that is in the store.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from logging import getLogger
+
+from gradiometer.tail import Sample
+from gradiometer_monitor.events import Events
+from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.store import Store
+
+__all__ = ["Context", "Service"]
+
+log = getLogger(__name__)
+
+JOIN_SECONDS = 5.0
+RETRY_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What services and handlers of requests share."""
+
+    runs: Runs
+    events: Events
+    store: Store
+
+
+class Service(ABC):
+    """Work that is done again and again in a thread of its own, until :meth:`stop`.
+
+    A round that raises is logged, once until one succeeds, counted, and tried again.
+    """
+
+    name: str
+    """In metrics, logs and the thread's name."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        """Rounds that raised."""
+        self.healthy = True
+        """Whether the last round did not raise."""
+        self._stop, self._wake = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @abstractmethod
+    def work(self) -> float:
+        """Do what there is to do; return after how many seconds to do it again. :attr:`stopping` must be heeded."""
+
+    def samples(self) -> Iterable[Sample]:
+        """Give the samples of this service for a scrape; called from other threads, and must not wait."""
+        return ()
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Let go of what the service holds; called once, in its thread, after the last round."""
+
+    @property
+    def stopping(self) -> threading.Event:
+        """Set when the service is to end; what waits should wait for this."""
+        return self._stop
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name=f"gradiometer-{self.name}", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Begin the next round now."""
+        self._wake.set()
+
+    def stop(self, seconds: float = JOIN_SECONDS) -> None:
+        """End the thread and wait for it; a service that does not end in time is left behind with a warning."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                log.warning("%s did not end within %g s and is left behind", self.name, seconds)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()
+            seconds = self._round()
+            self._wake.wait(seconds)
+        self.close()
+
+    def _round(self) -> float:
+        try:
+            seconds = self.work()
+        except Exception as error:  # a service must outlive whatever one round met
+            self.failures += 1
+            if self.healthy:
+                log.exception("%s failed, says so once until it succeeds, and will be tried again", self.name)
+            else:
+                log.debug("%s failed again: %s", self.name, error)
+            self.healthy = False
+            return RETRY_SECONDS
+        if not self.healthy:
+            log.info("%s succeeds again", self.name)
+        self.healthy = True
+        return seconds
