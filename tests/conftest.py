@@ -19,6 +19,7 @@ import pytest
 
 from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.records import Flag, Manifest, ParameterInfo, RingGeometry
+from tests._monitor import WRITER, Monitor
 
 NAN = float("nan")
 START_NS = 1_700_000_000_000_000_000
@@ -38,6 +39,8 @@ PACKAGES = {
 
 Golden = Callable[[str, str], None]
 Spawn = Callable[..., "subprocess.Popen[str]"]
+Train = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Monitor]
 
 
 class MakeManifest(Protocol):
@@ -206,3 +209,37 @@ def spawn() -> Iterator[Spawn]:
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream:
                 stream.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path, spawn: Spawn, wait_until: WaitUntil) -> Callable[..., Monitor]:
+    """Give a function that starts a daemon over ``tmp_path`` on a free port, and waits until it is ready."""
+
+    def launch(*options: str) -> Monitor:
+        port_file = tmp_path.with_name(f"{tmp_path.name}-port")
+        command = (sys.executable, "-m", "gradiometer_monitor", "--dir", tmp_path, "--port", "0")
+        more = ("--port-file", port_file, "--poll-seconds", "0.1", *options)
+        process = spawn(*command, *more, stderr=subprocess.PIPE)
+        wait_until(lambda: port_file.exists() or process.poll() is not None)
+        assert process.poll() is None, process.communicate()[1]
+        monitor = Monitor(process=process, url=f"http://127.0.0.1:{port_file.read_text().strip()}")
+        wait_until(lambda: monitor.get("/-/ready")[0] == 200)
+        return monitor
+
+    return launch
+
+
+@pytest.fixture
+def train(tmp_path: Path, spawn: Spawn) -> Callable[..., subprocess.Popen[str]]:
+    """Give a function that runs a writer in a process until its steps are written, then finishes it or leaves it."""
+
+    def run(manifest: Manifest, steps: int, end: str = "stay") -> subprocess.Popen[str]:
+        arguments = (tmp_path, manifest.model_dump_json(), str(steps), end)
+        process = spawn(sys.executable, "-c", WRITER, *arguments, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        if end == "finish":
+            assert process.wait(timeout=30) == 0
+        return process
+
+    return run

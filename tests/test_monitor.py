@@ -15,16 +15,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 
-from gradiometer.records import Manifest
 from gradiometer.run import open_run
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
@@ -35,103 +32,9 @@ from gradiometer_monitor.store import Store
 from gradiometer_monitor.web.app import app
 
 if TYPE_CHECKING:
-    from tests.conftest import MakeManifest, Spawn, WaitUntil, WriteRun
+    from tests.conftest import MakeManifest, Spawn, Start, Train, WaitUntil, WriteRun
 
 NAN = float("nan")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Monitor:
-    """A daemon that was started, and where it serves."""
-
-    process: subprocess.Popen[str]
-    url: str
-
-    def get(self, path: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
-        """Ask for a path: status, body and headers."""
-        request = urllib.request.Request(self.url + path, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=20) as response:
-                return response.status, response.read(), dict(response.headers)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read(), dict(error.headers)
-
-    def samples(self) -> dict[tuple[str, tuple[str, ...]], float]:
-        """Scrape once: name and label values to value."""
-        families = text_string_to_metric_families(self.get("/metrics")[1].decode())
-        return {(s.name, tuple(s.labels.values())): s.value for family in families for s in family.samples}
-
-    def runs(self) -> dict[str, dict[str, Any]]:
-        """Ask the API for its runs, by name."""
-        return {run["run_id"]: run for run in json.loads(self.get("/api/v1/runs")[1])["runs"]}
-
-    def state(self, run_id: str) -> str | None:
-        """Ask the API for the state of one run."""
-        return self.runs().get(run_id, {}).get("state")
-
-
-@pytest.fixture
-def start(tmp_path: Path, spawn: Spawn, wait_until: WaitUntil) -> Callable[..., Monitor]:
-    """Give a function that starts a daemon over ``tmp_path`` on a free port, and waits until it is ready."""
-
-    def launch(*options: str) -> Monitor:
-        port_file = tmp_path.with_name(f"{tmp_path.name}-port")
-        command = (sys.executable, "-m", "gradiometer_monitor", "--dir", tmp_path, "--port", "0")
-        more = ("--port-file", port_file, "--poll-seconds", "0.1", *options)
-        process = spawn(*command, *more, stderr=subprocess.PIPE)
-        wait_until(lambda: port_file.exists() or process.poll() is not None)
-        assert process.poll() is None, process.communicate()[1]
-        monitor = Monitor(process=process, url=f"http://127.0.0.1:{port_file.read_text().strip()}")
-        wait_until(lambda: monitor.get("/-/ready")[0] == 200)
-        return monitor
-
-    return launch
-
-
-WRITER = """
-import os, sys, time
-import numpy as np, psutil
-from pathlib import Path
-from gradiometer.records import Manifest
-from gradiometer.recorder import Recorder, RowHeader
-
-manifest = Manifest.model_validate_json(sys.argv[2])
-mine = {"pid": os.getpid(), "process_start": psutil.Process().create_time(), "created_ns": time.time_ns()}
-recorder = Recorder(Path(sys.argv[1]), manifest.model_copy(update=mine))
-rng = np.random.default_rng(0)
-for step in range(int(sys.argv[3])):
-    recorder.stats[:] = rng.random(recorder.stats.shape, np.float32)
-    norm = float(np.sqrt(np.square(recorder.stats[0].astype(np.float64)).sum()))
-    now, rest = time.time_ns(), (norm, norm, 1.0, 0.1, 2.0, 1.0, 0.01, 0.001)
-    recorder.policies[:, :2] = (1.0, 2.5), (0.5, 0.75)
-    recorder.commit(RowHeader(step, now, 128, step % 2 + 2 * (step % 3 > 0), 0, 1, -1, 0, *rest))
-print("written", flush=True)
-if sys.argv[4] == "finish":
-    recorder.close()
-else:
-    time.sleep(600)
-"""
-
-
-@pytest.fixture
-def train(tmp_path: Path, spawn: Spawn) -> Callable[..., subprocess.Popen[str]]:
-    """Give a function that runs a writer in a process until its steps are written, then finishes it or leaves it."""
-
-    def run(manifest: Manifest, steps: int, end: str = "stay") -> subprocess.Popen[str]:
-        arguments = (tmp_path, manifest.model_dump_json(), str(steps), end)
-        process = spawn(sys.executable, "-c", WRITER, *arguments, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "written\n"
-        if end == "finish":
-            assert process.wait(timeout=30) == 0
-        return process
-
-    return run
-
-
-Train = Callable[..., "subprocess.Popen[str]"]
-Start = Callable[..., Monitor]
 
 
 def test_a_run_is_lost_with_any_of_its_ranks(
@@ -391,7 +294,7 @@ def test_wrong_setting_is_refused(spawn: Spawn, tmp_path: Path) -> None:
 def test_a_file_for_a_directory_is_refused(tmp_path: Path) -> None:
     """A root that is a file is told at once."""
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match="file.*is not a directory"):
+    with pytest.raises(SettingsError, match=r"file.*is not a directory"):
         resolve(tmp_path / "file")
 
 
