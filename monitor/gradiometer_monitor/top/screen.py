@@ -113,6 +113,8 @@ def render(state: State, snapshot: Snapshot, width: int, height: int, *, cursor:
     else:
         body = _runs(state, snapshot, width, height - 1, cursor=cursor)
     body = body[: height - 1] + [Text("")] * (height - 1 - len(body))
+    for line in body:
+        line.truncate(width)  # in a narrow terminal the columns of a layer do not all have room
     return [*body, _footer(state, snapshot, width)]
 
 
