@@ -15,6 +15,8 @@ from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import Settings
 from gradiometer_monitor.web import api, page, scrape
+from gradiometer_monitor.web.auth import AuthMiddleware
+from gradiometer_monitor.web.tokens import Tokens
 
 __all__ = ["app"]
 
@@ -22,7 +24,8 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI:
-    """Make the application that serves ``context.runs``."""
+    """Make the application that serves ``context.runs``. Raises SettingsError if its tokens cannot be read."""
+    tokens = None if settings.auth.tokens_file is None else Tokens(settings.auth.tokens_file)
     made = FastAPI(
         title="gradiometer monitor",
         version=installed_version(),
@@ -33,11 +36,13 @@ def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI
     made.include_router(api.router(context))
     made.routes.extend(scrape.routes(context, exposition, settings))
     made.routes.extend(page.routes(context))
-    made.add_middleware(TrustedHostMiddleware, allowed_hosts=_allowed(settings.host), www_redirect=False)
+    made.add_middleware(AuthMiddleware, tokens=tokens)
+    made.add_middleware(TrustedHostMiddleware, allowed_hosts=_allowed(settings), www_redirect=False)
     return made
 
 
-def _allowed(host: str) -> list[str]:
+def _allowed(settings: Settings) -> list[str]:
     """Name the hosts, without port, that a request may ask for."""
+    host = settings.host
     # Older Starlettes cut the port off at the first colon, and leave a bracket of any IPv6 address; no name has one.
-    return [*LOCAL_HOSTS, f"[{host}]" if ":" in host else host, "["]
+    return [*LOCAL_HOSTS, f"[{host}]" if ":" in host else host, "[", *settings.auth.allowed_hosts]
