@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from ipaddress import ip_address
 from logging import getLogger
 from pathlib import Path
 from queue import Empty, SimpleQueue
-
-import uvicorn
 
 from gradiometer.tail import Sample
 from gradiometer_monitor import logs, reloading
@@ -32,14 +28,14 @@ from gradiometer_monitor.services import Context, Service, stop_all
 from gradiometer_monitor.settings import Settings, SettingsError
 from gradiometer_monitor.store import Store
 from gradiometer_monitor.web.app import app
+from gradiometer_monitor.web.connections import server_config
+from gradiometer_monitor.web.listen import Listener, listen
 from gradiometer_monitor.web.scrape import HEALTHY_POLLS, HEALTHY_SECONDS
 
 __all__ = ["Daemon", "serve"]
 
 log = getLogger(__name__)
 
-CONNECTIONS = 64
-"""Connections served at once; one more is told 503."""
 CATCH_UP_SECONDS = 0.05
 """Pause between two polls while there is more to read, so that scrapes come in between."""
 
@@ -55,7 +51,7 @@ def serve(settings: Settings, reread: Reread | None = None) -> int:
     hangups: SimpleQueue[None] = SimpleQueue()  # whose put may interrupt itself, as that of an Event may not
     signal.signal(signal.SIGHUP, lambda *_: hangups.put(None))
     try:
-        listener = _listen(settings.host, settings.port)
+        listener = listen(settings)
         port = listener.getsockname()[1]
         if settings.port_file:
             _write_port(settings.port_file, port)
@@ -72,7 +68,7 @@ class Daemon:
     """One monitor, from its start to its end: the settings in force, and what was made from them."""
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, hangups: SimpleQueue[None], reread: Reread | None = None
+        self, settings: Settings, listener: Listener, hangups: SimpleQueue[None], reread: Reread | None = None
     ) -> None:
         self.settings = settings
         runs, store = Runs(settings.root, retention_seconds=settings.retention_seconds), Store.open(settings.state)
@@ -83,7 +79,9 @@ class Daemon:
         self._stop, self._poll_now = threading.Event(), threading.Event()
         self._reloaded, self._reloaded_at = True, time.time()
         self._switch = Switch(app(self.context, self.exposition, settings))
-        self._server = Server(_server_config(self._switch), serving=self._serving, stopping=self._stopping)
+        self._server = Server(
+            server_config(self._switch, settings, listener), serving=self._serving, stopping=self._stopping
+        )
         self._threads = [
             threading.Thread(target=work, name=f"gradiometer-{name}", daemon=True)
             for name, work in (("poll", self._poll), ("keep", self._keep))
@@ -127,7 +125,7 @@ class Daemon:
         # All is built before anything is replaced: what cannot be built leaves the monitor as it was.
         made, served = _services(new, self.context), app(self.context, self.exposition, new)
         logs.configure(new.log)
-        self.settings, self._switch.app = new, served
+        self.settings, self._switch.app, self._listener.gate.limits = new, served, new.limits
         self.context.runs.retention_seconds = new.retention_seconds
         self.exposition.change_budget(new.series_budget)
         self.services = reloading.replace(self.services, made, changed)
@@ -226,46 +224,8 @@ def _services(settings: Settings, context: Context) -> list[Service]:
     return []
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind ``host``, which must be loopback. Raises SettingsError or OSError, with the remedy."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise SettingsError(f"host {host!r} cannot be resolved ({error.strerror}): try --host 127.0.0.1") from error
-    if not ip_address(str(address[0]).partition("%")[0]).is_loopback:
-        raise SettingsError(
-            f"host {host!r} is not a loopback address: the monitor has no authentication yet, so it serves this host "
-            "only; use --host 127.0.0.1 and put an authenticating proxy in front of it"
-        )
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(CONNECTIONS)
-    except OSError as error:
-        listener.close()
-        raise OSError(
-            f"port {port} of {host} cannot be bound ({error.strerror}): stop the process that uses it, or choose "
-            "another with --port (0 takes a free one)"
-        ) from error
-    return listener
-
-
 def _write_port(path: Path, port: int) -> None:
     """Write atomically: whoever waits for the file finds a whole number in it."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(f"{port}\n")
     temporary.replace(path)
-
-
-def _server_config(served: Switch) -> uvicorn.Config:
-    return uvicorn.Config(
-        served,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        ws="none",
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
