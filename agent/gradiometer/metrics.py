@@ -271,6 +271,13 @@ _METRICS = (
         help="Steps that the agent or the reader lost: transfer slots all busy, or the ring overtook the reader.",
     ),
     Metric(
+        name="gradiometer_uncounted_steps",
+        kind="gauge",
+        labels=_RUN,
+        help="Steps that the run's histograms and non-finite counts of layers do not hold: they had left the ring "
+        "before it was first read.",
+    ),
+    Metric(
         name="gradiometer_events_dropped_total",
         kind="counter",
         labels=_RUN,
