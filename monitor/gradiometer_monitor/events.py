@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from logging import getLogger
 from typing import Any
+from zlib import crc32
 
 from gradiometer.tail import RankTail
 from gradiometer_monitor.runs import Runs
@@ -144,8 +145,11 @@ def _key(tail: RankTail) -> str:
     return f"events/{tail.run_id}/{tail.rank}/{tail.manifest.created_ns}"
 
 
-def _read(path: os.PathLike[str], offset: int) -> tuple[list[tuple[int, dict[str, Any]]], int]:
-    """Read complete lines from byte ``offset``, each with its own offset, and return the offset after the last."""
+Lines = list[tuple[str, dict[str, Any]]]
+
+
+def _read(path: os.PathLike[str], offset: int) -> tuple[Lines, int]:
+    """Read complete lines from byte ``offset``, each with a name of its place, and return the offset after the last."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         text = os.pread(descriptor, CHUNK_BYTES, offset)
@@ -153,13 +157,14 @@ def _read(path: os.PathLike[str], offset: int) -> tuple[list[tuple[int, dict[str
         os.close(descriptor)
     end = text.rfind(b"\n") + 1
     if not end and len(text) == CHUNK_BYTES:
-        return [(offset, {"message": f"a line of more than {CHUNK_BYTES} bytes"})], offset + len(text)
+        return [(str(offset), {"message": f"a line of more than {CHUNK_BYTES} bytes"})], offset + len(text)
     return list(_lines(text[:end], offset)), offset + end
 
 
-def _lines(text: bytes, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(text: bytes, offset: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name each line by its offset and its content: where a file was cut, another may take the place of the first."""
     for line in text.split(b"\n")[:-1]:
-        yield offset, _parse(line)
+        yield f"{offset}.{crc32(line):x}", _parse(line)
         offset += len(line) + 1
 
 
@@ -175,7 +180,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return event
 
 
-def _event(tail: RankTail, raw: dict[str, Any], place: int) -> Event:
+def _event(tail: RankTail, raw: dict[str, Any], place: str) -> Event:
     """Make an event of a line that a job wrote, of which nothing can be relied upon."""
     step, time_ns = raw.get("step"), raw.get("time_ns")
     return Event(
