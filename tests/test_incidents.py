@@ -126,8 +126,9 @@ def test_other_ranks_are_waited_for(
 ) -> None:
     """When a rank dies while others live, what it takes with it in the next seconds is told in the same incident."""
     for rank in range(3):
-        start = {"process_start": 1.0} if rank == 1 else {}
-        write_run(make_manifest(rank=rank, world_size=3, created_ns=time.time_ns(), **start), np.ones((3, 4)))
+        manifest = make_manifest(rank=rank, world_size=3, created_ns=time.time_ns())
+        gone = manifest.model_copy(update={"process_start": 1.0})
+        write_run(gone if rank == 1 else manifest, np.ones((3, 4)))
     monitor = daemon()
     assert monitor.kinds() == ["run_started"]
     clock[0] += SETTLE_SECONDS + 1

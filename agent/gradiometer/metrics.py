@@ -314,6 +314,21 @@ _METRICS = (
         help="Host time that the agent itself spent in its hooks.",
     ),
     Metric(
+        name="gradiometer_run_directories_bytes",
+        kind="gauge",
+        help="Disk space that the run directories take, when they were last measured.",
+    ),
+    Metric(
+        name="gradiometer_pruned_runs_total",
+        kind="counter",
+        help="Run directories, and those of earlier starts, that the monitor removed because a bound asked for it.",
+    ),
+    Metric(
+        name="gradiometer_pruned_bytes_total",
+        kind="counter",
+        help="Disk space that these removals freed.",
+    ),
+    Metric(
         name="gradiometer_collector_success",
         kind="gauge",
         labels=("collector",),

@@ -31,8 +31,8 @@ from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
 __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
 
-POLL_BYTES = 16 * 2**20
-"""Bytes of rows that one poll reads at most; a row that is larger is read alone."""
+POLL_BYTES = 4 * 2**20
+"""Bytes of rows that one poll reads at most, which bounds how long a scrape waits for it; a larger row is read alone."""
 NAMED_LAYERS = 20
 """Vanishing layers, and exploding ones, that a scrape names; the others are counted."""
 STATES = ("running", "finished", "lost")

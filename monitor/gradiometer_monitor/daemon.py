@@ -18,6 +18,7 @@ import uvicorn
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.incidents import Incidents
+from gradiometer_monitor.retention import RetentionService
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context, Service
 from gradiometer_monitor.settings import Settings, SettingsError
@@ -74,8 +75,7 @@ def serve(settings: Settings) -> int:
 
 def _services(settings: Settings, context: Context) -> list[Service]:
     """Build the services that the settings ask for."""
-    del settings, context
-    return []
+    return [RetentionService(settings.retention, context)]
 
 
 def _listen(host: str, port: int) -> socket.socket:
