@@ -335,8 +335,16 @@ def own_clipping(rows: Rows, status: np.void) -> set[str]:
 
 
 def _open_file(path: Path) -> FileIO:
-    """Open a regular file for reading; raises RunFormatError for a pipe or a device, which could block for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    """Open a regular file for reading.
+
+    Raises RunFormatError for a pipe or a device, which could block for ever, and for a link, which could lead anywhere.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise RunFormatError(f"{path} is a link: gradiometer writes none, and follows none") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise RunFormatError(f"{path} is not a regular file: it was put there by something else than gradiometer")

@@ -32,7 +32,7 @@ from gradiometer.summary import Histogram, LayerSummary, RunSummary
 __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
 
 POLL_BYTES = 4 * 2**20
-"""Bytes of rows that one poll reads at most, which bounds how long a scrape waits for it; a larger row is read alone."""
+"""Bytes of rows that one poll reads at most, so that a scrape does not wait long; a larger row is read alone."""
 NAMED_LAYERS = 20
 """Vanishing layers, and exploding ones, that a scrape names; the others are counted."""
 STATES = ("running", "finished", "lost")

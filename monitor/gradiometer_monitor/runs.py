@@ -31,6 +31,8 @@ MAX_RANKS = 512
 ADOPTED_PER_POLL = 16
 DISCOVERY_SHARE = 0.05
 """Share of the time that looking for new directories may take: a root with many old runs is looked at less often."""
+TURN_SECONDS = 0.05
+"""How long a poll stands back at most for those who asked for the lock."""
 RETRY_SECONDS = 30.0
 """An unreadable directory is tried again after this long, or at once when its manifest changes."""
 HEARTBEAT_SECONDS = 900.0
@@ -143,7 +145,7 @@ class Runs:
         self._started = time.time()
         self._waiting: list[Path] = []
         self._discover_at = 0.0
-        self._lock = threading.RLock()
+        self._lock, self._asked, self._asking = threading.RLock(), threading.Lock(), 0
         self._counts = Counts(store)
         self._clock = time.time() - time.monotonic()
 
@@ -153,6 +155,7 @@ class Runs:
         self._watch_clock()
         behind = self._discover()
         for path, rank in list(self._ranks.items()):
+            self._let_others_in()
             with self._lock:
                 behind |= self._poll_rank(path, rank)
         with self._lock:
@@ -164,6 +167,12 @@ class Runs:
         if not self._waiting and all(rank.tail.caught_up for rank in self._ranks.values()):
             self.ready.set()
         return behind
+
+    def _let_others_in(self) -> None:
+        """Wait until who asked for the lock has got it: a thread that takes it again at once would keep it."""
+        deadline = time.monotonic() + TURN_SECONDS
+        while self._asking and time.monotonic() < deadline:
+            time.sleep(0.0002)
 
     def _watch_clock(self) -> None:
         """Excuse the silence of every run when the wall clock was set."""
@@ -180,11 +189,26 @@ class Runs:
         A run is held back until its lowest rank was read as far as it goes, another rank until it was itself:
         otherwise a scrape would take what happened long ago for an increase of now.
         """
-        with self._lock:
+        with self._taken():
             shown = [_caught_up(members) for members in self._grouped() if members[0].tail.caught_up]
             for rank in chain.from_iterable(shown):
                 rank.scrapes += scrape and rank.state != "running"
             yield [_run(members) for members in shown]
+
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        """Hold the lock, before the next rank is polled."""
+        with self._asked:
+            self._asking += 1
+        try:
+            self._lock.acquire()
+        finally:
+            with self._asked:
+                self._asking -= 1
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def unreadable(self) -> dict[str, str]:
         """Map ``run_id/rank-…`` of each unreadable directory to the kind of error."""
