@@ -206,6 +206,7 @@ def test_unknown_gauges_are_left_out(
     assert {name for name in gauges if CATALOGUE[name].kind == "gauge"} == {
         "gradiometer_run_state",
         "gradiometer_run_info",
+        "gradiometer_uncounted_steps",
     }
     assert found["gradiometer_layer_nonfinite_total", ("empty", "embed")] == 0
     assert ("gradiometer_loss", ("plain",)) not in found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from gradiometer.tail import RankTail
 from gradiometer_monitor import runs as module
 from gradiometer_monitor.runs import Runs
 
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Put the wall clock in the test's hands: its offset from now in seconds."""
-    offset, real = [0.0], time.time
-    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    """Put the passing of time in the test's hands: its offset from now in seconds."""
+    offset, wall, monotonic = [0.0], time.time, time.monotonic
+    monkeypatch.setattr(time, "time", lambda: wall() + offset[0])
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + offset[0])
     return offset
 
 
@@ -88,6 +91,29 @@ def test_silent_run_of_another_host_is_lost(
         runs.poll()
         with runs.snapshot() as (run,):
             assert run.state == state
+    runs.close()
+
+
+def test_a_clock_that_is_set_loses_no_run(
+    tmp_path: Path,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When the wall clock jumps ahead, silence is counted anew: the run is not lost before it had its time to speak."""
+    write_run(make_manifest(host="elsewhere.invalid", created_ns=time.time_ns()), np.empty((0, 4)))
+    runs = Runs(tmp_path, retention_seconds=1e9)
+    runs.poll()
+    wall = time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + 86_400)
+    states = []
+    for offset in (0, 800, 910):
+        clock[0] = offset
+        runs.poll()
+        with runs.snapshot() as (run,):
+            states.append(run.state)
+    assert states == ["running", "running", "lost"]
     runs.close()
 
 
@@ -254,6 +280,61 @@ def test_a_pipe_does_not_stop_the_poll(
     runs = Runs(tmp_path, retention_seconds=900)
     assert _names(runs) == ["good"]
     assert runs.unreadable() == {"odd/rank-00000": "RunFormatError"}
+    runs.close()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "steps.ring", "samples.ring", "rank-00000", "odd"])
+def test_links_are_not_followed(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, name: str) -> None:
+    """A run, a rank or a file that is a link is not read, wherever it leads, and disturbs no other."""
+    for run_id in ("good", "odd"):
+        write_run(make_manifest(run_id, created_ns=time.time_ns()), np.ones((3, 4)))
+    path = {"odd": tmp_path / "odd", "rank-00000": tmp_path / "odd/rank-00000"}.get(
+        name, tmp_path / "odd/rank-00000" / name
+    )
+    target = tmp_path.with_name(f"{tmp_path.name}-outside")
+    if name == "samples.ring":
+        target.touch()
+    else:
+        path.rename(target)
+    path.symlink_to(target)
+    runs = Runs(tmp_path, retention_seconds=900)
+    assert _names(runs) == (["good", "odd"] if name == "samples.ring" else ["good"])
+    assert runs.unreadable() == (
+        {"odd/rank-00000": "RunFormatError"} if name in ("manifest.json", "steps.ring") else {}
+    )
+    runs.close()
+
+
+def test_a_scrape_is_let_in_between_ranks(
+    tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for the lock while many ranks are read gets it before the last of them."""
+    for rank in range(20):
+        write_run(make_manifest(rank=rank, created_ns=time.time_ns()), np.ones((3, 4)))
+    runs = Runs(tmp_path, retention_seconds=900)
+    while runs.poll():
+        pass
+    order: list[str] = []
+    asked = threading.Event()
+    real = RankTail.poll
+
+    def poll(tail: RankTail) -> bool:
+        order.append("rank")
+        asked.set()
+        time.sleep(0.01)
+        return real(tail)
+
+    def scrape() -> None:
+        asked.wait(10)
+        with runs.snapshot():
+            order.append("scrape")
+
+    monkeypatch.setattr(RankTail, "poll", poll)
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    runs.poll()
+    thread.join()
+    assert order.index("scrape") < 10
     runs.close()
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradiometer.commands.policy import app as policy_app
+from gradiometer.commands.prune import prune
 from gradiometer.commands.replay import replay
 from gradiometer.commands.suggest import suggest
 from gradiometer.launch import launch, make_settings
@@ -241,6 +242,7 @@ def _cell(value: object) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+app.command()(prune)
 app.command()(replay)
 app.command()(suggest)
 

@@ -271,6 +271,13 @@ _METRICS = (
         help="Steps that the agent or the reader lost: transfer slots all busy, or the ring overtook the reader.",
     ),
     Metric(
+        name="gradiometer_uncounted_steps",
+        kind="gauge",
+        labels=_RUN,
+        help="Steps that the run's histograms and non-finite counts of layers do not hold: they had left the ring "
+        "before it was first read.",
+    ),
+    Metric(
         name="gradiometer_events_dropped_total",
         kind="counter",
         labels=_RUN,
@@ -305,6 +312,21 @@ _METRICS = (
         kind="counter",
         labels=_RUN,
         help="Host time that the agent itself spent in its hooks.",
+    ),
+    Metric(
+        name="gradiometer_run_directories_bytes",
+        kind="gauge",
+        help="Disk space that the run directories take, when they were last measured.",
+    ),
+    Metric(
+        name="gradiometer_pruned_runs_total",
+        kind="counter",
+        help="Run directories, and those of earlier starts, that the monitor removed because a bound asked for it.",
+    ),
+    Metric(
+        name="gradiometer_pruned_bytes_total",
+        kind="counter",
+        help="Disk space that these removals freed.",
     ),
     Metric(
         name="gradiometer_collector_success",

@@ -61,6 +61,17 @@ class Histogram:
         totals: list[int] = self._counts.cumsum().tolist()
         return totals
 
+    @property
+    def state(self) -> list[float]:
+        """What :meth:`resume` takes: the sum, then the counts."""
+        return [self.sum, *self._counts.tolist()]
+
+    def resume(self, state: list[float]) -> None:
+        """Go on from another's :attr:`state`. Raises ValueError if it has other buckets."""
+        if len(state) != len(self._counts) + 1:
+            raise ValueError(f"a histogram of {len(state) - 2} bounds, expected {len(self.bounds)}")
+        self.sum, self._counts = float(state[0]), np.array(state[1:], np.int64)
+
     def observe(self, values: Floats) -> None:
         """Count ``values``, float64[T]."""
         places = np.searchsorted(self.bounds, values, side="left")
@@ -99,14 +110,22 @@ class LayerSummary:
         elements = [max(1, parameter.numel) * parameter.trainable for parameter in manifest.parameters]
         self._floor = VANISHING_ELEMENT * np.sqrt(np.bincount(index, elements, count))
 
-    def update(self, time_ns: Integers, parameter_norms: npt.NDArray[np.float32]) -> None:
-        """Take in float32[T, P] norms of the rows at int64[T]."""
+    def norms(self, parameter_norms: npt.NDArray[np.float32]) -> Floats:
+        """Compose float32[T, P] norms of parameters to float64[T, L] of layers."""
+        return self._compose(parameter_norms[:, self._order])
+
+    def _compose(self, ordered: npt.NDArray[np.float32]) -> Floats:
+        norms: Floats = np.sqrt(np.add.reduceat(np.square(ordered, dtype=np.float64), self._starts, axis=1))
+        return norms
+
+    def update(self, time_ns: Integers, parameter_norms: npt.NDArray[np.float32], fresh: int) -> None:
+        """Take in float32[T, P] norms of the rows at int64[T], of which the last ``fresh`` are to be counted."""
         ordered = parameter_norms[:, self._order]
         absent = np.logical_and.reduceat(ordered.view(np.uint32) == NEGATIVE_ZERO, self._starts, axis=1)
         self.exported |= ~absent.all(axis=0)
-        norms: Floats = np.sqrt(np.add.reduceat(np.square(ordered, dtype=np.float64), self._starts, axis=1))
+        norms = self._compose(ordered)
         self.last = norms[-1]
-        self.nonfinite += np.count_nonzero(~np.isfinite(norms), axis=0)
+        self.nonfinite += np.count_nonzero(~np.isfinite(norms[len(norms) - fresh :]), axis=0)
         self._window.add(time_ns, norms)
         while len(norms):
             room = self._baseline.room
@@ -202,9 +221,10 @@ class LayerSummary:
 class RunSummary:
     """What one rank's rows and counters come to; fed by whoever follows the ring.
 
-    Counters are the writer's own, so they are exact even if the reader was away; histograms, windows and per-layer
-    counts begin with the oldest row that the ring held when the reader came, and :attr:`rows_missed` says how many
-    rows were not read since.
+    Counters are the writer's own, so they are exact even if the reader was away. Histograms and per-layer counts begin
+    with the oldest row that the ring held when the reader first came, :attr:`uncounted` rows after the run's first, and
+    :attr:`rows_missed` says how many were not read since. A reader that is started again takes over the
+    :meth:`counts` of the one before.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -215,7 +235,10 @@ class RunSummary:
         self.last_seen = 0
         """Sequence of the newest row that was read or given up."""
         self.rows_missed = 0
-        """Rows that the ring overwrote while it was followed, or a crash destroyed, before they were read."""
+        """Rows that the ring overwrote, or a crash destroyed, before they were read; not the :attr:`uncounted`."""
+        self.uncounted = 0
+        """Rows that had left the ring before it was first read: histograms and per-layer counts begin after them."""
+        self._counted = 0
         self.loss: float | None = None
         """Newest loss that was logged, NaN too; None if none was."""
         self.own_clipping: set[str] = set()
@@ -258,29 +281,35 @@ class RunSummary:
         self.status = status
         if not len(rows):
             return
-        newest = int(rows["begin"][-1])
-        self.rows_missed += newest - self.last_seen - len(rows)
-        self.last_seen, self.newest = newest, rows[-1].copy()
+        fresh = rows[rows["begin"] > self._counted]
+        self._miss(int(rows["begin"][-1]), len(fresh))
+        self.newest = rows[-1].copy()
         time_ns, norms = rows["time_ns"].astype(np.int64), rows["grad_norm_preclip"].astype(np.float64)
         self.own_clipping |= own_clipping(rows, status)
-        self._update_scalars(rows, time_ns, norms)
-        self.layers.update(time_ns, rows["parameters"][:, _PRECLIP, :])
-        self._update_own(rows)
+        self._count(fresh)
+        self._update_windows(rows, time_ns, norms)
+        self.layers.update(time_ns, rows["parameters"][:, _PRECLIP, :], len(fresh))
 
-    def _update_own(self, rows: Rows) -> None:
-        """Take in what the rows say of this rank's own micro-batches."""
+    def _miss(self, newest: int, counted: int) -> None:
+        """Note that the rows up to ``newest`` were read or given up, and count those as missed that were not read."""
+        self.rows_missed += max(0, newest - max(self.last_seen, self._counted)) - counted
+        self.last_seen = max(self.last_seen, newest)
+
+    def _count(self, rows: Rows) -> None:
+        """Take in rows that no counter holds yet."""
+        self.grad_norm.observe(rows["grad_norm_preclip"].astype(np.float64))
+        self.step_seconds.observe(_known(rows["step_seconds"]))
         flags = rows["flags"]
         if (flags & np.uint32(Flag.OWN_WATCHED)).any():
             bad = int(np.count_nonzero(flags & np.uint32(Flag.OWN_NONFINITE)))
             self.own_nonfinite = bad + (self.own_nonfinite or 0)
+
+    def _update_windows(self, rows: Rows, time_ns: Integers, norms: Floats) -> None:
+        flags = rows["flags"]
         hooked = rows[(flags & np.uint32(Flag.HOOKED)) != 0]
         if len(hooked):
             self.noise.update(hooked, self._replicas)
             self.microbatch_norm = float(microbatch_norms(hooked[-1:])[0])
-
-    def _update_scalars(self, rows: Rows, time_ns: Integers, norms: Floats) -> None:
-        self.grad_norm.observe(norms)
-        self.step_seconds.observe(_known(rows["step_seconds"]))
         self._window.add(time_ns, norms[:, None])
         self._clipped.add(time_ns, (rows["flags"] & np.uint32(Flag.CLIPPED)) != 0)
         finite = norms[np.isfinite(norms)]
@@ -292,14 +321,48 @@ class RunSummary:
         self.loss = float(logged["loss"][-1]) if len(logged) else self.loss
 
     def start_after(self, sequence: int) -> None:
-        """Take the rows up to ``sequence`` for history, which the reader came too late for: they are not missed."""
-        self.last_seen = max(self.last_seen, sequence)
+        """Take the rows up to ``sequence`` for history, which the reader came too late for: they are not missed.
+
+        After :meth:`resume` they are, as far as they were not counted.
+        """
+        if not self._counted and sequence > self.last_seen:
+            self.uncounted += sequence - self.last_seen
+            self.last_seen = sequence
+        self.give_up(sequence)
 
     def give_up(self, sequence: int) -> None:
         """Count the rows up to ``sequence`` that were not read as missed: they never will be."""
         if sequence > self.last_seen:
-            self.rows_missed += sequence - self.last_seen
-            self.last_seen = sequence
+            self._miss(sequence, 0)
+
+    def counts(self) -> dict[str, Any]:
+        """Return, as JSON can, what was counted and cannot be read again once the ring has turned."""
+        return {
+            "sequence": max(self.last_seen, self._counted),
+            "uncounted": self.uncounted,
+            "rows_missed": self.rows_missed,
+            "loss": self.loss,
+            "own_nonfinite": self.own_nonfinite,
+            "grad_norm": self.grad_norm.state,
+            "step_seconds": self.step_seconds.state,
+            "layers": {str(place): int(self.layers.nonfinite[place]) for place in self.layers.nonfinite.nonzero()[0]},
+            "exported": self.layers.exported.nonzero()[0].tolist() if not self.layers.exported.all() else None,
+        }
+
+    def resume(self, counts: dict[str, Any]) -> None:
+        """Go on counting where an earlier reader of the same rows was; before the first row.
+
+        The rows it had counted are still to be read, as far as there are any: windows and baselines come from them.
+        Raises KeyError, TypeError, ValueError or IndexError, having taken some, if ``counts`` are not of this run.
+        """
+        self.grad_norm.resume(counts["grad_norm"])
+        self.step_seconds.resume(counts["step_seconds"])
+        for place, count in counts["layers"].items():
+            self.layers.nonfinite[int(place)] = count
+        self.layers.exported[slice(None) if counts["exported"] is None else counts["exported"]] = True
+        self.uncounted, self.rows_missed = int(counts["uncounted"]), int(counts["rows_missed"])
+        self.loss, self.own_nonfinite = counts["loss"], counts["own_nonfinite"]
+        self._counted = int(counts["sequence"])
 
 
 def _known(values: npt.NDArray[Any]) -> Floats:

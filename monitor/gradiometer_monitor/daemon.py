@@ -20,8 +20,10 @@ from gradiometer.tail import Sample
 from gradiometer_monitor import logs, reloading
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.incidents import Incidents
 from gradiometer_monitor.notify import notify, watchdog_seconds
 from gradiometer_monitor.resolving import Resolved
+from gradiometer_monitor.retention import RetentionService
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.server import GRACE_SECONDS, Server, Switch
 from gradiometer_monitor.services import Context, Service, stop_all
@@ -71,7 +73,8 @@ class Daemon:
         self, settings: Settings, listener: Listener, hangups: SimpleQueue[None], reread: Reread | None = None
     ) -> None:
         self.settings = settings
-        runs, store = Runs(settings.root, retention_seconds=settings.retention_seconds), Store.open(settings.state)
+        store = Store.open(settings.state)
+        runs = Runs(settings.root, retention_seconds=settings.retention_seconds, store=store)
         self.context = Context(runs=runs, events=Events(runs, store), store=store)
         self.exposition = Exposition(runs, series_budget=settings.series_budget)
         self.services = _services(settings, self.context)
@@ -204,7 +207,7 @@ class Daemon:
         notify("READY=1")
 
     def _poll(self) -> None:
-        pause, runs = 0.0, self.context.runs
+        pause, runs, incidents = 0.0, self.context.runs, Incidents(self.context.runs, self.context.events)
         while not self._stop.is_set():
             self._poll_now.wait(pause)
             self._poll_now.clear()
@@ -212,7 +215,9 @@ class Daemon:
             try:
                 if runs.poll():
                     pause = min(CATCH_UP_SECONDS, pause)
-                self.context.events.follow()
+                if self.context.events.follow():
+                    pause = min(CATCH_UP_SECONDS, pause)
+                incidents.follow()
             except Exception:  # the thread must outlive whatever one poll met
                 runs.poll_succeeded = False
                 log.exception("a poll of %s failed and will be tried again", runs.root)
@@ -220,8 +225,8 @@ class Daemon:
 
 def _services(settings: Settings, context: Context) -> list[Service]:
     """Build the services that the settings ask for."""
-    del settings, context
-    return []
+    services: list[Service] = [RetentionService(settings.retention, context)]
+    return services
 
 
 def _write_port(path: Path, port: int) -> None:
