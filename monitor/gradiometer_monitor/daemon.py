@@ -17,6 +17,8 @@ import uvicorn
 
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.gpu import GpuService
+from gradiometer_monitor.health import collectors
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context, Service
 from gradiometer_monitor.settings import Settings, SettingsError
@@ -72,8 +74,10 @@ def serve(settings: Settings) -> int:
 
 def _services(settings: Settings, context: Context) -> list[Service]:
     """Build the services that the settings ask for."""
-    del settings, context
-    return []
+    services: list[Service] = []
+    if settings.gpu.enabled:
+        services.append(GpuService(settings.gpu, context))
+    return services
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -109,8 +113,9 @@ def _write_port(path: Path, port: int) -> None:
 
 
 def _serve_http(context: Context, services: list[Service], settings: Settings, listener: socket.socket) -> None:
-    exposition = Exposition(context.runs, series_budget=settings.series_budget)
-    exposition.collect_from({service.name: service.samples for service in services})
+    budgets = {"series_budget": settings.series_budget, "total_series": settings.total_series}
+    exposition = Exposition(context.runs, **budgets)
+    exposition.collect_from(collectors(services))
     config = uvicorn.Config(
         app(context, exposition, settings),
         log_config=None,

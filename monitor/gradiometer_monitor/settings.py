@@ -24,7 +24,10 @@ __all__ = ["Settings", "SettingsError", "resolve"]
 
 STATE = ".monitor"
 """Below the root, where no run can be: names of runs do not begin with a dot."""
-ENVIRONMENT = ("host", "port", "poll_seconds", "series_budget", "retention_seconds", "port_file", "state_dir")
+ENVIRONMENT = (
+    "host", "port", "poll_seconds", "series_budget", "total_series", "retention_seconds", "port_file",
+    "state_dir",
+)  # fmt: skip
 """Settings that ``GRADIOMETER_MONITOR_<NAME>`` gives."""
 
 
@@ -47,6 +50,8 @@ class Settings(Section):
     poll_seconds: Annotated[float, between(0.05, 3600)] = 1.0
     series_budget: Annotated[int, between(100, 10_000_000)] = 10_000
     """Series that one run may have in a scrape."""
+    total_series: Annotated[int, between(100, 10_000_000)] = 200_000
+    """Series that all runs together may have in a scrape."""
     retention_seconds: Annotated[float, between(0, 366 * 86400)] = 900.0
     """How long the series of a run that is over stay after its last heartbeat."""
     log: LogSettings = LogSettings()

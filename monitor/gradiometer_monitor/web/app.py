@@ -7,14 +7,18 @@ the web could otherwise read the metrics, by a name that resolves to loopback.
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from gradiometer.records import installed_version
 from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.health import store_samples
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import Settings
 from gradiometer_monitor.web import api, page, scrape
+from gradiometer_monitor.web.requests import CountRequests, RequestCounts
 
 __all__ = ["app"]
 
@@ -33,7 +37,11 @@ def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI
     made.include_router(api.router(context))
     made.routes.extend(scrape.routes(context, exposition, settings))
     made.routes.extend(page.routes(context))
+    requests = RequestCounts()
+    exposition.watch("requests", requests.samples)
+    exposition.watch("store", partial(store_samples, context.store))
     made.add_middleware(TrustedHostMiddleware, allowed_hosts=_allowed(settings.host), www_redirect=False)
+    made.add_middleware(CountRequests, counts=requests)  # last, so that it sees what the others refuse
     return made
 
 
