@@ -15,6 +15,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterable
+from functools import cache
 from logging import getLogger
 from pathlib import Path
 from typing import Protocol
@@ -119,6 +120,7 @@ class RunCollector(Collector):
             log.warning("cannot export %s, and say so once: %s", path, error, exc_info=not expected)
 
 
+@cache
 def build_labels() -> tuple[str, str]:
     """Return the label values of ``gradiometer_build_info``: the version of gradiometer and of Python."""
     return installed_version(), platform.python_version()

@@ -50,6 +50,12 @@ class Asked(Generic[Found]):
         )
         thread.start()
 
+    def ask(self) -> Answer[Found]:
+        """Ask in this thread and wait: for a source that cannot hang."""
+        answer = Answer[Found]()
+        _answer(answer, self._collect)
+        return answer
+
     def finish(self, deadline: float) -> Answer[Found]:
         """Wait for the answer until ``deadline``, monotonic; one that hung in the scrape before is not waited for."""
         answer = self._current

@@ -91,11 +91,10 @@ class Exposition:
         """Ask every collector at once and add what each answers; return the text of the process's own metrics."""
         process, others = self._process[openmetrics], (self._own | self._others).values()
         deadline = time.monotonic() + COLLECT_SECONDS
-        process.begin()
         self._taking.begin()
         for other in others:
             other.begin()
-        text = process.finish(deadline)
+        text = process.ask()
         _report(lines, process, text)
         self._add_runs(lines, self._taking.finish(deadline))
         for other in others:
