@@ -115,22 +115,30 @@ class GpuService(Service):
 
     def _tell_changes(self, devices: list[Device]) -> None:
         """Remember every GPU that was ever seen, by its uuid, and log those that were lost or are back."""
-        seen = {uuid: device for device in devices if (uuid := device.uuid or self._uuid(device.gpu))}
-        for uuid, known in list(self._known.items()):
-            now = seen.get(uuid) or Device(gpu=known.gpu, error="it is not there any more")
+        seen = {device.uuid or self._key(device.gpu): device for device in devices}
+        for key, known in list(self._known.items()):
+            now = seen.pop(key, None)
+            if now is None and not known.uuid:  # it was never read, and may be among those that tell their uuid now
+                del self._known[key]
+                continue
+            now = now or replace(known, error="it is not there any more")
             if now.error and not known.error:
-                log.warning("GPU %s (%s) is lost: %s", known.gpu, uuid, now.error)
+                log.warning("GPU %s (%s) is lost: %s", known.gpu, known.uuid, now.error)
             elif known.error and not now.error:
-                log.info("GPU %s (%s) is back", now.gpu, uuid)
-            self._known[uuid] = replace(now, uuid=uuid)
-        for uuid, device in seen.items():
-            if uuid not in self._known:
-                log.info("GPU %s (%s) is looked at every %g s", device.gpu, uuid, self._settings.interval_seconds)
-                self._known[uuid] = device
+                log.info("GPU %s (%s) is back", now.gpu, known.uuid)
+            self._known[key] = replace(now, uuid=known.uuid)
+        for key, device in seen.items():
+            if device.error:
+                log.warning("GPU %s cannot be read: %s", device.gpu, device.error)
+            else:
+                log.info(
+                    "GPU %s (%s) is looked at every %g s", device.gpu, device.uuid, self._settings.interval_seconds
+                )
+            self._known[key] = device
 
-    def _uuid(self, gpu: str) -> str:
-        """Find which GPU of those known has an index; one that is lost does not tell its uuid."""
-        return next((uuid for uuid, device in self._known.items() if device.gpu == gpu), "")
+    def _key(self, gpu: str) -> str:
+        """Name a GPU that does not tell its uuid: by that of the one that had its index, or else by the index."""
+        return next((key for key, device in self._known.items() if device.gpu == gpu), f"{gpu} unread")
 
     def _shut(self) -> None:
         if self._nvml is not None:

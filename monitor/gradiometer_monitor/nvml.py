@@ -73,6 +73,8 @@ def _read_gpu(nvml: Any, index: int, driver: str) -> list[Device]:
     except nvml.NVMLError as error:
         if error.value in _codes(nvml, _GONE):
             raise NvmlGoneError(str(error)) from error
+        if error.value == nvml.NVML_ERROR_NO_PERMISSION:
+            return []  # a GPU of another container
         return [Device(gpu=gpu, uuid=uuid, error=str(error))]
     return found
 
