@@ -232,16 +232,20 @@ def test_a_reloaded_driver_is_found_again(
 
 
 def test_mig_instances_have_memory_of_their_own(install: Install, service: GpuService) -> None:
-    """Memory is that of the instances, so that a sum counts it once; the rest is the whole GPU's."""
+    """Memory is that of the instances, so that a sum counts it once; one that is undone is not lost."""
     memory = {"nvmlDeviceGetMemoryInfo": SimpleNamespace(used=2**30, total=10 * 2**30)}
     instances = (Card(uuid="MIG-x", numbers=memory), None, Card(uuid="MIG-y", numbers=memory))
-    install(Card(uuid="GPU-a", instances=instances))
+    install(card := Card(uuid="GPU-a", instances=instances))
     service.work()
     found = _samples(service)
     assert _gpu(found, "0/2", "MIG-y") == {"up": 1, "memory_used_bytes": 2**30, "memory_total_bytes": 10 * 2**30}
     assert "memory_used_bytes" not in _gpu(found, "0", "GPU-a")
     assert _gpu(found, "0", "GPU-a")["power_watts"] == 412.5
     assert {labels[0] for name, labels in found if name == "gradiometer_gpu_up"} == {"0", "0/0", "0/2"}
+    card.instances = (Card(uuid="MIG-z", numbers=memory),)
+    service.work()
+    known = {labels for name, labels in _samples(service) if name == "gradiometer_gpu_up"}
+    assert known == {("0", "GPU-a"), ("0/0", "MIG-z")}
 
 
 def test_the_rank_that_computes_on_a_gpu(

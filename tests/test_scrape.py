@@ -20,6 +20,7 @@ from gradiometer.tail import Sample
 from gradiometer_monitor import exposition as module
 from gradiometer_monitor.exposition import OPENMETRICS, TEXT, Exposition
 from gradiometer_monitor.health import collectors
+from gradiometer_monitor.layer_lines import LayerLines, LayerValues
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Service
 from gradiometer_monitor.web.accept import accepts_gzip, negotiate
@@ -131,6 +132,22 @@ def test_runs_that_cannot_be_had_lose_nothing_else(
     assert ("gradiometer_steps_total", ("run",)) not in found
     monkeypatch.undo()
     wait_until(lambda: ("gradiometer_steps_total", ("run",)) in _scrape(exposition))
+
+
+def test_text_is_made_without_the_lock(exposition: Exposition, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a scrape writes the lines of layers, a poll can go on."""
+    render, polled = LayerLines.render, []
+
+    def poll_meanwhile(lines: LayerLines, values: LayerValues) -> Iterator[tuple[str, str]]:
+        thread = threading.Thread(target=runs.poll, daemon=True)
+        thread.start()
+        thread.join(20)
+        polled.append(not thread.is_alive())
+        return render(lines, values)
+
+    monkeypatch.setattr(LayerLines, "render", poll_meanwhile)
+    assert ("gradiometer_layer_grad_norm_last", ("run", "embed")) in _scrape(exposition)
+    assert polled == [True]
 
 
 @pytest.mark.parametrize("content_type", [TEXT, OPENMETRICS])
