@@ -7,7 +7,6 @@ two float32 apart.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +22,8 @@ from gradiometer_monitor.lines import label_set, spell
 
 __all__ = ["RUN_SAMPLES", "LayerLines", "LayerValues", "share"]
 
-STICKINESS = math.log(2.0)
-"""A layer replaces a chosen one only when it is twice as far above its usual norm, so that noise moves no series."""
+STICKINESS = 3.0
+"""A layer replaces a chosen one only when its anomaly is larger by this, so that noise moves no series."""
 
 RUN_SAMPLES = 2 + len(QUANTILES)
 """Samples that :meth:`LayerLines.samples` gives at most."""
