@@ -117,3 +117,41 @@ class FakeNvml(ModuleType):
     def _raise(self, code: str | None) -> None:
         if code is not None:
             raise pynvml.NVMLError(getattr(pynvml, f"NVML_ERROR_{code}"))
+
+
+LIBRARY = r"""
+#include <stdlib.h>
+#include <string.h>
+typedef unsigned int u; typedef unsigned long long ull; typedef int device;
+struct memory { u version; ull total, reserved, free, used; };
+struct rates { u gpu, memory; };
+struct process { u pid; ull used; u gpu_instance, compute_instance; };
+enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, TOO_SMALL = 7, LOST = 15 };
+static device gpus[2];
+static int lost(device *gpu) { return gpu == &gpus[1]; }
+int nvmlInitWithFlags(u flags) { return flags == 0 ? OK : INVALID; }
+int nvmlShutdown(void) { return OK; }
+const char *nvmlErrorString(int code) { return code == LOST ? "GPU is lost" : "some error"; }
+int nvmlSystemGetDriverVersion(char *text, u size) { strncpy(text, "560.35.03", size); return OK; }
+int nvmlDeviceGetCount_v2(u *count) { *count = 2; return OK; }
+int nvmlDeviceGetHandleByIndex_v2(u index, device **gpu) { *gpu = &gpus[index]; return OK; }
+int nvmlDeviceGetUUID(device *gpu, char *text, u size) {
+    strncpy(text, lost(gpu) ? "GPU-lost" : "GPU-good", size); return OK; }
+int nvmlDeviceGetName(device *gpu, char *text, u size) {
+    strncpy(text, "NVIDIA X", size); return lost(gpu) ? LOST : OK; }
+int nvmlDeviceGetMemoryInfo_v2(device *gpu, struct memory *m) {
+    if (m->version != (sizeof *m | 2u << 24)) return INVALID;
+    m->total = 1ull << 36; m->used = 1ull << 33; m->free = m->total - m->used; m->reserved = 0; return OK; }
+int nvmlDeviceGetUtilizationRates(device *gpu, struct rates *r) { r->gpu = 50; r->memory = 25; return OK; }
+int nvmlDeviceGetPowerUsage(device *gpu, u *milliwatts) { *milliwatts = 250500; return OK; }
+int nvmlDeviceGetEnforcedPowerLimit(device *gpu, u *milliwatts) { return NOT_SUPPORTED; }
+int nvmlDeviceGetTemperature(device *gpu, int sensor, u *celsius) { *celsius = sensor == 0 ? 55 : 0; return OK; }
+int nvmlDeviceGetClockInfo(device *gpu, int clock, u *mhz) { *mhz = clock == 1 ? 1500 : 0; return OK; }
+int nvmlDeviceGetTotalEccErrors(device *gpu, int type, int counter, ull *count) {
+    *count = counter == 0 ? 10 + type : 0; return OK; }
+int nvmlDeviceGetCurrentClocksEventReasons(device *gpu, ull *reasons) { *reasons = 0x40; return OK; }
+int nvmlDeviceGetComputeRunningProcesses_v3(device *gpu, u *count, struct process *found) {
+    if (found == NULL) { *count = 1; return TOO_SMALL; }
+    memset(found, 0, sizeof *found); found->pid = atoi(getenv("STUB_GPU_PID")); *count = 1; return OK; }
+"""
+"""C source of a stub of libnvidia-ml.so.1: one GPU that answers, one that is lost. It has no MIG and no energy."""

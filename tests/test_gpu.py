@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -25,10 +27,10 @@ from gradiometer_monitor.gpu import GpuService, GpuSettings
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Store
-from tests._nvml import Card, FakeNvml
+from tests._nvml import LIBRARY, Card, FakeNvml
 
 if TYPE_CHECKING:
-    from tests.conftest import MakeManifest, WaitUntil, WriteRun
+    from tests.conftest import MakeManifest, Start, WaitUntil, WriteRun
 
 Found = dict[tuple[str, tuple[str, ...]], float]
 PARSE: Callable[[str], Iterable[Family]] = text_string_to_metric_families
@@ -287,6 +289,46 @@ def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
     """The error names the setting."""
     with pytest.raises(ValueError, match=name):
         GpuSettings.model_validate({name: value})
+
+
+def test_a_daemon_over_a_library(
+    start: Start,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    wait_until: WaitUntil,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """nvidia-ml-py itself, over a stub of the driver's library, in a daemon: each number is where it belongs."""
+    compiler = shutil.which("cc") or pytest.skip("there is no C compiler")
+    folder = tmp_path_factory.mktemp("library")
+    (folder / "stub.c").write_text(LIBRARY)
+    built = [compiler, "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", folder / "stub.c"]
+    subprocess.run(built, check=True, timeout=60)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(folder))
+    monkeypatch.setenv("STUB_GPU_PID", str(os.getpid()))
+    write_run(make_manifest("mine"), np.ones((2, 4)))
+    config = folder / "monitor.yaml"
+    config.write_text("gpu: {interval_seconds: 0.5}")
+    monitor = start("--config", str(config))
+    wait_until(lambda: ("gradiometer_gpu_run_info", ("0", "GPU-good", "mine", "0")) in monitor.samples())
+    found = monitor.samples()
+    assert _gpu(found, "0", "GPU-good") == {
+        "up": 1,
+        "utilization_ratio": 0.5,
+        "memory_utilization_ratio": 0.25,
+        "memory_used_bytes": 2**33,
+        "memory_total_bytes": 2**36,
+        "power_watts": 250.5,
+        "temperature_celsius": 55,
+        "sm_clock_hertz": 1.5e9,
+    }
+    assert _gpu(found, "0", "GPU-good", "uncorrected") == {"ecc_errors_total": 11}
+    assert _gpu(found, "0", "GPU-good", "hardware_thermal") == {"throttled": 1}
+    assert _gpu(found, "0", "GPU-good", "NVIDIA X", "560.35.03") == {"info": 1}
+    assert _gpu(found, "1", "GPU-lost") == {"up": 0}
+    monitor.process.terminate()
+    assert "GPU 1 cannot be read: GPU is lost" in monitor.process.communicate(timeout=20)[1]
 
 
 def _has_nvml() -> bool:
