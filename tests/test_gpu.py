@@ -303,7 +303,7 @@ def test_a_daemon_over_a_library(
     compiler = shutil.which("cc") or pytest.skip("there is no C compiler")
     folder = tmp_path_factory.mktemp("library")
     (folder / "stub.c").write_text(LIBRARY)
-    built = [compiler, "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", folder / "stub.c"]
+    built: list[str | Path] = [compiler, "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", folder / "stub.c"]
     subprocess.run(built, check=True, timeout=60)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(folder))
     monkeypatch.setenv("STUB_GPU_PID", str(os.getpid()))

@@ -23,6 +23,7 @@ from gradiometer_monitor.health import collectors
 from gradiometer_monitor.layer_lines import LayerLines, LayerValues
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Service
+from gradiometer_monitor.settings import SettingsError, resolve
 from gradiometer_monitor.web.accept import accepts_gzip, negotiate
 
 if TYPE_CHECKING:
@@ -203,6 +204,20 @@ def test_the_monitor_tells_of_itself(start: Start) -> None:
     assert found[PERSISTENT, ()] == 1
     assert found["gradiometer_service_healthy", ("gpu",)] == 1
     assert found["gradiometer_collector_success", ("gpu",)] == 1
+
+
+def test_the_budget_of_all_runs_is_a_setting(
+    start: Start, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon keeps ``total_series``, from the environment too, and refuses what is out of its range."""
+    write_run(make_manifest(layers=[f"layer{place}" for place in range(300)]), np.ones((2, 300)))
+    monkeypatch.setenv("GRADIOMETER_MONITOR_TOTAL_SERIES", "200")
+    found = start().samples()
+    assert found["gradiometer_series_omitted", ("run",)] > 0
+    assert sum(labels[:1] == ("run",) for _, labels in found) <= 200
+    monkeypatch.setenv("GRADIOMETER_MONITOR_TOTAL_SERIES", "1")
+    with pytest.raises(SettingsError, match=r"GRADIOMETER_MONITOR_TOTAL_SERIES '1': expected a number from 100"):
+        resolve()
 
 
 def test_headers_in_several_lines_count(start: Start) -> None:
