@@ -2,18 +2,26 @@
 
 Each serves the three per-layer metrics of one run. The client's side renders them alone; the monitor's side is its
 whole scrape, with the run's other series and its own. What it costs to take the values in is counted on neither side,
-but as the monitor renders nothing again that has not changed, the run makes a step before each of its scrapes.
+but as the monitor renders nothing again that has not changed, the run makes a step before each of its scrapes. Of the
+monitor alone it prints the CPU time, with and without gzip, and the memory: the peak of one scrape, and what the whole
+process has more than before it followed the run.
 
     python -m benchmarks.exposition [--rounds N] [--json FILE]
 """
 
 from __future__ import annotations
 
+import gzip
+import statistics
 import tempfile
+import time
+import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import cramjam
 import numpy as np
+import psutil
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
@@ -25,8 +33,13 @@ from gradiometer.recorder import Recorder
 from gradiometer.summary import LAYER_METRICS
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.web.scrape import GZIP_LEVEL
 
 SERIES = (1000, 10_000, 100_000)
+MANY = 200
+"""Runs of one host, in the case of many."""
+
+Details = dict[str, float]
 
 
 def client_objects(layers: int) -> Callable[[], object]:
@@ -62,37 +75,106 @@ def families(layers: int) -> Callable[[], object]:
     return lambda: generate_latest(registry)
 
 
-def monitor(root: Path, layers: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return a call that renders the monitor's whole scrape, and one that makes a step and reads it."""
-    recorder = Recorder(root, manifest(layers))
-    recorder.stats[:] = np.random.default_rng(0).random(recorder.stats.shape, np.float32)
-    runs = Runs(root, retention_seconds=1e12)
+def monitor(root: Path, layers: int, runs: int = 1) -> tuple[Exposition, Callable[[], None]]:
+    """Return the exposition of a monitor of ``runs`` runs, and a call that makes a step in each and reads it."""
+    made = [manifest(layers).model_copy(update={"run_id": f"run-{place}"}) for place in range(runs)]
+    recorders = [Recorder(root, each) for each in made]
+    for recorder in recorders:
+        recorder.stats[:] = np.random.default_rng(0).random(recorder.stats.shape, np.float32)
+    followed = Runs(root, retention_seconds=1e12)
 
     def step() -> None:
-        recorder.stats *= np.float32(1.0001)
-        recorder.commit(ROW)
-        runs.poll()
+        for recorder in recorders:
+            recorder.stats *= np.float32(1.0001)
+            recorder.commit(ROW)
+        followed.poll()
 
-    return Exposition(runs, series_budget=10_000_000).render, step
+    while followed.poll():
+        pass
+    return Exposition(followed, series_budget=10_000_000, total_series=10_000_000), step
+
+
+def compress(body: bytes) -> bytes:
+    """Compress as the monitor does for who accepts gzip."""
+    return bytes(cramjam.gzip.compress(body, level=GZIP_LEVEL))
+
+
+def measure(exposition: Exposition, step: Callable[[], None], rss_before: int, rounds: int) -> Details:
+    """Take CPU times, sizes and memory of one monitor's scrape, each after a step."""
+    step()
+    body = exposition.render()
+    tracemalloc.start()
+    step()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    exposition.render()
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    return {
+        "cpu_seconds": _cpu(exposition.render, step, rounds),
+        "cpu_seconds_with_gzip": _cpu(lambda: compress(exposition.render()), step, rounds),
+        "cpu_seconds_with_zlib_level_1": _cpu(lambda: gzip.compress(exposition.render(), 1), step, rounds),
+        "cpu_seconds_holding_the_lock": _cpu(exposition._take, step, rounds),
+        "cpu_seconds_nothing_changed": _cpu(exposition.render, lambda: None, rounds),
+        "series": body.count(b"\n") - body.count(b"\n#"),
+        "bytes": len(body),
+        "bytes_gzip": len(compress(body)),
+        "scrape_peak_bytes": peak,
+        "process_bytes_more": psutil.Process().memory_info().rss - rss_before,
+    }
+
+
+def _cpu(call: Callable[[], object], prepare: Callable[[], None], rounds: int) -> float:
+    """Return the median CPU seconds of a call, all threads of the process together."""
+    times = []
+    for _ in range(rounds):
+        prepare()
+        started = time.process_time()
+        call()
+        times.append(time.process_time() - started)
+    return statistics.median(times)
+
+
+def show(title: str, details: Details) -> None:
+    """Print what was measured of one monitor."""
+    print(f"{title}: the monitor's scrape")
+    for name, value in details.items():
+        text = (
+            f"{value * 1e3:10.2f} ms"
+            if "seconds" in name
+            else f"{value / 2**20:10.2f} MiB"
+            if "bytes" in name
+            else f"{value:10}"
+        )
+        print(f"  {name.replace('_', ' ').replace('bytes ', ''):34} {text}")
 
 
 def main() -> None:
-    """Compare at each number of series."""
+    """Compare at each number of series, and measure the monitor alone, also with many runs."""
     options = arguments(__doc__)
-    results = {}
+    results, details = {}, {}
     for series in SERIES:
         layers = series // len(LAYER_METRICS)
         with tempfile.TemporaryDirectory() as root:
-            render, step = monitor(Path(root), layers)
+            rss = psutil.Process().memory_info().rss
+            exposition, step = monitor(Path(root), layers)
+            details[str(series)] = measure(exposition, step, rss, options.rounds)
             calls = {
                 "client objects": client_objects(layers),
                 "collector yielding families": families(layers),
-                "cached templates": render,
+                "cached templates": exposition.render,
             }
-            before = {"cached templates": step}
+            before: dict[str, Callable[[], object]] = {"cached templates": step}
             results[str(series)] = compare(calls, rounds=options.rounds, baseline="client objects", before=before)
         report(f"{series} series", results[str(series)])
-    write_json(options.json, results, benchmark="exposition")
+        show(f"{series} series", details[str(series)])
+    with tempfile.TemporaryDirectory() as root:
+        rss = psutil.Process().memory_info().rss
+        name = f"{SERIES[-1]} series in {MANY} runs"
+        exposition, step = monitor(Path(root), SERIES[-1] // len(LAYER_METRICS) // MANY, MANY)
+        details[name] = measure(exposition, step, rss, options.rounds)
+        show(name, details[name])
+    write_json(options.json, results, benchmark="exposition", details=details)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def registered() -> Callable[..., tuple[RunCollector, CollectorRegistry]]:
 
 def _samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], np.float32]:
     """Map each sample to its value, without what the exporters say of themselves."""
-    own = ("process_", "python_", "gradiometer_collector", "gradiometer_series_dropped")
+    own = ("process_", "python_", "gradiometer_collector", "gradiometer_series", "gradiometer_scrape")
     found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {(s.name, frozenset(s.labels.items())): np.float32(s.value) for s in found if not s.name.startswith(own)}
 

@@ -21,8 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from gradiometer.metrics import CATALOGUE
 from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.records import Flag
+from gradiometer.summary import LAYER_METRICS
+from gradiometer.tail import Sample
 from gradiometer_monitor import exposition as module
-from gradiometer_monitor.exposition import OPENMETRICS, TEXT, Exposition, negotiate
+from gradiometer_monitor.exposition import OPENMETRICS, TEXT, Exposition
+from gradiometer_monitor.layer_lines import share
 from gradiometer_monitor.runs import Run, Runs
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ def _stable(text: str) -> str:
     """Leave out the monitor's own process, and what differs between two scrapes or installations."""
     text = re.sub(r"^(# \w+ )?(process|python)_.*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r'(build_info\{version=)"[^"]*",python_version="[^"]*"', r'\1"0",python_version="0"', text)
+    text = re.sub(r"^(gradiometer_scrape_(?:seconds_\w+|size_bytes).*) .*", r"\1 0", text, flags=re.MULTILINE)
     return re.sub(r"(collector_seconds\{.*\}) .*", r"\1 0.5", text)
 
 
@@ -148,6 +152,47 @@ def test_promtool_finds_nothing_to_say(expose: Expose, small_runs: Path, native_
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
+def _whole_catalogue() -> Iterator[Sample]:
+    """Yield one sample of each gauge and counter that is not of the monitor itself."""
+    own = ("gradiometer_build_info", "gradiometer_collector", "gradiometer_scrape")
+    for metric in CATALOGUE.values():
+        if metric.kind != "histogram" and not metric.name.startswith(own):
+            yield metric.name, ("x",) * len(metric.labels), 1.0
+
+
+@pytest.mark.native
+def test_the_whole_catalogue_is_valid(expose: Expose, tmp_path: Path, native_binary: Callable[[str], str]) -> None:
+    """Both parsers and promtool take every metric there is, those too that these runs do not have."""
+    exposition = expose(tmp_path)
+    exposition.watch("catalogue", _whole_catalogue)
+    for content_type, parse in PARSERS.items():
+        found = {family.name for family in parse(exposition.render(content_type).decode())}
+        assert {
+            metric.name.removesuffix("_total") for metric in CATALOGUE.values() if metric.kind != "histogram"
+        } <= found
+    command = [native_binary("promtool"), "check", "metrics"]
+    text = _stable(exposition.render().decode())
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.native
+def test_promtool_takes_hostile_labels(
+    expose: Expose,
+    tmp_path: Path,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    native_binary: Callable[[str], str],
+) -> None:
+    """Prometheus' own parser reads any name of a layer, however long, and values that are not finite."""
+    names = ['a"b', "c\\d", "e\nf", "%s} 1", "\u00e9\u4e2d", "\0\r\t", "g" * 10_000]
+    write_run(make_manifest(layers=names, job="\n\n#"), [[NAN, INF, 0.0, -0.0, 1e-45, 3e38, 1.0]])
+    text = _stable(expose(tmp_path).render().decode())
+    command = [native_binary("promtool"), "check", "metrics"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
 label = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     ['"', "\\", "\n", '\\"', "\\n", "{}", '",run_id="x"} 1\n', "%", "%s", "%%d", "} inf", "# EOF", "\r", "\0", " nan"]
 )
@@ -207,6 +252,7 @@ def test_unknown_gauges_are_left_out(
         "gradiometer_run_state",
         "gradiometer_run_info",
         "gradiometer_uncounted_steps",
+        "gradiometer_series_omitted",
     }
     assert found["gradiometer_layer_nonfinite_total", ("empty", "embed")] == 0
     assert ("gradiometer_loss", ("plain",)) not in found
@@ -256,7 +302,53 @@ def test_budget_keeps_what_stands_out(
         assert len(ours) <= 200
         assert {"layer007", "layer123", "layer042"} <= kept
         assert len(kept) > 30
-        assert found["gradiometer_series_dropped_total", ("run",)] == scrape * 4 * (300 - len(kept))
+        omitted = len(LAYER_METRICS) * (300 - len(kept))
+        assert found["gradiometer_series_omitted", ("run",)] == omitted
+        assert found["gradiometer_series_dropped_total", ("run",)] == scrape * omitted
+
+
+def test_spread_is_that_of_all_layers(
+    expose: Expose, tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun
+) -> None:
+    """Quantiles are norms of layers, of those too that the budget leaves out, and Inf is the largest."""
+    norms = np.arange(1.0, 201.0)[None, :]
+    layers = [f"layer{place:03}" for place in range(200)]
+    write_run(make_manifest("finite", layers=layers), norms)
+    write_run(make_manifest("infinite", layers=layers), np.where(norms == 7, INF, norms))
+    found = _samples(expose(tmp_path, budget=150).render().decode())
+    name = "gradiometer_layer_grad_norm_quantile"
+    ranks = {q: found[name, ("finite", q)] for q in ("0", "0.25", "0.5", "0.75", "0.95", "1")}
+    assert ranks == {"0": 1, "0.25": 50, "0.5": 100, "0.75": 150, "0.95": 190, "1": 200}
+    assert found[name, ("infinite", "1")] == INF
+    assert found[name, ("infinite", "0.5")] == 101
+    assert sum(key == "gradiometer_layer_grad_norm_last" for key, _ in found) < 100
+
+
+def test_budget_of_all_runs_is_shared(
+    follow: Callable[[Path], Runs], tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun
+) -> None:
+    """What small runs leave goes to the large ones in equal parts, and the whole is kept."""
+    for run_id, count in (("small", 3), ("large", 300), ("larger", 500)):
+        layers = [f"layer{place:03}" for place in range(count)]
+        write_run(make_manifest(run_id, layers=layers), np.ones((2, count)))
+    exposition = Exposition(follow(tmp_path), series_budget=10_000, total_series=900)
+    found = _samples(exposition.render().decode())
+    counts = {
+        run: sum(bool(labels) and labels[0] == run for _, labels in found) for run in ("small", "large", "larger")
+    }
+    omitted = {run: found["gradiometer_series_omitted", (run,)] for run in counts}
+    assert 600 < sum(counts.values()) <= 900
+    assert abs(counts["large"] - counts["larger"]) <= 3
+    assert omitted["small"] == 0 < omitted["large"] < omitted["larger"]
+
+
+@given(wanted=st.lists(st.integers(0, 1000), max_size=20), total=st.integers(0, 5000))
+def test_shares_fill_the_budget(wanted: list[int], total: int) -> None:
+    """Nobody gets more than its share, the whole is kept, and no room for one more each is left unless all have all."""
+    level = share(wanted, total)
+    given_out = sum(min(size, level) for size in wanted)
+    assert given_out <= total
+    assert given_out == sum(wanted) or given_out > total - len(wanted)
 
 
 def test_noise_moves_no_series(
@@ -329,26 +421,3 @@ def test_run_that_starts_again_serves_its_own_layers(
     runs.poll()
     layers = {labels[1] for name, labels in _samples(exposition.render().decode()) if "layer_grad_norm_last" in name}
     assert layers == {"new"}
-
-
-@pytest.mark.parametrize(
-    ("accept", "content_type"),
-    [
-        ("", TEXT),
-        ("*/*", TEXT),
-        ("text/html,application/xhtml+xml;q=0.9,*/*;q=0.8", TEXT),
-        ("application/openmetrics-text", OPENMETRICS),
-        (
-            "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
-            "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
-            OPENMETRICS,
-        ),
-        ("application/openmetrics-text; version=1.0.0; q=0.4, text/plain; q=0.6", TEXT),
-        ("application/openmetrics-text;version=2.0.0", TEXT),
-        ("application/openmetrics-text;q=what, text/plain;q=0", TEXT),
-        (";;,=,;q", TEXT),
-    ],
-)
-def test_content_negotiation(accept: str, content_type: str) -> None:
-    """OpenMetrics is served to who prefers it, plain text to everyone else."""
-    assert negotiate(accept) == content_type

@@ -15,6 +15,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterable
+from functools import cache
 from logging import getLogger
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,7 @@ from prometheus_client.utils import floatToGoString
 
 from gradiometer.metrics import CATALOGUE, Metric
 from gradiometer.records import RunFormatError, installed_version
+from gradiometer.spread import SPREAD_OF, spread
 from gradiometer.summary import Histogram
 from gradiometer.tail import Frame, RankTail, frame, identity
 
@@ -118,6 +120,7 @@ class RunCollector(Collector):
             log.warning("cannot export %s, and say so once: %s", path, error, exc_info=not expected)
 
 
+@cache
 def build_labels() -> tuple[str, str]:
     """Return the label values of ``gradiometer_build_info``: the version of gradiometer and of Python."""
     return installed_version(), platform.python_version()
@@ -160,6 +163,10 @@ def _add_histogram(family: Family, run_id: str, histogram: Histogram) -> None:
 
 
 def _add_layers(families: dict[str, Family], found: Frame) -> None:
-    for name, (values, known) in found.layers.columns().items():
+    columns = found.layers.columns()
+    peaks, measured = columns[SPREAD_OF]
+    for name, labels, value in spread(found.run_id, peaks[measured]):
+        _gauge(families, name, labels, value)
+    for name, (values, known) in columns.items():
         for place in known.nonzero()[0].tolist():
             _gauge(families, name, (found.run_id, found.layers.names[place]), values[place])

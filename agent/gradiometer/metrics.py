@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CATALOGUE", "GRAD_NORM_BUCKETS", "STEP_SECONDS_BUCKETS", "WINDOW_SECONDS", "Metric"]
+__all__ = [
+    "CATALOGUE",
+    "GRAD_NORM_BUCKETS",
+    "SCRAPE_SECONDS_BUCKETS",
+    "STEP_SECONDS_BUCKETS",
+    "WINDOW_SECONDS",
+    "Metric",
+]
 
 WINDOW_SECONDS = 60.0
 """Width of the rolling maxima: at least twice a scrape interval of up to 30 s, so that no spike falls between two."""
@@ -19,6 +26,7 @@ STEP_SECONDS_BUCKETS: tuple[float, ...] = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
 )  # fmt: skip
+SCRAPE_SECONDS_BUCKETS: tuple[float, ...] = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +46,7 @@ class Metric:
 
 
 _RUN, _RANK, _LAYER, _POLICY = ("run_id",), ("run_id", "rank"), ("run_id", "layer"), ("run_id", "policy", "mode")
+_GPU = ("gpu", "uuid")
 
 _METRICS = (
     Metric(
@@ -88,6 +97,13 @@ _METRICS = (
         kind="gauge",
         labels=_LAYER,
         help=f"Largest L2 norm of the layer's gradients before clipping in the last {WINDOW_SECONDS:g} s of steps.",
+    ),
+    Metric(
+        name="gradiometer_layer_grad_norm_quantile",
+        kind="gauge",
+        labels=("run_id", "q"),
+        help=f"Quantile q, across all layers of the run, of their largest L2 norm in the last {WINDOW_SECONDS:g} s of "
+        "steps; whatever the series budget leaves out is in it.",
     ),
     Metric(
         name="gradiometer_layer_nonfinite_total",
@@ -287,7 +303,13 @@ _METRICS = (
         name="gradiometer_series_dropped_total",
         kind="counter",
         labels=_RUN,
-        help="Per-layer series left out of scrapes because the run exceeded its series budget.",
+        help="Per-layer series that a series budget left out, summed over scrapes: it grows with the scrapers too.",
+    ),
+    Metric(
+        name="gradiometer_series_omitted",
+        kind="gauge",
+        labels=_RUN,
+        help="Per-layer series that a series budget left out of this scrape.",
     ),
     Metric(
         name="gradiometer_agent_errors_total",
@@ -351,21 +373,127 @@ _METRICS = (
         help="When the monitor last read a config that could be used, Unix time.",
     ),
     Metric(
-        name="gradiometer_service_up",
+        name="gradiometer_log_messages_dropped_total",
+        kind="counter",
+        help="Messages that the monitor did not log because it had said them often enough within a minute.",
+    ),
+    Metric(
+        name="gradiometer_scrape_seconds",
+        kind="histogram",
+        buckets=SCRAPE_SECONDS_BUCKETS,
+        help="Time that the monitor took to make a scrape, waiting for its collectors included, compression not.",
+    ),
+    Metric(
+        name="gradiometer_scrape_size_bytes",
+        kind="gauge",
+        help="Size of the scrape before this one, not compressed.",
+    ),
+    Metric(
+        name="gradiometer_http_requests_total",
+        kind="counter",
+        labels=("path", "code"),
+        help="Requests that the monitor answered, by route and status code.",
+    ),
+    Metric(
+        name="gradiometer_store_persistent",
+        kind="gauge",
+        help="1 if what the monitor remembers outlives it, 0 if it works from memory.",
+    ),
+    Metric(
+        name="gradiometer_service_healthy",
         kind="gauge",
         labels=("service",),
-        help="1 if the last round of this service of the monitor succeeded.",
+        help="1 if the newest round of the service did not fail.",
     ),
     Metric(
         name="gradiometer_service_failures_total",
         kind="counter",
         labels=("service",),
-        help="Rounds of this service of the monitor that failed and were tried again.",
+        help="Rounds of the service that failed, and were tried again.",
     ),
     Metric(
-        name="gradiometer_log_messages_dropped_total",
+        name="gradiometer_gpu_up",
+        kind="gauge",
+        labels=_GPU,
+        help="1 if the GPU answered when it was last looked at, 0 if it was lost since it was first seen.",
+    ),
+    Metric(
+        name="gradiometer_gpu_info",
+        kind="gauge",
+        labels=("gpu", "uuid", "name", "driver_version"),
+        help="Always 1: what the GPU is.",
+    ),
+    Metric(
+        name="gradiometer_gpu_run_info",
+        kind="gauge",
+        labels=("gpu", "uuid", "run_id", "rank"),
+        help="Always 1: the process of this rank computes on the GPU.",
+    ),
+    Metric(
+        name="gradiometer_gpu_memory_used_bytes",
+        kind="gauge",
+        labels=_GPU,
+        help="Memory of the GPU in use; of each MIG instance where there are some.",
+    ),
+    Metric(
+        name="gradiometer_gpu_memory_total_bytes",
+        kind="gauge",
+        labels=_GPU,
+        help="Memory of the GPU; of each MIG instance where there are some.",
+    ),
+    Metric(
+        name="gradiometer_gpu_utilization_ratio",
+        kind="gauge",
+        labels=_GPU,
+        help="Share of the last sampling period, up to a second, in which a kernel ran on the GPU.",
+    ),
+    Metric(
+        name="gradiometer_gpu_memory_utilization_ratio",
+        kind="gauge",
+        labels=_GPU,
+        help="Share of the last sampling period in which memory of the GPU was read or written.",
+    ),
+    Metric(
+        name="gradiometer_gpu_power_watts",
+        kind="gauge",
+        labels=_GPU,
+        help="Power that the GPU draws.",
+    ),
+    Metric(
+        name="gradiometer_gpu_power_limit_watts",
+        kind="gauge",
+        labels=_GPU,
+        help="Power limit in force on the GPU.",
+    ),
+    Metric(
+        name="gradiometer_gpu_energy_joules_total",
         kind="counter",
-        help="Messages that the monitor did not log because it had said them often enough within a minute.",
+        labels=_GPU,
+        help="Energy that the GPU used since its driver was loaded.",
+    ),
+    Metric(
+        name="gradiometer_gpu_temperature_celsius",
+        kind="gauge",
+        labels=_GPU,
+        help="Temperature of the GPU's core.",
+    ),
+    Metric(
+        name="gradiometer_gpu_sm_clock_hertz",
+        kind="gauge",
+        labels=_GPU,
+        help="Clock of the GPU's streaming multiprocessors.",
+    ),
+    Metric(
+        name="gradiometer_gpu_ecc_errors_total",
+        kind="counter",
+        labels=("gpu", "uuid", "type"),
+        help="ECC errors in all memories of the GPU since its driver was loaded, corrected or uncorrected.",
+    ),
+    Metric(
+        name="gradiometer_gpu_throttled",
+        kind="gauge",
+        labels=("gpu", "uuid", "reason"),
+        help="1 if this holds its clocks down: power_cap, thermal, hardware_thermal, hardware_power_brake, hardware.",
     ),
 )
 

@@ -20,6 +20,8 @@ from gradiometer.tail import Sample
 from gradiometer_monitor import logs, reloading
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.gpu import GpuService
+from gradiometer_monitor.health import collectors
 from gradiometer_monitor.incidents import Incidents
 from gradiometer_monitor.notify import notify, watchdog_seconds
 from gradiometer_monitor.resolving import Resolved
@@ -76,7 +78,8 @@ class Daemon:
         store = Store.open(settings.state)
         runs = Runs(settings.root, retention_seconds=settings.retention_seconds, store=store)
         self.context = Context(runs=runs, events=Events(runs, store), store=store)
-        self.exposition = Exposition(runs, series_budget=settings.series_budget)
+        budgets = {"series_budget": settings.series_budget, "total_series": settings.total_series}
+        self.exposition = Exposition(runs, **budgets)
         self.services = _services(settings, self.context)
         self._listener, self._hangups, self._reread = listener, hangups, reread
         self._stop, self._poll_now = threading.Event(), threading.Event()
@@ -108,9 +111,6 @@ class Daemon:
         yield "gradiometer_config_last_reload_successful", (), int(self._reloaded)
         yield "gradiometer_config_last_reload_success_timestamp_seconds", (), self._reloaded_at
         yield "gradiometer_log_messages_dropped_total", (), logs.dropped()
-        for service in self.services:
-            yield "gradiometer_service_up", (service.name,), int(service.healthy)
-            yield "gradiometer_service_failures_total", (service.name,), service.failures
 
     @property
     def healthy(self) -> bool:
@@ -130,15 +130,14 @@ class Daemon:
         logs.configure(new.log)
         self.settings, self._switch.app, self._listener.gate.limits = new, served, new.limits
         self.context.runs.retention_seconds = new.retention_seconds
-        self.exposition.change_budget(new.series_budget)
+        self.exposition.change_budgets(new.series_budget, new.total_series)
         self.services = reloading.replace(self.services, made, changed)
         self._collect()
         self._poll_now.set()
         log.info("the settings were read again: changed %s", ", ".join(sorted(changed)))
 
     def _collect(self) -> None:
-        collectors = {service.name: service.samples for service in self.services}
-        self.exposition.collect_from({"monitor": self.samples} | collectors)
+        self.exposition.collect_from({"monitor": self.samples} | collectors(self.services))
 
     def _serving(self) -> None:
         scheme = "https" if self.settings.auth.tls_certificate else "http"
@@ -226,6 +225,8 @@ class Daemon:
 def _services(settings: Settings, context: Context) -> list[Service]:
     """Build the services that the settings ask for."""
     services: list[Service] = [RetentionService(settings.retention, context)]
+    if settings.gpu.enabled:
+        services.append(GpuService(settings.gpu, context))
     return services
 
 

@@ -43,6 +43,8 @@ class Settings(Section):
     """Pause between two looks at the runs."""
     series_budget: Annotated[int, between(100, 10_000_000)] = 10_000
     """Series that one run may have in a scrape."""
+    total_series: Annotated[int, between(100, 10_000_000)] = 200_000
+    """Series that all runs together may have in a scrape."""
     retention_seconds: Annotated[float, between(0, 366 * 86400)] = 900.0
     """How long the series of a run that is over stay after its last heartbeat."""
     log: LogSettings = LogSettings()

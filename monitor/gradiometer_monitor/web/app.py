@@ -7,15 +7,19 @@ neither, so that they answer when everything else waits. A request passes, in th
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 
 from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.health import store_samples
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import Settings
 from gradiometer_monitor.web import api, page, policy, scrape
 from gradiometer_monitor.web.auth import AuthMiddleware
 from gradiometer_monitor.web.guards import BodyGuard, FrontGuard, TimeGuard
 from gradiometer_monitor.web.openapi import documented
+from gradiometer_monitor.web.requests import CountRequests, RequestCounts
 from gradiometer_monitor.web.tokens import Tokens
 
 __all__ = ["app"]
@@ -29,8 +33,12 @@ def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI
     made.include_router(policy.router(context))
     made.routes.extend(scrape.routes(context, exposition, settings))
     made.routes.extend(page.routes(context))
+    requests = RequestCounts()
+    exposition.watch("requests", requests.samples)
+    exposition.watch("store", partial(store_samples, context.store))
     made.add_middleware(TimeGuard, limits=settings.limits)
     made.add_middleware(BodyGuard, limits=settings.limits)
     made.add_middleware(AuthMiddleware, tokens=tokens)
     made.add_middleware(FrontGuard, settings=settings)
+    made.add_middleware(CountRequests, counts=requests)  # last, so that it sees what the others refuse
     return made

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
 import time
 
+import cramjam
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from gradiometer_monitor.exposition import Exposition, negotiate
+from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import Settings
+from gradiometer_monitor.web.accept import accepts_gzip, negotiate
 
 __all__ = ["routes"]
 
 GZIP_LEVEL = 1
-"""Level 6 makes a scrape of many layers cost eight times its rendering, for little less to send."""
+"""Level 6 makes a scrape of many layers cost eight times its rendering, for little less to send. At level 1
+cramjam takes half the time of zlib."""
 HEALTHY_SECONDS, HEALTHY_POLLS = 30.0, 10
 """A poll that is not done after the first, or after as many pauses between polls, is stuck."""
 
@@ -26,11 +28,11 @@ def routes(context: Context, exposition: Exposition, settings: Settings) -> list
     runs, limit = context.runs, max(HEALTHY_SECONDS, HEALTHY_POLLS * settings.poll_seconds)
 
     def metrics(request: Request) -> Response:
-        content_type = negotiate(request.headers.get("accept", ""))
+        content_type = negotiate(_header(request, "accept"))
         body = exposition.render(content_type)
         headers = {"content-type": content_type, "vary": "accept, accept-encoding"}
-        if _accepts_gzip(request.headers.get("accept-encoding", "")):
-            body = gzip.compress(body, GZIP_LEVEL)
+        if accepts_gzip(_header(request, "accept-encoding")):
+            body = bytes(cramjam.gzip.compress(body, level=GZIP_LEVEL))
             headers["content-encoding"] = "gzip"
         return Response(body, headers=headers)
 
@@ -48,9 +50,6 @@ def routes(context: Context, exposition: Exposition, settings: Settings) -> list
     return [Route("/metrics", metrics), Route("/-/healthy", healthy), Route("/-/ready", ready)]
 
 
-def _accepts_gzip(accept_encoding: str) -> bool:
-    for item in accept_encoding.lower().split(","):
-        coding, _, quality = item.replace(" ", "").partition(";q=")
-        if coding == "gzip":
-            return quality.strip("0.") != "" or quality == ""
-    return False
+def _header(request: Request, name: str) -> str:
+    """Return a header that may come several times as one."""
+    return ",".join(request.headers.getlist(name))
