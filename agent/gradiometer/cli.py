@@ -171,7 +171,10 @@ def _add_monitor() -> None:
     except ModuleNotFoundError as error:
         _add_missing_monitor(str(error.name))
     else:
+        from gradiometer_monitor.grafana.command import app as grafana_app
+
         app.command()(monitor)
+        app.add_typer(grafana_app, name="grafana")
 
 
 def _add_missing_monitor(name: str) -> None:
@@ -179,6 +182,11 @@ def _add_missing_monitor(name: str) -> None:
     def monitor() -> None:
         """Serve the metrics of this host's runs to Prometheus (needs the extra 'monitor')."""
         raise UsageError(f"the monitor needs {name}: pip install 'gradiometer[monitor]'")
+
+    @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+    def grafana() -> None:
+        """Put the dashboards into a Grafana (needs the extra 'monitor')."""
+        raise UsageError(f"this needs {name}: pip install 'gradiometer[monitor]'")
 
 
 _add_monitor()

@@ -17,6 +17,7 @@ import uvicorn
 
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.grafana.service import GrafanaService
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context, Service
 from gradiometer_monitor.settings import Settings, SettingsError
@@ -72,8 +73,10 @@ def serve(settings: Settings) -> int:
 
 def _services(settings: Settings, context: Context) -> list[Service]:
     """Build the services that the settings ask for."""
-    del settings, context
-    return []
+    services: list[Service] = []
+    if settings.grafana is not None:
+        services.append(GrafanaService(settings.grafana, context))
+    return services
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,9 @@ STATE = ".monitor"
 """Below the root, where no run can be: names of runs do not begin with a dot."""
 ENVIRONMENT = ("host", "port", "poll_seconds", "series_budget", "retention_seconds", "port_file", "state_dir")
 """Settings that ``GRADIOMETER_MONITOR_<NAME>`` gives."""
+
+CREDENTIALS = re.compile(r"//[^/@\s]*@")
+"""User and password in a URL, which no message may quote."""
 
 
 class SettingsError(ValueError):
@@ -105,4 +109,5 @@ def _explain(item: Any, arguments: dict[str, Any]) -> str:
     path = ".".join(map(str, item["loc"]))
     variable = f"GRADIOMETER_MONITOR_{path.upper()}"
     name = variable if path in ENVIRONMENT and arguments.get(path) is None and variable in os.environ else path
-    return f"{name} {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+    shown = CREDENTIALS.sub("//", repr(item["input"]))
+    return f"{name} {shown}: {item['msg'].removeprefix('Value error, ')}"
