@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import niquests.exceptions
-from grafana_client import GrafanaApi
+from grafana_client.api import GrafanaApi
 from grafana_client.client import GrafanaException, GrafanaTimeoutError
 
 from gradiometer_monitor.grafana.settings import GrafanaSettings
