@@ -150,6 +150,7 @@ def test_a_save_in_between_is_not_overwritten(stub: Stub, grafana: ServedGrafana
     def save() -> None:
         board = stub.boards[grafana.board]
         board["dashboard"]["version"] += 1
+        board["history"].append({"version": board["dashboard"]["version"], "message": "mine"})
 
     stub.fault("POST", "/dashboards/db", times=1, before=save)
     changes = applied(datasource_uid="other")

@@ -32,6 +32,7 @@ VOLATILE = ("id", "version", "iteration")
 """What Grafana itself writes into a dashboard."""
 SOURCE_ANSWER_ONLY = ("id", "typeLogoUrl", "readOnly", "secureJsonFields", "accessControl", "apiVersion")
 REMEDY = "--overwrite, or overwrite: true, sets it back; save a copy under another name to keep the change"
+CONFLICTS = (409, 412)
 ATTEMPTS = 3
 """Of each step that met a passing failure, where nobody else tries again."""
 
@@ -88,7 +89,12 @@ def _guarded(step: Step, wait: Callable[[float], Any] | None) -> Change:
     """Take a step; what fails is told of, and the others go on, unless nobody is let in or there."""
     change, take = step
     try:
-        return _patiently(take, wait)
+        try:
+            return _patiently(take, wait)
+        except GrafanaError as error:
+            if error.status not in CONFLICTS:
+                raise
+            return _patiently(take, wait)  # somebody was there first, perhaps another monitor: it looks again
     except GrafanaError as error:
         if error.status in (0, 401):
             raise
@@ -200,13 +206,8 @@ def _dashboard(grafana: Grafana, change: Change, model: Json, *, dry_run: bool) 
         model = {**model, "version": (there.get("dashboard") or {}).get("version", 0)}
         folder_uid = folder_uid if settings.overwrite else (there.get("meta") or {}).get("folderUid", folder_uid)
     if change.state in CHANGED and not dry_run:
-        try:
-            message = f"gradiometer {installed_version()} [{digest}]"
-            grafana.save_dashboard(model, folder_uid, message, overwrite=settings.overwrite)
-        except GrafanaError as error:
-            if error.status != 412:
-                raise
-            return replace(change, state="kept", detail=f"somebody saved it just now: {REMEDY}")
+        message = f"gradiometer {installed_version()} [{digest}]"
+        grafana.save_dashboard(model, folder_uid, message, overwrite=settings.overwrite)
     return change
 
 

@@ -37,6 +37,8 @@ FIRST_WAIT_SECONDS, LAST_WAIT_SECONDS = 1.0, 300.0
 """Pauses between tries while Grafana is away: doubled each time, up to the last; each is shortened by chance."""
 POISON_TRIES = 8
 """An event that a Grafana which is well answers so often with status 500 is passed over, lest it hold up all others."""
+UNSURE = (0, 408, 502, 503, 504)
+"""After no answer, or one of a proxy, Grafana may still be busy with the request."""
 IDLE_SECONDS = 60.0
 """Longest pause while there is nothing to do; a new event ends it."""
 ONE_AT_A_TIME = threading.Lock()
@@ -55,7 +57,7 @@ class GrafanaService(Service):
         self._grafana: Grafana | None = None
         self._counts = dict.fromkeys(RESULTS, 0)
         self._cursor: int = int(self._store.note(self._key, 0))
-        self._waiting = self._up = 0
+        self._waiting, self._up = self._count_waiting(), 0
         self._tries, self._not_before, self._apply_at = 0, 0.0, 0.0
         self._poison: tuple[str, int] = ("", 0)
         self._told: object = None
@@ -178,7 +180,12 @@ class GrafanaService(Service):
         if grafana.find_annotation(event_tag(event), event.time_ns // 10**6):
             return "present"
         self._store.put(f"{self._key}/sent", {"id": event.id, "at": time.time()})
-        grafana.add_annotation(board, event.time_ns // 10**6, tags_of(event), text_of(event, self._layer(event)))
+        try:
+            grafana.add_annotation(board, event.time_ns // 10**6, tags_of(event), text_of(event, self._layer(event)))
+        except GrafanaError as error:
+            if error.status not in UNSURE:
+                self._store.put(f"{self._key}/sent", None)
+            raise
         return "created"
 
     def _extend(self, grafana: Grafana, began: Event, end: Event) -> bool:
