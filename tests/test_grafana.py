@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
 from pydantic import ValidationError
+from typer.testing import CliRunner, Result
 
+from gradiometer.cli import app
 from gradiometer_dashboards import names
 from gradiometer_monitor.grafana.client import Grafana, GrafanaError
 from gradiometer_monitor.grafana.provision import Change, apply
@@ -23,9 +24,12 @@ from gradiometer_monitor.grafana.settings import GrafanaSettings
 from gradiometer_monitor.settings import SettingsError, resolve
 from tests._grafana import PASSWORD, USER, ServedGrafana, Stub, serve_grafana, token_of
 
+if TYPE_CHECKING:
+    from tests.conftest import Spawn
+
 PROMETHEUS = "http://prometheus.example:9090"
 Applied = Callable[..., list[Change]]
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Command = Callable[..., Result]
 
 
 @pytest.fixture
@@ -56,20 +60,9 @@ def applied(grafana: ServedGrafana) -> Applied:
 
 
 @pytest.fixture
-def command(tmp_path: Path, spawn: Any) -> Command:
-    """Give a function that runs the command line to its end."""
-
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        line = (sys.executable, "-m", "gradiometer.cli", "grafana", "apply", *arguments)
-        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        if environment:
-            path = os.pathsep.join(filter(None, sys.path))
-            options["env"] = os.environ | {"PYTHONPATH": path} | environment
-        process = spawn(*line, **options)
-        out, err = process.communicate(timeout=60)
-        return subprocess.CompletedProcess(line, process.returncode, out, err)
-
-    return run
+def command() -> Command:
+    """Give a function that runs the command."""
+    return lambda *arguments: CliRunner().invoke(app, ["grafana", "apply", *arguments])
 
 
 def states(changes: list[Change]) -> list[tuple[str, str]]:
@@ -330,40 +323,45 @@ def test_tls_is_checked(tmp_path: Path) -> None:
 def test_the_command(grafana: ServedGrafana, command: Command) -> None:
     """The exit status says what became of it: to be done, done, nothing to do, something kept."""
     dry = command(*grafana.options, "--dry-run", "--json")
-    assert dry.returncode == 4, dry.stderr
+    assert dry.exit_code == 4, dry.stderr
     assert {change["state"] for change in json.loads(dry.stdout)["changes"]} == {"created"}
     done = command(*grafana.options, "--prometheus-url", PROMETHEUS)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert grafana.board in done.stdout
     assert "created" in done.stdout
     grafana.edit(title="Mine")
     kept = command(*grafana.options, "--prometheus-url", PROMETHEUS, "--json")
-    assert kept.returncode == 3
+    assert kept.exit_code == 3
     said = json.loads(kept.stdout)
     assert sorted({change["state"] for change in said["changes"]}) == (
         ["kept", "unchanged"] if len(said["changes"]) > 1 else ["kept"]
     )
-    assert command(*grafana.options, "--prometheus-url", PROMETHEUS, "--overwrite").returncode == 0
+    assert command(*grafana.options, "--prometheus-url", PROMETHEUS, "--overwrite").exit_code == 0
 
 
-def test_the_command_reads_the_environment(grafana: ServedGrafana, command: Command) -> None:
-    """URL and token file may come from the environment."""
-    environment = {"GRADIOMETER_GRAFANA_URL": grafana.url}
+def test_the_command_reads_the_environment(
+    grafana: ServedGrafana, spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """URL and token file may come from the environment of the process."""
+    monkeypatch.setenv("GRADIOMETER_GRAFANA_URL", grafana.url)
     if grafana.token_file:
-        environment["GRADIOMETER_GRAFANA_TOKEN_FILE"] = str(grafana.token_file)
-    done = command("--uid-prefix", grafana.prefix, "--folder", f"Test {grafana.prefix}", "--dry-run", **environment)
-    assert done.returncode == 4, done.stderr
+        monkeypatch.setenv("GRADIOMETER_GRAFANA_TOKEN_FILE", str(grafana.token_file))
+    line = (sys.executable, "-m", "gradiometer.cli", "grafana", "apply", "--uid-prefix", grafana.prefix, "--dry-run")
+    process = spawn(*line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 4, err
+    assert grafana.board in out
 
 
 def test_the_command_tells_no_password(tmp_path: Path, command: Command) -> None:
     """Neither a usage error nor one of the network quotes what stands before the host."""
     for url, status in (("http://me:hunter22@127.0.0.1:1", 1), ("http://me:hunter22@[", 2), ("me:hunter22@x", 2)):
         done = command("--url", url)
-        assert done.returncode == status
+        assert done.exit_code == status
         assert done.stderr.startswith("gradiometer: ")
         assert "hunter22" not in done.stdout + done.stderr
     both = command("--url", "http://me:hunter22@127.0.0.1:1", "--token-file", str(tmp_path / "token"))
-    assert both.returncode == 2
+    assert both.exit_code == 2
     assert "--token-file: expected a token_file, or user:password@" in both.stderr
 
 

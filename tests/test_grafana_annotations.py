@@ -235,7 +235,7 @@ def test_killed_at_any_point(
     """A monitor that is killed between a request and its own note of it loses nothing, and makes nothing twice."""
     context.store.add(happened(number) for number in range(3))
     context.store.close()
-    section = grafana.settings | {"timeout_seconds": 2, "annotations": {"per_second": 1000}}
+    section = grafana.settings | {"timeout_seconds": 1, "annotations": {"per_second": 1000}}
     codes = []
     for where in (point, "nowhere"):
         process = spawn(sys.executable, "-c", CHILD, str(tmp_path / "state"), json.dumps(section), where)
@@ -250,10 +250,10 @@ def test_killed_while_grafana_is_busy(
     """A request that Grafana still works on when its sender is killed and started again makes nothing twice."""
     context.store.add(happened(number) for number in range(3))
     context.store.close()
-    section = grafana.settings | {"timeout_seconds": 8, "annotations": {"per_second": 1000}}
+    section = grafana.settings | {"timeout_seconds": 7, "annotations": {"per_second": 1000}}
     line = (sys.executable, "-c", CHILD, str(tmp_path / "state"), json.dumps(section), "nowhere")
-    arrived, go = threading.Event(), threading.Event()
-    stub.fault("POST", "/annotations", times=1, before=lambda: (arrived.set(), go.wait(60)))
+    arrived, go, done = threading.Event(), threading.Event(), threading.Event()
+    stub.fault("POST", "/annotations", times=1, before=lambda: (arrived.set(), go.wait(60)), after=done.set)
     first = spawn(*line)
     wait_until(arrived.is_set)
     first.kill()
@@ -262,8 +262,10 @@ def test_killed_while_grafana_is_busy(
     board = ("GET", f"/api/dashboards/uid/{grafana.board}")
     before = stub.requests.count(board)
     wait_until(lambda: stub.requests.count(board) >= before + 2)  # of apply, and of annotating, which waits now
+    time.sleep(1.0)  # without that it would look, find nothing, and send
     go.set()
     assert second.wait(timeout=90) == 0
+    assert done.wait(30)
     assert numbers(grafana) == [0, 1, 2]
 
 
