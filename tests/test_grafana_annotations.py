@@ -253,7 +253,12 @@ def test_killed_while_grafana_is_busy(
     section = grafana.settings | {"timeout_seconds": 7, "annotations": {"per_second": 1000}}
     line = (sys.executable, "-c", CHILD, str(tmp_path / "state"), json.dumps(section), "nowhere")
     arrived, go, done = threading.Event(), threading.Event(), threading.Event()
-    stub.fault("POST", "/annotations", times=1, before=lambda: (arrived.set(), go.wait(60)), after=done.set)
+
+    def hold() -> None:
+        arrived.set()
+        go.wait(60)
+
+    stub.fault("POST", "/annotations", times=1, before=hold, after=done.set)
     first = spawn(*line)
     wait_until(arrived.is_set)
     first.kill()
