@@ -25,6 +25,15 @@ app = typer.Typer(help="Put the dashboards into a Grafana.", no_args_is_help=Tru
 WIDTH = 200
 FAILED, USAGE, KEPT, PENDING = 1, 2, 3, 4
 
+Url = Annotated[str, typer.Option(envvar="GRADIOMETER_GRAFANA_URL", help="Where Grafana is, with its sub path.")]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="GRADIOMETER_GRAFANA_TOKEN_FILE",
+        help="File with a service account's token; without it user:password@ must stand in the URL.",
+    ),
+]
+
 
 @app.callback()
 def _group() -> None:
@@ -33,20 +42,8 @@ def _group() -> None:
 
 @app.command()
 def apply(
-    url: Annotated[
-        str,
-        typer.Option(
-            envvar="GRADIOMETER_GRAFANA_URL", show_envvar=True, help="Where Grafana is, its sub path included."
-        ),
-    ],
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="GRADIOMETER_GRAFANA_TOKEN_FILE",
-            show_envvar=True,
-            help="File with a service account's token; without it user:password@ must stand in the URL.",
-        ),
-    ] = None,
+    url: Url,
+    token_file: TokenFile = None,
     prometheus_url: Annotated[
         str | None, typer.Option(help="Where Grafana finds Prometheus; the datasource is made of it.")
     ] = None,
@@ -76,13 +73,12 @@ def apply(
         "org_id": org_id, "ca_file": ca_file, "timeout_seconds": timeout_seconds, "overwrite": overwrite,
     }  # fmt: skip
     version, changes = _apply(_settings(given), dry_run=dry_run)
-    status = _status(changes, dry_run=dry_run)
     if as_json:
         said = {"grafana": version, "dry_run": dry_run, "changes": [asdict(change) for change in changes]}
         typer.echo(json.dumps(said, indent=1))
     else:
         Console(width=WIDTH).print(_table(changes, version, dry_run=dry_run))
-    raise typer.Exit(status)
+    raise typer.Exit(_status(changes, dry_run=dry_run))
 
 
 def _settings(given: dict[str, Any]) -> GrafanaSettings:

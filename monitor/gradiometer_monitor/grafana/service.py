@@ -77,26 +77,30 @@ class GrafanaService(Service):
         pause = self._not_before - time.monotonic()
         try:
             if pause <= 0:
-                self._tend()
+                done = self._tend()
                 self._succeeded()
-                pause = min(IDLE_SECONDS, max(self._apply_at - time.monotonic(), 0.0))
+                pause = min(IDLE_SECONDS if done else FIRST_WAIT_SECONDS, max(self._apply_at - time.monotonic(), 0.0))
         except GrafanaError as error:
             pause = self._failed(error)
         self._waiting = self._count_waiting()
         return pause
 
-    def _tend(self) -> None:
-        """Do all there is to do. Raises GrafanaError where Grafana cannot be used."""
+    def _tend(self) -> bool:
+        """Do all there is to do, and tell whether that was all. Raises GrafanaError where Grafana cannot be used."""
         grafana = self._connect()
         if time.monotonic() >= self._apply_at:
             complete = self._apply(grafana) if self._settings.apply else bool(grafana.health())
             pause = self._settings.check_seconds if complete else min(self._settings.check_seconds, IDLE_SECONDS)
             self._apply_at = time.monotonic() + pause
-        if self._settings.annotations.enabled and ONE_AT_A_TIME.acquire(timeout=self._settings.timeout_seconds):
-            try:
-                self._annotate(grafana)
-            finally:
-                ONE_AT_A_TIME.release()
+        if not self._settings.annotations.enabled:
+            return True
+        if not ONE_AT_A_TIME.acquire(timeout=FIRST_WAIT_SECONDS):
+            return False
+        try:
+            self._annotate(grafana)
+        finally:
+            ONE_AT_A_TIME.release()
+        return True
 
     def _connect(self) -> Grafana:
         """Return the session; a new one when the token was rotated."""

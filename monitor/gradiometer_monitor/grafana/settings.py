@@ -13,12 +13,12 @@ from gradiometer_monitor.section import Section, between
 __all__ = ["KINDS", "AnnotationSettings", "GrafanaSettings"]
 
 KINDS = (
-    *("attached", "run_finished", "run_lost", "run_pruned"),
+    *("run_started", "run_found", "run_finished", "run_lost", "run_pruned"),
     *("nonfinite", "finite_again", "clip_misuse"),
     *("policy_changed", "policy_rejected", "policy_action", "callback_failed"),
-    *("alert_action", "action_requested", "action_done", "action_failed"),
+    *("alert_action", "request_taken", "request_done", "request_failed", "request_refused", "request_unanswered"),
 )
-"""Kinds of events that become annotations unless told otherwise; of some, this monitor or this job may have none."""
+"""Kinds of events that become annotations unless told otherwise."""
 MAX_TOKEN_BYTES = 4096
 UID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$"
 """What Grafana takes for a uid."""
