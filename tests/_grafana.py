@@ -30,7 +30,7 @@ from typing import Any
 Json = dict[str, Any]
 VERSION = "12.3.1"
 TOKENS = {"glsa_admin_0123456789": "Admin", "glsa_editor_0123456789": "Editor", "glsa_viewer_0123456789": "Viewer"}
-USER, PASSWORD = "admin", "pa:ss@word"
+USER, PASSWORD = "admin", "pä:ss@wörd"
 UID = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
@@ -70,7 +70,8 @@ class Stub:
         self.annotations: list[Json] = []
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
-        self.readable_sources = ("Admin",)
+        self.page = ""
+        """What everything is answered with, as text, instead."""
         self._lock, self._number = threading.RLock(), 0
 
     def fault(self, method: str = "", path: str = "", times: int = 10**9, **kind: Any) -> Fault:
@@ -128,8 +129,7 @@ class Stub:
         return {"message": "Folder deleted"}
 
     def get_source(self, role: str, query: Any, body: Any, uid: str) -> Json:
-        if role not in self.readable_sources:
-            _may(role, "datasources:read", "Admin")
+        _may(role, "datasources:read", "Admin")
         return _there(self.sources.get(uid), "Data source not found")
 
     def post_source(self, role: str, query: Any, body: Json) -> Json:
@@ -283,6 +283,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length) or b"null")
         stub.requests.append((self.command, parts.path))
+        if stub.page:
+            return self._send(200, stub.page, **{"Content-Type": "text/html"})
         fault = self._fault(parts.path)
         if fault and fault.before:
             fault.before()
@@ -319,7 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
         return TOKENS.get(given) if scheme == "Bearer" else None
 
     def _send(self, status: int, answer: Any, **headers: str) -> None:
-        text = json.dumps(answer).encode()
+        text = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(text)), **headers}.items():
             self.send_header(name, value)

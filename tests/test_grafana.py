@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,7 +241,7 @@ def test_basic_authentication_and_sub_path(tmp_path: Path) -> None:
     with serve_grafana(tmp_path, prefix="/tools/grafana") as tested:
         if tested.server is None:
             pytest.skip("a real Grafana has one path")
-        login = f"{USER}:{PASSWORD.replace('@', '%40')}"
+        login = f"{USER}:{urllib.parse.quote(PASSWORD)}"
         address = tested.url.replace("http://", f"http://{login}@")
         for url in (f"{address}/", address):
             session = Grafana(GrafanaSettings.model_validate({"url": url, "uid_prefix": tested.prefix}))
@@ -277,6 +278,13 @@ def test_failures_on_the_way(stub: Stub, grafana: ServedGrafana, applied: Applie
 
 def _pause(seconds: float) -> None:
     threading.Event().wait(seconds)
+
+
+def test_a_page_is_no_answer(stub: Stub, grafana: ServedGrafana, applied: Applied) -> None:
+    """A proxy that answers everything with its login page is not taken for Grafana."""
+    stub.page = "<html>please log in</html>"
+    with pytest.raises(GrafanaError, match="not as Grafana does"):
+        applied()
 
 
 def test_a_post_is_never_sent_on_as_a_get(stub: Stub, applied: Applied) -> None:
@@ -363,6 +371,17 @@ def test_the_command_tells_no_password(tmp_path: Path, command: Command) -> None
     both = command("--url", "http://me:hunter22@127.0.0.1:1", "--token-file", str(tmp_path / "token"))
     assert both.exit_code == 2
     assert "--token-file: expected a token_file, or user:password@" in both.stderr
+
+
+def test_without_the_extra_the_command_names_it(spawn: Spawn) -> None:
+    """Where the monitor's packages are missing, the command says what to install."""
+    code = (
+        "import sys; sys.modules['grafana_client'] = sys.modules['uvicorn'] = None;"
+        "from gradiometer.cli import main; sys.argv = ['gradiometer', 'grafana', 'apply', '--url', 'http://x']; main()"
+    )
+    process = spawn(sys.executable, "-c", code, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert "pip install 'gradiometer[monitor]'" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -419,12 +419,13 @@ def test_long_names_and_messages_are_cut(
     grafana: ServedGrafana, serve: Serve, context: Context, wait_until: WaitUntil
 ) -> None:
     """A tag fits Grafana's column, a text stays readable, and the next event is not held up."""
-    context.store.add([happened(0, run_id="r" * 128, message="x" * 100_000), happened(1)])
+    context.store.add([happened(0, run_id="r" * 128, message="a\0b\n" + "x" * 100_000), happened(1)])
     service = serve()
     wait_until(lambda: counted(service) == {"created": 2})
     made = grafana.annotations()[0]
     assert made["tags"][2] == "r" * 100
     assert len(made["text"]) < 1300
+    assert ": a b xxx" in made["text"]
 
 
 def test_the_monitor_annotates_what_a_job_tells(

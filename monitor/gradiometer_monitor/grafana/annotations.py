@@ -46,7 +46,8 @@ def text_of(event: Event, layer: str | None, end: Event | None = None) -> str:
     message = "; ".join(" ".join(each.split()) for each in said)
     if len(message) > TEXT_CHARACTERS:
         message = f"{message[:TEXT_CHARACTERS]}…"
-    return html.escape(f"{', '.join(where)}: {message}", quote=False)
+    text = f"{', '.join(where)}: {message}"
+    return html.escape("".join(each if each.isprintable() else " " for each in text), quote=False)
 
 
 def opened_by(store: Store, event: Event) -> Event | None:

@@ -62,7 +62,7 @@ class Grafana:
         parts = urlsplit(settings.address)
         connect: Any = GrafanaApi
         self._api = connect(
-            auth=settings.login or self.token,
+            auth=tuple(each.encode() for each in settings.login) if settings.login else self.token,
             protocol=parts.scheme,
             host=f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname,
             port=parts.port,
@@ -179,7 +179,7 @@ class Grafana:
     def _call(self, doing: str, needs: str, request: Request) -> Any:
         self._asked_wait = 0.0
         try:
-            return request(self._api)
+            answer = request(self._api)
         except GrafanaTimeoutError as error:
             raise self._silent("did not answer in time", "is it up, and timeout_seconds long enough?") from error
         except GrafanaException as error:
@@ -195,6 +195,9 @@ class Grafana:
             raise self._strange() from error
         except OSError as error:  # whatever else niquests raises is one
             raise self._silent(_reason(error), "is it up, and is the URL right?") from error
+        if not isinstance(answer, dict | list):  # a page, as of a proxy that asks for a login
+            raise self._strange()
+        return answer
 
     def _silent(self, reason: str, remedy: str) -> GrafanaError:
         return GrafanaError(f"Grafana at {self.settings.address} {reason}: {remedy}")

@@ -157,7 +157,7 @@ class GrafanaService(Service):
                 result = "skipped" if old else self._handle(grafana, board, event)
                 self._counts[result] += 1
                 self._move(event.number)
-                if not old and self.stopping.wait(1 / annotations.per_second):
+                if result not in ("skipped", "echo") and self.stopping.wait(1 / annotations.per_second):
                     return
                 self._waiting = self._count_waiting()
 
