@@ -180,6 +180,12 @@ def _add_monitor() -> None:
         _add_missing("top", "Watch this host's runs in the terminal", str(error.name))
     else:
         app.command()(top)
+    try:
+        from gradiometer_monitor.grafana.command import app as grafana_app
+    except ModuleNotFoundError as error:
+        _add_missing("grafana", "Put the dashboards into a Grafana", str(error.name))
+    else:
+        app.add_typer(grafana_app, name="grafana")
 
 
 def _add_missing(command: str, said: str, module: str) -> None:

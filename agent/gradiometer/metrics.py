@@ -351,6 +351,23 @@ _METRICS = (
         help="Disk space that these removals freed.",
     ),
     Metric(
+        name="gradiometer_annotations_total",
+        kind="counter",
+        labels=("result",),
+        help="Events that were due to become annotations in Grafana: created, extended to a region, present already, "
+        "the echo of another rank, skipped for being too old or too many, or rejected by Grafana.",
+    ),
+    Metric(
+        name="gradiometer_annotations_waiting",
+        kind="gauge",
+        help="Events that wait to become annotations in Grafana.",
+    ),
+    Metric(
+        name="gradiometer_grafana_up",
+        kind="gauge",
+        help="1 if Grafana answered the last time it was asked.",
+    ),
+    Metric(
         name="gradiometer_collector_success",
         kind="gauge",
         labels=("collector",),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.cog.builder import Builder
-from grafana_foundation_sdk.models import dashboard
+from grafana_foundation_sdk.cog.variants import Dataquery
+from grafana_foundation_sdk.models import common, dashboard
 
 from gradiometer_dashboards import panels, queries
 from gradiometer_dashboards.panels import DATASOURCE, Card
@@ -16,6 +18,9 @@ __all__ = ["TAG", "UID", "run"]
 UID = "gradiometer-run"
 TAG = "gradiometer"
 Section = tuple[builders.Row, list[Builder[dashboard.Panel]]]
+GRAFANA = common.DataSourceRef(type_val="grafana", uid="-- Grafana --")
+MAX_INCIDENTS = 500
+"""Annotations shown at once, the newest."""
 _MINUTE = 60.0
 
 
@@ -24,7 +29,7 @@ def run() -> builders.Dashboard:
     board = builders.Dashboard("Gradiometer / Run").uid(UID).tags([TAG]).readonly().timezone("browser")
     board = board.description("Gradient norms, clipping and incidents of one training run, by step and by layer.")
     board = board.time("now-1h", "now").refresh("30s").tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
-    board = board.variables(list(_variables())).annotations([]).links([_siblings()])
+    board = board.variables(list(_variables())).annotations([_every_run(), _incidents()]).links([_siblings()])
     sections = [_now(), _gradient(), _clipping(), _shadow(), _training(), _layers(), _insight(), _instrument()]
     for heading, section in sections:
         board = board.with_row(heading)
@@ -55,6 +60,19 @@ def _many(name: str, query: str) -> builders.QueryVariable:
 def _choice(name: str, label: str, query: str, sort: dashboard.VariableSort) -> builders.QueryVariable:
     variable = builders.QueryVariable(name).label(label).query(query).datasource(DATASOURCE).sort(sort)
     return variable.refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)
+
+
+def _every_run() -> builders.AnnotationQuery:
+    """Turn off what Grafana shows otherwise: all annotations of the dashboard, whichever run they are of."""
+    query = builders.AnnotationQuery().name("Annotations & Alerts").datasource(GRAFANA).built_in(1).placement("")
+    return query.type("dashboard").enable(False).hide(True).icon_color("rgba(0, 211, 255, 1)")
+
+
+def _incidents() -> builders.AnnotationQuery:
+    """Show what the monitor annotated of the chosen run."""
+    target = builders.AnnotationTarget().type("tags").tags([TAG, "$run_id"]).match_any(False).limit(MAX_INCIDENTS)
+    query = builders.AnnotationQuery().name("Incidents").datasource(GRAFANA).target(cast("Builder[Dataquery]", target))
+    return query.enable(True).placement("").icon_color("orange")
 
 
 def _siblings() -> builders.DashboardLink:

@@ -21,6 +21,7 @@ from gradiometer_monitor import logs, reloading
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.gpu import GpuService
+from gradiometer_monitor.grafana.service import GrafanaService
 from gradiometer_monitor.health import collectors
 from gradiometer_monitor.incidents import Incidents
 from gradiometer_monitor.notify import notify, watchdog_seconds
@@ -227,6 +228,8 @@ def _services(settings: Settings, context: Context) -> list[Service]:
     services: list[Service] = [RetentionService(settings.retention, context)]
     if settings.gpu.enabled:
         services.append(GpuService(settings.gpu, context))
+    if settings.grafana is not None:
+        services.append(GrafanaService(settings.grafana, context))
     return services
 
 

@@ -173,6 +173,12 @@ class Store:
         found = [_event(row) for row in rows]
         return found if after is not None else found[::-1]
 
+    def count(self, *, after: int, kinds: Sequence[str]) -> int:
+        """Count the events of these kinds with a number above ``after``."""
+        query = f"SELECT count(*) FROM events WHERE number > ? AND kind IN ({','.join('?' * len(kinds))})"  # noqa: S608
+        with self._lock:
+            return int(self._base.execute(query, (after, *kinds)).fetchone()[0])
+
     @property
     def newest(self) -> int:
         """Number of the newest event; 0 if there is none."""

@@ -3,15 +3,150 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import SplitResult, unquote, urlsplit
 
-from gradiometer_monitor.section import Section
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
-__all__ = ["GrafanaSettings"]
+from gradiometer_monitor.section import Section, between
+
+__all__ = ["KINDS", "AnnotationSettings", "GrafanaSettings"]
+
+KINDS = (
+    *("run_started", "run_found", "run_finished", "run_lost", "run_pruned"),
+    *("nonfinite", "finite_again", "clip_misuse"),
+    *("policy_changed", "policy_rejected", "policy_action", "callback_failed"),
+    *("alert_action", "request_taken", "request_done", "request_failed", "request_refused", "request_unanswered"),
+)
+"""Kinds of events that become annotations unless told otherwise."""
+MAX_TOKEN_BYTES = 4096
+UID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$"
+"""What Grafana takes for a uid."""
+PREFIX = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,23}$"
+
+
+def _secret(value: Any) -> Any:
+    """Hide the text before anything is checked, so that no message can quote a password."""
+    return SecretStr(value) if isinstance(value, str) else value
+
+
+def _check_url(url: SecretStr) -> SecretStr:
+    """Raise ValueError unless it is a URL that requests can be sent to; the message does not quote it."""
+    try:
+        parts = urlsplit(url.get_secret_value())
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("expected http:// or https://, a host and if needed a path, as in https://grafana.example/sub")
+    if parts.query or parts.fragment:
+        raise ValueError("expected a URL without '?' and '#': settings of the connection have options of their own")
+    if (parts.username is None) != (parts.password is None):
+        raise ValueError("expected user and password, or neither, as in https://user:password@grafana.example")
+    return url
+
+
+class AnnotationSettings(Section):
+    """Which events become annotations of the run's dashboard."""
+
+    enabled: bool = True
+    """Whether any do."""
+    kinds: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] = KINDS
+    """Kinds of events, as `/api/v1/events` has them."""
+    max_age_days: Annotated[float, between(0.001, 366)] = 7.0
+    """An event that is older when its turn comes is passed over and counted."""
+    max_waiting: Annotated[int, between(1, 200_000)] = 10_000
+    """Events that may wait while Grafana is away; beyond it the oldest are passed over and counted."""
+    per_second: Annotated[float, between(0.1, 1000)] = 10.0
+    """Events handled a second at most; each takes up to three requests."""
 
 
 class GrafanaSettings(Section):
-    """A Grafana, and how to be let in."""
+    """A Grafana, how to be let in, and what is put there."""
 
-    url: str
+    url: Annotated[SecretStr, AfterValidator(_check_url), BeforeValidator(_secret)]
+    """Where Grafana is, with its sub path if it has one. A user and password may stand in it."""
     token_file: Path | None = None
-    """File that holds a service account's token; read anew for each session."""
+    """File that holds a service account's token; read anew each time it is used, so that it can be rotated."""
+    ca_file: Path | None = None
+    """File of certificate authorities to trust instead of the system's."""
+    org_id: Annotated[int, between(1, 2**53)] | None = None
+    """Organisation to work in, for a user who is in several; a token has one of its own."""
+    timeout_seconds: Annotated[float, between(0.2, 120)] = 10.0
+    """How long Grafana may take to accept a connection, and again to answer."""
+    apply: bool = True
+    """Whether folder, datasource and dashboards are made; otherwise only annotations are."""
+    check_seconds: Annotated[float, between(1, 7 * 86400)] = 3600.0
+    """How often the monitor makes sure that they still are there."""
+    overwrite: bool = False
+    """Whether a dashboard that was changed in Grafana is set back to ours."""
+    folder: Annotated[str, Field(min_length=1, max_length=189)] = "Gradiometer"
+    """Title of the folder of the dashboards."""
+    uid_prefix: Annotated[str, Field(pattern=PREFIX)] = "gradiometer"
+    """What the uids of folder, datasource and dashboards begin with; another one gives another set."""
+    prometheus_url: str | None = None
+    """Where Grafana finds Prometheus: the datasource is made of it; None leaves datasources alone."""
+    datasource_uid: Annotated[str, Field(pattern=UID)] | None = None
+    """Uid of the datasource that the dashboards open with; `<uid_prefix>-prometheus` if ours is made."""
+    scrape_interval_seconds: Annotated[int, between(1, 3600)] | None = None
+    """Interval of the scrapes, from which Grafana derives the width of rates; None leaves it as it is (15 s)."""
+    annotations: AnnotationSettings = AnnotationSettings()
+
+    @field_validator("token_file")
+    @classmethod
+    def _one_way_in(cls, token_file: Path | None, info: ValidationInfo) -> Path | None:
+        url = info.data.get("url")
+        if url is not None and (token_file is None) == (urlsplit(url.get_secret_value()).username is None):
+            raise ValueError("expected a token_file, or user:password@ in the url, and not both: one way to be let in")
+        return token_file
+
+    @field_validator("ca_file")
+    @classmethod
+    def _is_file(cls, ca_file: Path | None) -> Path | None:
+        if ca_file is not None and not ca_file.is_file():
+            raise ValueError("is not a file: expected certificates in PEM")
+        return ca_file
+
+    @field_validator("prometheus_url")
+    @classmethod
+    def _reachable(cls, url: str | None) -> str | None:
+        if url is not None and (urlsplit(url).scheme not in ("http", "https") or "@" in url):
+            raise ValueError("expected http:// or https:// and a host, as Grafana reaches it, without a password")
+        return url
+
+    @property
+    def _parts(self) -> SplitResult:
+        return urlsplit(self.url.get_secret_value())
+
+    @property
+    def address(self) -> str:
+        """The URL without user and password, and without a slash at its end: what may be shown."""
+        parts = self._parts
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+
+    @property
+    def login(self) -> tuple[str, str] | None:
+        """User and password of the URL."""
+        parts = self._parts
+        if parts.username is None or parts.password is None:
+            return None
+        return unquote(parts.username), unquote(parts.password)
+
+    @property
+    def source_uid(self) -> str | None:
+        """Uid of the datasource that the dashboards open with, None where that is left to Grafana."""
+        own = f"{self.uid_prefix}-prometheus" if self.prometheus_url else None
+        return self.datasource_uid or own
+
+    def read_token(self) -> str | None:
+        """Read the token; None if user and password stand in the URL.
+
+        Raises OSError if the file cannot be read, ValueError if it holds no token.
+        """
+        if self.token_file is None:
+            return None
+        with self.token_file.open("rb") as file:
+            token = file.read(MAX_TOKEN_BYTES + 1).strip()
+        if not token or len(token) > MAX_TOKEN_BYTES or not token.isascii() or len(token.split()) != 1:
+            raise ValueError(f"token_file {self.token_file}: expected one token and nothing else")
+        return token.decode("ascii")
