@@ -17,6 +17,7 @@ import uvicorn
 
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.remote_write.service import RemoteWrite
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context, Service
 from gradiometer_monitor.settings import Settings, SettingsError
@@ -72,8 +73,7 @@ def serve(settings: Settings) -> int:
 
 def _services(settings: Settings, context: Context) -> list[Service]:
     """Build the services that the settings ask for."""
-    del settings, context
-    return []
+    return [RemoteWrite(receiver, context) for receiver in settings.remote_write]
 
 
 def _listen(host: str, port: int) -> socket.socket:

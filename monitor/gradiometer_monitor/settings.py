@@ -15,7 +15,7 @@ from gradiometer_monitor.alerts.settings import AlertSettings
 from gradiometer_monitor.gpu import GpuSettings
 from gradiometer_monitor.grafana.settings import GrafanaSettings
 from gradiometer_monitor.logs import LogSettings
-from gradiometer_monitor.remote_write.settings import RemoteWriteSettings
+from gradiometer_monitor.remote_write.settings import RemoteWriteReceivers
 from gradiometer_monitor.retention import RetentionSettings
 from gradiometer_monitor.section import Section, between
 from gradiometer_monitor.web.settings import AuthSettings, LimitSettings
@@ -55,7 +55,7 @@ class Settings(Section):
     retention: RetentionSettings = RetentionSettings()
     gpu: GpuSettings = GpuSettings()
     grafana: GrafanaSettings | None = None
-    remote_write: tuple[RemoteWriteSettings, ...] = ()
+    remote_write: RemoteWriteReceivers = ()
     alerts: AlertSettings | None = None
 
     @field_validator("root")
