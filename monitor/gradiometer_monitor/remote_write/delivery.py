@@ -3,6 +3,9 @@
 A receiver takes a batch or refuses it as a whole, and what it answers does not tell which it was reliably: Prometheus
 answers 500 to a sample that is too old. So a refusal is believed only while a probe, one sample of a series of the
 monitor's own, is taken. Then the batch is halved, and its halves, until what was refused is single samples.
+
+A batch that the receiver may have had before, because its answer was lost, is different: a receiver that keeps order
+refuses all of it but what it has not had. It is sent row by row, and rows of which nothing is taken were there.
 """
 
 from __future__ import annotations
@@ -10,13 +13,13 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from logging import getLogger
 from typing import NoReturn
 
 import numpy as np
 
+from gradiometer_monitor.remote_write.pieces import Delivery, Piece
 from gradiometer_monitor.remote_write.protocol import Block, Series, encode, make_series
 from gradiometer_monitor.remote_write.receiver import TOO_LARGE, Answer, Receiver
 
@@ -26,6 +29,8 @@ log = getLogger(__name__)
 
 TRIES_BEFORE_PROBE = 3
 """A server error is taken for an outage this often before the batch is suspected."""
+UNANSWERED = (0, 502, 504)
+"""After these it is not known whether the samples were taken."""
 MAX_REQUESTS = 512
 """Requests that one delivery may cost; after them its parts are sent once, and counted whole where they are refused."""
 BACKOFF_SECONDS = 0.5
@@ -49,52 +54,6 @@ class UnavailableError(Exception):
         self.seconds = seconds
 
 
-@dataclass(slots=True)
-class Piece:
-    """Part of a delivery: what one request carries."""
-
-    blocks: tuple[Block, ...]
-    by_series: bool = True
-    """Along which side to cut next."""
-    whole: bool = True
-    """Nothing of the delivery has been cut off."""
-    tries: int = 0
-    parent: _Cut | None = None
-
-    @property
-    def samples(self) -> int:
-        return sum(block.samples for block in self.blocks)
-
-    @property
-    def divisible(self) -> bool:
-        return self.samples > 1
-
-
-@dataclass(slots=True)
-class _Cut:
-    """Two halves: when both are refused, the fault lies across the cut, and the next goes along the other side."""
-
-    refused: int = 0
-
-
-@dataclass(slots=True)
-class Delivery:
-    """What is on its way: a stack of pieces, the next one last."""
-
-    pieces: list[Piece]
-    requests: int = 0
-    accepted: int = 0
-    """Samples."""
-    rejected: Counter[Series] = field(default_factory=Counter)
-    """Samples, by series."""
-    blocks: tuple[Block, ...] = ()
-
-    @classmethod
-    def of(cls, blocks: Sequence[Block]) -> Delivery:
-        kept = tuple(block for block in blocks if block.samples)
-        return cls(pieces=[Piece(kept)] if kept else [], blocks=kept)
-
-
 class Postman:
     """Sends deliveries to one receiver, piece by piece, and counts."""
 
@@ -111,6 +70,8 @@ class Postman:
         self.counts: Counter[str] = Counter()
         """Requests by what became of them, bytes, samples sent and rejected."""
         self.request_seconds = 0.0
+        self.connection: object = None
+        """The connection on which something was taken last."""
         self.up = True
         """The last request was answered, and not by an error of the server's."""
 
@@ -145,28 +106,58 @@ class Postman:
         answer = self._post(encode(piece.blocks), timeout_seconds)
         delivery.requests += 1
         if answer.verdict == "accepted":
-            delivery.pieces.pop()
-            delivery.accepted += piece.samples
-            self.counts["sent"] += piece.samples
+            self._taken(delivery, piece)
         elif answer.verdict == "later":
+            delivery.repeated |= answer.status in UNANSWERED
             self._fail(answer)
         else:
             self._refused(delivery, piece, answer, timeout_seconds)
 
     def _refused(self, delivery: Delivery, piece: Piece, answer: Answer, timeout_seconds: float | None) -> None:
         piece.tries += 1
-        may_cut = piece.divisible and delivery.requests < MAX_REQUESTS
-        if piece.whole and answer.status >= 500 and piece.tries < TRIES_BEFORE_PROBE:
+        if piece.kind == "whole" and answer.status >= 500 and piece.tries < TRIES_BEFORE_PROBE:
             self._fail(answer)
-        if answer.status != TOO_LARGE and (piece.whole or not may_cut):
+        may_cut = piece.samples > 1 and delivery.requests < MAX_REQUESTS
+        if answer.status != TOO_LARGE and (piece.kind != "part" or not may_cut):
             self._suspect(answer, timeout_seconds)
         delivery.pieces.pop()
-        if may_cut:
-            delivery.pieces += _cut(piece)
+        if piece.parent is not None:
+            piece.parent.refused += 1
+        if piece.kind == "whole" and delivery.repeated and may_cut and answer.status != TOO_LARGE:
+            delivery.pieces += piece.rows()
+        elif piece.kind == "row" and piece.samples > 1:
+            delivery.pieces += piece.split_row()
+        elif piece.kind in ("row", "half"):
+            self._half_refused(piece, answer)
+        elif may_cut:
+            delivery.pieces += piece.cut()
+        else:
+            self._reject(delivery, piece, answer)
+
+    def _half_refused(self, piece: Piece, answer: Answer) -> None:
+        """Believe that a row was taken before when nothing of it is taken now; else look for what is at fault."""
+        if piece.parent is not None and piece.parent.refused == 1:
+            piece.parent.held = piece
             return
-        for block in piece.blocks:
-            totals = np.count_nonzero(block.present, axis=0).tolist()
-            delivery.rejected.update({s: n for s, n in zip(block.series, totals, strict=True) if n})
+        self.counts["repeated"] += piece.samples
+        held = piece.parent.held if piece.parent is not None else None
+        self.counts["repeated"] += held.samples if held is not None else 0
+        log.debug("receiver %s has had these samples already: %d %s", self._name, answer.status, answer.words)
+
+    def _taken(self, delivery: Delivery, piece: Piece) -> None:
+        delivery.pieces.pop()
+        delivery.accepted += piece.samples
+        self.counts["sent"] += piece.samples
+        if piece.kind == "half" and piece.parent is not None:
+            held, piece.parent.held = piece.parent.held, None
+            # The half that stands alone among those refused is at fault itself.
+            suspects = [held] if held is not None else [each for each in delivery.pieces if each.parent is piece.parent]
+            for each in suspects:
+                each.kind, each.parent = "part", None
+            delivery.pieces += [held] if held is not None else []
+
+    def _reject(self, delivery: Delivery, piece: Piece, answer: Answer) -> None:
+        delivery.rejected += piece.counts()
         self.counts["rejected"] += piece.samples
         self._warn(piece, answer)
 
@@ -191,7 +182,7 @@ class Postman:
         self.counts[answer.verdict] += 1
         self.counts["bytes"] += len(body)
         if answer.verdict == "accepted":
-            self._taken_at = time.monotonic()
+            self._taken_at, self.connection = time.monotonic(), answer.connection
             self._recovered()
         return answer
 
@@ -227,13 +218,7 @@ class Postman:
         """Leave out for a while what is refused again and again while others are taken: it makes each batch costly."""
         if not delivery.rejected and not self._strikes:
             return
-        totals: Counter[Series] = Counter()
-        for block in delivery.blocks:
-            counts = np.count_nonzero(block.present, axis=0).tolist()
-            totals.update(dict(zip(block.series, counts, strict=True)))
-        for series, total in totals.items():
-            if not total:
-                continue
+        for series, total in Piece(delivery.blocks).counts().items():
             if delivery.rejected[series] < total:
                 self._strikes.pop(series, None)
             elif delivery.accepted and len(self._strikes) < MAX_SUSPECTS:
@@ -244,25 +229,3 @@ class Postman:
                     log.warning(
                         "receiver %s refuses all of %s: left out for %g s", self._name, series, QUARANTINE_SECONDS
                     )
-
-
-def _cut(piece: Piece) -> list[Piece]:
-    """Cut a piece in two, the later half first, as on a stack: between blocks, or within the one there is.
-
-    It goes on along the side of the cut that made the piece, until both halves of one were refused.
-    """
-    blocks = tuple(compact for block in piece.blocks if (compact := block.compact()).samples)
-    by_series = piece.by_series
-    if piece.parent is not None:
-        piece.parent.refused += 1
-        by_series = by_series if piece.parent.refused < 2 else not by_series
-    if len(blocks) > 1:
-        middle = len(blocks) // 2
-        halves, cut = [blocks[middle:], blocks[:middle]], None
-    else:
-        (block,) = blocks
-        by_series = len(block.series) > 1 if by_series or len(block.times) == 1 else by_series
-        first, second = block.halves(by_series=by_series)
-        halves, cut = [(second,), (first,)], _Cut()
-    pieces = [Piece(half, by_series=by_series, whole=False, parent=cut) for half in halves]
-    return [each for each in pieces if each.samples]

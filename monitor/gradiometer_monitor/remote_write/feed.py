@@ -89,6 +89,8 @@ class Feed:
         self.run_id, self.rank = path.parent.name, int(path.name[5:10])
         self.key = key_of(settings.name, self.run_id, self.rank, manifest.created_ns)
         self.columns = Columns(path, self.run_id, self.rank, manifest, settings)
+        self.repeats = cursor.sequence > 0
+        """The receiver may have had what comes next: it was sent before the cursor could move."""
         self.told: set[str] = set()
         """Reasons for drops that were told as an event."""
         self._settings = settings
@@ -129,7 +131,12 @@ class Feed:
     def settled(self, reading: Reading) -> None:
         """Move on, what was read having been sent, or counted."""
         self.cursor, self._provisional = reading.cursor, reading.provisional
-        self.pending_since = 0.0
+        self.pending_since, self.repeats = 0.0, False
+        self._count_pending()
+
+    def rewind(self, cursor: Cursor) -> None:
+        """Go back to an earlier cursor, to send again from there."""
+        self.cursor, self._provisional, self.repeats = cursor, None, True
         self._count_pending()
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +166,12 @@ class Block:
             for t, s in cuts
         )
         return first, second
+
+    def rows(self) -> Iterator[Block]:
+        """Yield a block for each instant."""
+        for row in range(len(self.times)):
+            one = slice(row, row + 1)
+            yield Block(times=self.times[one], series=self.series, values=self.values[one], present=self.present[one])
 
 
 def normal(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

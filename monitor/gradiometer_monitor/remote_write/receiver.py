@@ -41,6 +41,8 @@ class Answer:
     words: str = ""
     """What the receiver, or the network, had to say."""
     retry_after_seconds: float = 0.0
+    connection: object = None
+    """Tells one connection from the next."""
 
 
 class Receiver:
@@ -59,7 +61,9 @@ class Receiver:
             headers = self._headers()
             with client.stream("POST", self._settings.url, content=body, headers=headers, timeout=seconds) as response:
                 words = "" if response.is_success else _words(response, time.monotonic() + seconds)
-                return _judge(response, words)
+                stream = response.extensions.get("network_stream")
+                connection = stream.get_extra_info("client_addr") if stream is not None else None
+                return _judge(response, words, connection)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, RunFormatError, ValueError) as error:
             # A connection is not used again after an answer that was cut short.
             self.close()
@@ -121,10 +125,10 @@ def _plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MAX_WORDS]
 
 
-def _judge(response: httpx.Response, words: str) -> Answer:
+def _judge(response: httpx.Response, words: str, connection: object) -> Answer:
     status = response.status_code
     if response.is_success:
-        return Answer(verdict="accepted", status=status)
+        return Answer(verdict="accepted", status=status, connection=connection)
     if response.is_redirect:
         target = _plain(response.headers.get("location", ""))
         words = f"redirects to {target}, which is not followed: give the url that it leads to"

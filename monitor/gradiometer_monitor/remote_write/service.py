@@ -17,10 +17,12 @@ from typing import Any
 from gradiometer.records import Manifest, RunFormatError, read_manifest
 from gradiometer.tail import Sample
 from gradiometer_monitor.remote_write.columns import own_labels
-from gradiometer_monitor.remote_write.delivery import Delivery, Postman, UnavailableError
+from gradiometer_monitor.remote_write.delivery import Postman, UnavailableError
 from gradiometer_monitor.remote_write.feed import Cursor, Feed, Reading, key_of
+from gradiometer_monitor.remote_write.pieces import Delivery
 from gradiometer_monitor.remote_write.protocol import Block
 from gradiometer_monitor.remote_write.receiver import Receiver
+from gradiometer_monitor.remote_write.rewind import Rewind
 from gradiometer_monitor.remote_write.settings import RemoteWriteSettings
 from gradiometer_monitor.services import Context, Service
 
@@ -35,7 +37,7 @@ MAX_FEEDS = 1024
 MAX_REVISIONS_A_DELIVERY = 512
 """Feeds that one request carries at most."""
 DROP_REASONS = ("overtaken", "unreadable", "too_old", "out_of_order", "same_millisecond")
-FAIL_REASONS = ("rejected", "invalid", "quarantined")
+FAIL_REASONS = ("rejected", "invalid", "quarantined", "repeated")
 OPEN = "open_series/"
 """Before the key of a cursor: its open series."""
 RESULTS = ("accepted", "refused", "later")
@@ -63,6 +65,7 @@ class RemoteWrite(Service):
         self._broken: dict[str, float] = {}
         """When to look again at what could not be read (monotonic)."""
         self._underway: _Underway | None = None
+        self._rewind = Rewind(settings.rewind_seconds)
         self._turn, self._retry_at, self._greeted = 0, 0.0, False
         self._rows_sent, self._failed = 0, Counter[str]()
         self._dropped: Counter[str] = Counter()
@@ -127,19 +130,32 @@ class RemoteWrite(Service):
             return False
         if not self._postman.deliver(self._underway.delivery, timeout_seconds):
             return False
-        self._settle(self._underway.readings)
+        if self._rewind.due(self._postman):
+            self._retake()
+        else:
+            self._settle(self._underway.readings)
         self._underway = None
         return True
+
+    def _retake(self) -> None:
+        """Go back where the receiver may have lost what it had taken; what was just sent comes again as well."""
+        for key, (path, cursor) in self._rewind.cursors().items():
+            self._context.store.add([], {key: cursor.to_json(), OPEN + key: sorted(cursor.open) or None})
+            if key in self._feeds:
+                self._feeds[key].rewind(cursor)
+            elif (found := _find(path, int(key.rpartition("/")[2]))) is not None:
+                self._adopt(*found, 0)
 
     def _gather(self) -> _Underway | None:
         """Take from the feeds in turn, as much as one request carries; None if there is nothing."""
         room, blocks, readings = self._settings.batch_samples, list[Block](), list[tuple[Feed, Reading]]()
-        left_out, now = self._postman.quarantined(), time.time()
+        left_out, now, repeated = self._postman.quarantined(), time.time(), False
         for feed in self._in_turn():
             reading = self._read(feed, room, now)
             if reading is None:
                 continue
             readings.append((feed, reading))
+            repeated |= feed.repeats
             for block in reading.blocks:
                 kept = block.without(left_out) if left_out else block
                 self._failed["quarantined"] += block.samples - kept.samples
@@ -147,7 +163,7 @@ class RemoteWrite(Service):
                 blocks.append(kept)
             if room <= 0 or len(readings) >= MAX_REVISIONS_A_DELIVERY:
                 break
-        return _Underway(Delivery.of(blocks), readings) if readings else None
+        return _Underway(Delivery.of(blocks, repeated=repeated), readings) if readings else None
 
     def _in_turn(self) -> Iterator[Feed]:
         """Yield the feeds, beginning after the one that was last; of the starts of a rank only the oldest."""
@@ -178,6 +194,7 @@ class RemoteWrite(Service):
             if reading.cursor.open is not feed.cursor.open:
                 notes[OPEN + feed.key] = sorted(reading.cursor.open) or None
         self._context.store.add([], notes)
+        self._rewind.remember(readings)
         for feed, reading in readings:
             feed.settled(reading)
             self._rows_sent += reading.rows

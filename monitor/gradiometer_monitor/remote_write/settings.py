@@ -45,6 +45,9 @@ class RemoteWriteSettings(Section):
     """Rows that are older are not sent: set it to what the receiver takes. Prometheus refuses what is an hour old."""
     out_of_order_seconds: Annotated[float, between(0, 366 * DAYS)] = 0.0
     """How far back the receiver takes samples that are older than their series' newest, after a clock was set back."""
+    rewind_seconds: Annotated[float, between(0, 3600)] = 0.0
+    """After the receiver was away, send again what it had taken in so many seconds before: for one that acknowledges
+    what it has not written yet. VictoriaMetrics needs 10, Prometheus and Mimir 0."""
     batch_samples: Annotated[int, between(100, 100_000)] = 5000
     """Samples in one request, if one step has not more."""
     flush_seconds: Annotated[float, between(0.05, 3600)] = 1.0
