@@ -181,6 +181,7 @@ class Postman:
         self.request_seconds += time.perf_counter() - started
         self.counts[answer.verdict] += 1
         self.counts["bytes"] += len(body)
+        self.counts["broken"] += answer.status == 0
         if answer.verdict == "accepted":
             self._taken_at, self.connection = time.monotonic(), answer.connection
             self._recovered()

@@ -60,7 +60,7 @@ class Receiver:
             client = self._client = self._client or self._connect()
             headers = self._headers()
             with client.stream("POST", self._settings.url, content=body, headers=headers, timeout=seconds) as response:
-                words = "" if response.is_success else _words(response, time.monotonic() + seconds)
+                words = _words(response, time.monotonic() + seconds)  # read to its end, or the connection is lost
                 stream = response.extensions.get("network_stream")
                 connection = stream.get_extra_info("client_addr") if stream is not None else None
                 return _judge(response, words, connection)

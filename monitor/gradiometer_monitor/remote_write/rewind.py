@@ -26,6 +26,7 @@ class Rewind:
         self._seconds = seconds
         self._sent: deque[tuple[float, str, Path, Cursor]] = deque(maxlen=MAX_REMEMBERED)
         self._connection: object = None
+        self._breaks, self._rewound_at = 0, float("-inf")
 
     def remember(self, readings: Sequence[tuple[Feed, Reading]]) -> None:
         """Keep where feeds stood before these readings, which have been taken."""
@@ -37,9 +38,18 @@ class Rewind:
         self._sent.extend((now, feed.key, feed.path, feed.cursor) for feed, _ in readings)
 
     def due(self, postman: Postman) -> bool:
-        """Tell whether the receiver answers on another connection than before."""
-        before, self._connection = self._connection, postman.connection or self._connection
-        return bool(self._seconds and self._sent and before is not None and self._connection != before)
+        """Tell whether the receiver may have been started anew: it was not there, or answers on another connection.
+
+        The latter counts once in ``seconds``: there are networks that let no connection live.
+        """
+        breaks, connection = self._breaks, self._connection
+        self._breaks, self._connection = postman.counts["broken"], postman.connection
+        now = time.monotonic()
+        calm = now - self._rewound_at > self._seconds
+        other = connection is not None and self._connection != connection and calm
+        due = bool(self._seconds and self._sent and (other or breaks != self._breaks))
+        self._rewound_at = now if due else self._rewound_at
+        return due
 
     def cursors(self) -> dict[str, tuple[Path, Cursor]]:
         """Return the oldest cursor of each feed that is remembered, with its directory, and forget them."""
