@@ -167,8 +167,8 @@ def serve(answer: Callable[[Written], tuple[int, bytes, dict[str, str]] | None])
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            del format, args
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

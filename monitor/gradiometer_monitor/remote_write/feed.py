@@ -33,6 +33,8 @@ ALIVE_SECONDS = 1.0
 """Pause between two looks at whether the process lives."""
 SILENT_SECONDS = 900.0
 """Where the process cannot be seen, a run is over when it was silent for this long."""
+TORN_ROWS = 64
+"""Rows in a row that may be unreadable where a run that was there before is begun."""
 STALE_AFTER_MS = 15_000
 """A series ends when its run was seen to be over, at most this long after its last sample: a marker right behind the
 sample would hide it from every query that looks later."""
@@ -91,6 +93,8 @@ class Feed:
         self.columns = Columns(path, self.run_id, self.rank, manifest, settings)
         self.repeats = cursor.sequence > 0
         """The receiver may have had what comes next: it was sent before the cursor could move."""
+        self.superseded = False
+        """There is a later start of the same rank."""
         self.told: set[str] = set()
         """Reasons for drops that were told as an event."""
         self._settings = settings
@@ -108,10 +112,12 @@ class Feed:
         if after is None:
             self.cursor = replace(self.cursor, sequence=head)
             return
+        if after <= 0:
+            return
         low, high = max(0, head - self.manifest.ring.capacity), head
         while low < high:  # rows are in the order of time
             middle = (low + high) // 2
-            rows = self._ring.read(middle, 1)
+            rows = self._ring.read(middle, TORN_ROWS)
             early = not len(rows) or int(rows["time_ns"][0]) < after * 1e9
             low, high = (middle + 1, high) if early else (low, middle)
         self.cursor = replace(self.cursor, sequence=low)
@@ -242,7 +248,9 @@ class Feed:
         return (Block(times=np.array([at_ms], np.int64), series=tuple(series), values=values, present=present),)
 
     def _end(self, now: float) -> Reading:
-        """End the series of a run that is over."""
+        """End the series of a run that is over, unless a later start of it goes on with them."""
+        if self.superseded:
+            return Reading(cursor=replace(self.cursor, done=True))
         newest = self.cursor.newest_ms
         at_ms = max(newest + 1, min(int(now * 1000), newest + STALE_AFTER_MS))
         blocks = self._marker(sorted(self.cursor.open), at_ms)

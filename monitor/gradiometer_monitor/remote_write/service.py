@@ -205,13 +205,15 @@ class RemoteWrite(Service):
                 self._finish(feed)
 
     def _finish(self, feed: Feed) -> None:
-        """Let go of a rank that is over; a later start of it goes on from its newest timestamp."""
+        """Let go of a rank that is over; the next start of it goes on with its series, from its newest timestamp."""
         feed.close()
         self._feeds.pop(feed.key, None)
-        for later in self._feeds.values():
-            if (later.run_id, later.rank) == (feed.run_id, feed.rank):
-                newest = max(later.cursor.newest_ms, feed.cursor.newest_ms)
-                later.cursor = replace(later.cursor, newest_ms=newest)
+        later = [each for each in self._feeds.values() if (each.run_id, each.rank) == (feed.run_id, feed.rank)]
+        if later:
+            heir, done = min(later, key=lambda each: each.manifest.created_ns), feed.cursor
+            newest = max(heir.cursor.newest_ms, done.newest_ms)
+            heir.cursor = replace(heir.cursor, newest_ms=newest, open=heir.cursor.open | done.open)
+            self._context.store.add([], {heir.key: heir.cursor.to_json(), OPEN + heir.key: sorted(heir.cursor.open)})
 
     def _tell(self, feed: Feed, reading: Reading) -> None:
         """Make an event of the first loss of each kind."""
@@ -276,6 +278,10 @@ class RemoteWrite(Service):
             return
         if note is None:
             self._begin(feed)
+        for other in self._feeds.values():
+            if (other.run_id, other.rank) == (feed.run_id, feed.rank):
+                older = min(other, feed, key=lambda each: each.manifest.created_ns)
+                older.superseded = True
         self._feeds[key] = feed
 
     def _begin(self, feed: Feed) -> None:
