@@ -140,17 +140,15 @@ def test_every_step_with_its_own_time(
 
 
 def test_what_is_sent_is_in_the_catalogue(
-    push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun
+    push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun, append: Append
 ) -> None:
     """Every name and label that is sent is declared, and no name is one that is scraped."""
     manifest = make_manifest("run", policies=("clip",), policy={"pipeline": [{"global_norm": {"max_norm": 1.0}}]})
     recorder = write_run(manifest, np.empty((0, 4)))
-    recorder.policies[:, :1] = 1.0, 0.5
+    recorder.policies[:, 0] = 1.0, 0.5
     recorder.policies[:, 14] = 3.0, 0.25
     more = {"loss_scale": 8.0, "flags": int(Flag.CLIPPED | Flag.HOOKED)}
-    from tests.conftest import _append
-
-    _append(recorder, np.ones((1, 4)), time_ns=recent(1), step_seconds=0.1, **more)
+    append(recorder, np.ones((1, 4)), time_ns=recent(1), step_seconds=0.1, **more)
     recorder.close()
     stats = ("grad_norm_preclip", "grad_norm_postclip", "microbatch_norm")
     push(taking.url, layer_stats=stats, labels={"job": "", "instance": ""}).work()

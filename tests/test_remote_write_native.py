@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cramjam
 import numpy as np
 import pytest
 
 from gradiometer.run import Run, open_run
+from gradiometer_monitor.remote_write.protocol import message
+from tests._monitor import Monitor
 from tests._receivers import Database, prometheus, victoria
 
 if TYPE_CHECKING:
-    import subprocess
-
     from tests.conftest import MakeManifest, Spawn, Start, WaitUntil, WriteRun
 
-PROBE = "gradiometer_remote_write_probe"
 PACED = """
 import os, sys, time
 import numpy as np, psutil
@@ -114,19 +115,134 @@ def test_every_step_arrives_though_the_receiver_dies(
     manifest = make_manifest("live", capacity=20_000)
     writer = spawn(sys.executable, "-c", PACED, tmp_path, manifest.model_dump_json(), "10000")
     for after in (2000, 5000):
-        wait_until(lambda after=after: monitor.runs().get("live", {}).get("steps", 0) >= after, 60)
+        wait_until(lambda after=after, monitor=monitor: monitor.runs().get("live", {}).get("steps", 0) >= after, 60)
         receiver.kill()
         time.sleep(0.5)  # an outage, in which steps are written
         receiver.start()
     assert writer.wait(timeout=120) == 0
-    wait_until(lambda: pending(monitor) == 0 and sent_rows(monitor) >= 10_000, 60)
+    wait_until(lambda: metric(monitor, "pending_rows") == 0 and metric(monitor, "rows_sent_total") >= 10_000, 60)
     wait_until(lambda: len(receiver.points('gradiometer_step_number{run_id="live"}')) == 10_000, 20)
     compare(receiver, open_run(tmp_path / "live"), exact=name == "prometheus")
 
 
-def pending(monitor: object) -> float:
-    return monitor.samples()["gradiometer_remote_write_pending_rows", ("db",)]
+@pytest.mark.native
+@pytest.mark.parametrize("window", ["", "30m"])
+def test_a_killed_monitor_loses_and_spoils_nothing(
+    window: str, database: Make, start: Start, make_manifest: MakeManifest, spawn: Spawn, wait_until: WaitUntil,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Killed in the middle and started again, every step is there once; nothing counts as rejected."""
+    receiver = database("prometheus", window)
+    options = config(tmp_path, receiver.write_url)
+    monitor = start(*options)
+    manifest = make_manifest("live", capacity=20_000)
+    writer = spawn(sys.executable, "-c", PACED, tmp_path, manifest.model_dump_json(), "3000")
+    for after in (500, 1200):
+        wait_until(lambda after=after, monitor=monitor: monitor.runs().get("live", {}).get("steps", 0) >= after, 60)
+        monitor.process.kill()
+        monitor.process.wait()
+        tmp_path.with_name(f"{tmp_path.name}-port").unlink()
+        monitor = start(*options)
+    assert writer.wait(timeout=60) == 0
+    wait_until(lambda: len(receiver.points('gradiometer_step_number{run_id="live"}')) == 3000, 60)
+    compare(receiver, open_run(tmp_path / "live"), exact=True)
+    assert metric(monitor, "samples_failed_total", "rejected") == 0
 
 
-def sent_rows(monitor: object) -> float:
-    return monitor.samples()["gradiometer_remote_write_rows_sent_total", ("db",)]
+@pytest.mark.native
+def test_a_poisoned_batch_in_prometheus(
+    database: Make,
+    start: Start,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    wait_until: WaitUntil,
+    tmp_path: Path,
+) -> None:
+    """A timestamp that is taken with another value (400) and one that is too old (500) cost their samples only."""
+    receiver = database("prometheus")
+    first = (int(time.time()) - 60) * 1000
+    labels = {
+        "__name__": "gradiometer_step_loss",
+        "instance": "here",
+        "job": "gradiometer",
+        "rank": "0",
+        "run_id": "run",
+    }
+    occupy(receiver, labels, first + 10_000, 99.0)
+    labels["__name__"] = "gradiometer_step_learning_rate"
+    occupy(receiver, labels, first + 20_000, 99.0)
+    times = [(first + place * 1000) * 10**6 for place in range(30)]
+    write_run(make_manifest("run"), np.ones((30, 4)), time_ns=times, loss=1.5, close=True)
+    monitor = start(*config(tmp_path, receiver.write_url, ", labels: {instance: here}"))
+    wait_until(lambda: metric(monitor, "rows_sent_total") == 30, 60)
+    # Older than what is there: the loss of 0 to 10, the learning rate of 0 to 20.
+    assert metric(monitor, "samples_failed_total", "rejected") == 11 + 21
+    loss = receiver.points('gradiometer_step_loss{run_id="run"}')
+    assert loss == {first + 10_000: 99.0} | {first + place * 1000: 1.5 for place in range(11, 30)}
+    assert len(receiver.points('gradiometer_step_learning_rate{run_id="run"}')) == 1 + 9
+    assert len(receiver.points('gradiometer_step_number{run_id="run"}')) == 30
+
+
+@pytest.mark.native
+def test_samples_beyond_the_window_of_prometheus(
+    database: Make,
+    start: Start,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    wait_until: WaitUntil,
+    tmp_path: Path,
+) -> None:
+    """It answers 500 to what is too old, for as long as it is asked: found out, counted, and nothing waits for it."""
+    receiver = database("prometheus", "10m")
+    now = int(time.time()) * 1000
+    occupy(receiver, {"__name__": "up"}, now, 1.0)
+    times = [(now - 4 * 3600_000 + place * 1000) * 10**6 for place in range(5)]
+    times += [(now - 60_000 + place * 1000) * 10**6 for place in range(5)]
+    write_run(make_manifest("run", created_ns=time.time_ns()), np.ones((10, 4)), time_ns=times, close=True)
+    monitor = start(*config(tmp_path, receiver.write_url, ", max_age_seconds: 86400"))
+    wait_until(lambda: metric(monitor, "rows_sent_total") == 10, 60)
+    assert metric(monitor, "samples_failed_total", "rejected") > 0
+    found = receiver.points('gradiometer_step_number{run_id="run"}')
+    assert found == {time_ns // 10**6: float(step) for step, time_ns in enumerate(times) if step >= 5}
+
+
+@pytest.mark.native
+def test_nan_and_staleness_in_both(
+    database: Make,
+    start: Start,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    wait_until: WaitUntil,
+    tmp_path: Path,
+) -> None:
+    """Prometheus keeps a norm that is NaN; a run that is over is no longer there for a query of now."""
+    receiver = database("prometheus")
+    times = [time.time_ns() - (20 - place) * 10**9 for place in range(5)]
+    norms = np.ones((5, 4))
+    norms[2] = np.nan
+    write_run(make_manifest("run"), norms, time_ns=times, close=True)
+    monitor = start(*config(tmp_path, receiver.write_url))
+    wait_until(lambda: metric(monitor, "rows_sent_total") == 5, 60)
+    found = receiver.points('gradiometer_step_grad_norm{run_id="run"}')
+    assert [value != value for _, value in sorted(found.items())] == [False, False, True, False, False]
+    wait_until(
+        lambda: b'"result":[]' in (receiver.get("/api/v1/query", query='gradiometer_step_number{run_id="run"}') or b"")
+    )
+
+
+def occupy(receiver: Database, labels: dict[str, str], at_ms: int, value: float) -> None:
+    """Write one sample of somebody else's."""
+    request = message("WriteRequest")()
+    series = request.timeseries.add()
+    for name, text in sorted(labels.items()):
+        series.labels.add(name=name, value=text)
+    series.samples.add(value=value, timestamp=at_ms)
+    body = bytes(cramjam.snappy.compress_raw(request.SerializeToString()))
+    headers = {"Content-Encoding": "snappy", "Content-Type": "application/x-protobuf"}
+    with urllib.request.urlopen(urllib.request.Request(receiver.write_url, body, headers), timeout=20) as response:
+        assert response.status == 204
+
+
+def metric(monitor: Monitor, name: str, *labels: str) -> float:
+    """Return a metric of the receiver's."""
+    return monitor.samples()[f"gradiometer_remote_write_{name}", ("db", *labels)]
