@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import ssl
 import subprocess
 import threading
 import urllib.error
@@ -141,7 +142,9 @@ def read_request(body: bytes) -> Written:
 
 
 @contextmanager
-def serve(answer: Callable[[Written], tuple[int, bytes, dict[str, str]] | None]) -> Iterator[Stub]:
+def serve(
+    answer: Callable[[Written], tuple[int, bytes, dict[str, str]] | None], tls: ssl.SSLContext | None = None
+) -> Iterator[Stub]:
     """Serve a stub on loopback."""
     stub = Stub(answer)
 
@@ -172,9 +175,12 @@ def serve(answer: Callable[[Written], tuple[int, bytes, dict[str, str]] | None])
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        server.handle_error = lambda *_: None  # type: ignore[method-assign] # a client that turns away is expected
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
-    stub.url = f"http://127.0.0.1:{server.server_address[1]}/api/v1/write"
+    stub.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_address[1]}/api/v1/write"
     try:
         yield stub
     finally:

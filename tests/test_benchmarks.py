@@ -113,6 +113,7 @@ def test_gpu_agent_never_waits_for_the_device(tmp_path: Path) -> None:
         assert all(count <= waits["bare step"] for name, count in waits.items() if name.startswith("agent"))
 
 
+@pytest.mark.slow
 def test_remote_write_pushes_all(tmp_path: Path) -> None:
     """The benchmark of remote write compares encoders of the same bytes, and pushes every sample of its runs."""
     path = tmp_path / "remote_write.json"

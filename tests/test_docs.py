@@ -38,8 +38,8 @@ def metrics_page() -> str:
         "",
         "## Pushed",
         "",
-        "What [remote write](remote-write.md) sends: a sample a step, with the step's own timestamp, and the labels of the",
-        "receiver's settings. No name is scraped as well.",
+        "What [remote write](remote-write.md) sends: a sample a step, with the step's own timestamp, and the labels of",
+        "the receiver's settings. No name is scraped as well.",
         "",
         *lines[-2:],
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import trustme
 
+from gradiometer.live.revisions import History, Revision, Slot, write_history
 from gradiometer.metrics import CATALOGUE, PUSHED
 from gradiometer.records import Flag
 from gradiometer.run import open_run
@@ -106,7 +109,7 @@ def values(stub: Stub, name: str) -> list[float]:
 
 
 def _stale(value: float) -> bool:
-    return struct.unpack("<Q", struct.pack("<d", value))[0] == STALE
+    return struct.pack("<d", value) == struct.pack("<Q", STALE)
 
 
 def test_every_step_with_its_own_time(
@@ -322,8 +325,10 @@ def test_a_poisoned_sample_is_found_alone(
         return (400, b"no\x1b[31m\nsuch sample", {}) if poisoned else OK
 
     with serve(answer) as stub:
-        write_run(make_manifest("run", capacity=512), np.ones((300, 4)), time_ns=times, close=True, step_seconds=1.0)
         pusher = push(stub.url)
+        pusher.work()
+        manifest = make_manifest("run", capacity=512, created_ns=time.time_ns())
+        write_run(manifest, np.ones((300, 4)), time_ns=times, close=True, step_seconds=1.0)
         for _ in range(3):
             pusher.work()
         assert pusher.count("samples_failed_total", "rejected") == 1
@@ -508,6 +513,90 @@ def test_a_run_started_again_goes_on_in_its_series(
     assert [time for time, _ in samples] == sorted(time for time, _ in samples)
 
 
+def test_layers_come_from_the_lowest_rank(
+    push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun
+) -> None:
+    """What all ranks know alike is sent by one, what each has of its own by each."""
+    for rank in (1, 3):
+        write_run(make_manifest("run", rank=rank, world_size=4), np.ones((2, 4)), time_ns=recent(2), close=True)
+    push(taking.url).work()
+    ranks = {
+        name: {dict(labels)["rank"] for labels in taking.taken if dict(labels)["__name__"] == name}
+        for name in ("gradiometer_step_layer_grad_norm", "gradiometer_step_loss")
+    }
+    assert ranks == {"gradiometer_step_layer_grad_norm": {"1"}, "gradiometer_step_loss": {"1", "3"}}
+
+
+def test_a_policy_that_is_taken_out_ends(
+    push: Push, taking: Stub, tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, append: Append
+) -> None:
+    """Its series gets a staleness marker where the first step without it is; the policy after it begins there."""
+    recorder = write_run(make_manifest("run"), np.empty((0, 4)))
+    slots: list[tuple[Slot | None, ...]] = [(Slot(name="old"), None), (None, Slot(name="new"))]
+    revisions = [
+        Revision(revision=place, step=3 * place, time_ns=0, policy=None, slots=slot, source="attach")
+        for place, slot in enumerate(slots)
+    ]
+    write_history(tmp_path / "run" / "rank-00000", History(revisions=tuple(revisions)))
+    times = recent(5)
+    for revision, chosen in ((0, times[:3]), (1, times[3:])):
+        recorder.policies[:] = NAN
+        recorder.policies[:, revision] = 1.0 + revision, 0.5
+        append(recorder, np.ones((len(chosen), 4)), time_ns=chosen, policy_revision=revision)
+    pusher = push(taking.url)
+    pusher.work()
+    found = {
+        dict(labels)["policy"]: samples
+        for labels, samples in taking.taken.items()
+        if dict(labels)["__name__"] == "gradiometer_step_clip_threshold"
+    }
+    ms = [time_ns // 10**6 for time_ns in times]
+    assert found["old"][:3] == [(time, 1.0) for time in ms[:3]]
+    assert [(time, _stale(value)) for time, value in found["old"][3:]] == [(ms[3], True)]
+    assert found["new"] == [(ms[3], 2.0)]
+
+
+def test_tls_is_verified(
+    push: Push, tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
+) -> None:
+    """A certificate of an authority that the settings name is believed, and no other."""
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trusted = tmp_path.with_name(f"{tmp_path.name}-ca.pem")
+    authority.cert_pem.write_to_path(str(trusted))
+    write_run(make_manifest("run"), np.ones((3, 4)), time_ns=recent(3), close=True)
+    with serve(lambda _: OK, context) as stub:
+        stranger = push(stub.url)
+        stranger.work()
+        assert (stranger.count("up"), stub.requests) == (0, [])
+        pusher = push(stub.url, name="db", ca_file=trusted)
+        pusher.work()
+        assert values(stub, "gradiometer_step_number") == [0, 1, 2]
+
+
+def test_a_lost_store_spoils_nothing(
+    push: Push, make_manifest: MakeManifest, write_run: WriteRun, append: Append, wait_until: WaitUntil
+) -> None:
+    """Sent all over again to a receiver that keeps order, what it had is counted as that, and the rest arrives."""
+    newest: dict[Any, int] = {}
+
+    def answer(written: Written) -> tuple[int, bytes, dict[str, str]]:
+        if any(samples[0][0] < newest.get(labels, 0) for labels, samples in written.items()):
+            return 400, b"out of order", {}
+        newest.update({labels: samples[-1][0] for labels, samples in written.items()})
+        return OK
+
+    with serve(answer) as stub:
+        recorder = write_run(make_manifest("run", capacity=512), np.ones((30, 4)), time_ns=recent(30))
+        push(stub.url, batch_samples=100).work()
+        append(recorder, np.ones((10, 4)), time_ns=recent(40)[30:])
+        pusher = push(stub.url, store=Store(None), batch_samples=100)
+        pusher.work()
+        assert set(values(stub, "gradiometer_step_number")) == set(range(39))
+        assert pusher.count("samples_failed_total", "rejected") == 0
+        assert pusher.count("samples_failed_total", "repeated") > 0
+
+
 def test_layers_that_are_chosen_and_the_budget(
     push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun
 ) -> None:
@@ -551,9 +640,13 @@ def test_a_clock_that_is_set_back() -> None:
     """By little, rows are moved behind the newest; by more, they keep their time where the receiver takes it."""
     back = np.array([10**6 * 1_000_500, 10**6 * 900_000])
     refused = place(back, 1_001_000)
-    assert (refused.ms[0], refused.kept.tolist(), refused.dropped) == (1_001_001, [True, False], {"out_of_order": 1})
+    assert (int(refused.ms[0]), refused.kept.tolist(), refused.dropped) == (
+        1_001_001,
+        [True, False],
+        {"out_of_order": 1},
+    )
     taken = place(back, 1_001_000, window_ms=200_000)
-    assert (taken.ms.tolist(), taken.kept.all(), taken.newest) == ([1_001_001, 900_000], True, 1_001_001)
+    assert (taken.ms.tolist(), taken.kept.tolist(), taken.newest) == ([1_001_001, 900_000], [True, True], 1_001_001)
 
 
 def test_credentials_come_from_files_that_may_change(

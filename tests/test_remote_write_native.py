@@ -6,8 +6,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import cramjam
 import numpy as np
@@ -45,7 +46,10 @@ for step in range(int(sys.argv[3])):
 recorder.close()
 """
 """Writes steps as fast as each can have a millisecond of its own, and finishes."""
-Make = Callable[[str], Database]
+
+
+class Make(Protocol):
+    def __call__(self, name: str, window: str = ...) -> Database: ...
 
 
 @pytest.fixture
@@ -115,7 +119,7 @@ def test_every_step_arrives_though_the_receiver_dies(
     manifest = make_manifest("live", capacity=20_000)
     writer = spawn(sys.executable, "-c", PACED, tmp_path, manifest.model_dump_json(), "10000")
     for after in (2000, 5000):
-        wait_until(lambda after=after, monitor=monitor: monitor.runs().get("live", {}).get("steps", 0) >= after, 60)
+        wait_until(partial(reached, monitor, after), 60)
         receiver.kill()
         time.sleep(0.5)  # an outage, in which steps are written
         receiver.start()
@@ -138,7 +142,7 @@ def test_a_killed_monitor_loses_and_spoils_nothing(
     manifest = make_manifest("live", capacity=20_000)
     writer = spawn(sys.executable, "-c", PACED, tmp_path, manifest.model_dump_json(), "3000")
     for after in (500, 1200):
-        wait_until(lambda after=after, monitor=monitor: monitor.runs().get("live", {}).get("steps", 0) >= after, 60)
+        wait_until(partial(reached, monitor, after), 60)
         monitor.process.kill()
         monitor.process.wait()
         tmp_path.with_name(f"{tmp_path.name}-port").unlink()
@@ -228,6 +232,11 @@ def test_nan_and_staleness_in_both(
     wait_until(
         lambda: b'"result":[]' in (receiver.get("/api/v1/query", query='gradiometer_step_number{run_id="run"}') or b"")
     )
+
+
+def reached(monitor: Monitor, steps: int) -> bool:
+    """Tell whether the live run has so many steps."""
+    return bool(monitor.runs().get("live", {}).get("steps", 0) >= steps)
 
 
 def occupy(receiver: Database, labels: dict[str, str], at_ms: int, value: float) -> None:

@@ -134,10 +134,10 @@ class Feed:
             return self._read_newest(head, now)
         return self._end(now) if over and not self.cursor.done else None
 
-    def settled(self, reading: Reading) -> None:
-        """Move on, what was read having been sent, or counted."""
+    def settled(self, reading: Reading, *, repeats: bool) -> None:
+        """Move on, what was read having been sent, or counted; ``repeats`` if the receiver had had some of it."""
         self.cursor, self._provisional = reading.cursor, reading.provisional
-        self.pending_since, self.repeats = 0.0, False
+        self.pending_since, self.repeats = 0.0, repeats
         self._count_pending()
 
     def rewind(self, cursor: Cursor) -> None:

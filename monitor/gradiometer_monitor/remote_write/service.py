@@ -32,6 +32,8 @@ log = getLogger(__name__)
 
 GRACE_SECONDS = 3.0
 """What is there when the monitor stops is sent for this long."""
+TIDY_SECONDS = 3600.0
+"""Pause between two looks at what the store says of runs that are not pushed now."""
 MAX_FEEDS = 1024
 """Rank directories that are pushed at once; each holds a file open. More wait until one is done."""
 MAX_REVISIONS_A_DELIVERY = 512
@@ -69,7 +71,7 @@ class RemoteWrite(Service):
         self._turn, self._retry_at, self._greeted = 0, 0.0, False
         self._rows_sent, self._failed = 0, Counter[str]()
         self._dropped: Counter[str] = Counter()
-        self._resumed, self._discovered_at = False, 0.0
+        self._tidy_at, self._discovered_at = 0.0, 0.0
 
     def work(self) -> float:
         """Push what there is; while the receiver is away, only see which runs there are."""
@@ -133,7 +135,7 @@ class RemoteWrite(Service):
         if self._rewind.due(self._postman):
             self._retake()
         else:
-            self._settle(self._underway.readings)
+            self._settle(self._underway)
         self._underway = None
         return True
 
@@ -173,11 +175,9 @@ class RemoteWrite(Service):
             if key not in first or feed.manifest.created_ns < first[key].manifest.created_ns:
                 first[key] = feed
         feeds = list(first.values())
-        for place in range(len(feeds)):
-            turn = (self._turn + place) % len(feeds)
-            yield feeds[turn]
-            if place == 0:
-                self._turn = (turn + 1) % len(feeds)
+        turn = self._turn % len(feeds) if feeds else 0
+        self._turn = turn + 1
+        yield from feeds[turn:] + feeds[:turn]
 
     def _read(self, feed: Feed, room: int, now: float) -> Reading | None:
         try:
@@ -187,8 +187,9 @@ class RemoteWrite(Service):
             self._leave(feed)
             return None
 
-    def _settle(self, readings: list[tuple[Feed, Reading]]) -> None:
+    def _settle(self, underway: _Underway) -> None:
         """Move the cursors, in the store first, and count."""
+        readings = underway.readings
         notes: dict[str, Any] = {feed.key: reading.cursor.to_json() for feed, reading in readings}
         for feed, reading in readings:
             if reading.cursor.open is not feed.cursor.open:
@@ -196,7 +197,7 @@ class RemoteWrite(Service):
         self._context.store.add([], notes)
         self._rewind.remember(readings)
         for feed, reading in readings:
-            feed.settled(reading)
+            feed.settled(reading, repeats=underway.delivery.found_before)
             self._rows_sent += reading.rows
             self._failed["invalid"] += reading.lost
             self._dropped += reading.dropped
@@ -239,11 +240,11 @@ class RemoteWrite(Service):
             self._discover()
 
     def _discover(self) -> None:
-        """Adopt the ranks that are new, and at the start those that were not done when the monitor ended."""
+        """Adopt the ranks that are new, and now and then those that were not done when they went out of sight."""
         self._discovered_at = time.monotonic()
-        if not self._resumed:
+        if self._discovered_at >= self._tidy_at:
             self._resume()
-            self._resumed = True
+            self._tidy_at = self._discovered_at + TIDY_SECONDS
         with self._context.runs.snapshot() as runs:
             found = [
                 (tail.path, tail.manifest, tail.rank == run.ranks[0].rank, tail.summary.last_seen)
@@ -290,6 +291,7 @@ class RemoteWrite(Service):
         new = feed.manifest.created_ns >= started
         oldest = time.time() - self._settings.max_age_seconds
         feed.begin(after=0.0 if new else oldest if self._settings.backfill else None)
+        feed.repeats = not new  # the receiver may know it from a monitor that has lost its store
         earlier = self._context.store.notes(f"remote_write/{self._settings.name}/{feed.run_id}/{feed.rank}/")
         newest = max((note["newest_ms"] for note in earlier.values()), default=0)
         feed.cursor = replace(feed.cursor, newest_ms=newest)
@@ -305,7 +307,7 @@ class RemoteWrite(Service):
         return int(found)
 
     def _resume(self) -> None:
-        """Take up what was not done when the monitor ended, also of runs that are no longer shown, and tidy up."""
+        """Take up what is not done, also of runs that are no longer shown, and forget runs that were removed."""
         self._started()
         prefix = f"remote_write/{self._settings.name}/"
         for key, note in self._context.store.notes(prefix).items():
@@ -313,7 +315,7 @@ class RemoteWrite(Service):
             path = self._context.runs.root / run_id / f"rank-{int(rank):05d}"
             if not path.parent.is_dir():
                 self._context.store.add([], {key: None, OPEN + key: None})
-            elif not note["done"] and (found := _find(path, int(created))) is not None:
+            elif not note["done"] and key not in self._feeds and (found := _find(path, int(created))) is not None:
                 self._adopt(*found, 0)
 
     def _leave(self, feed: Feed) -> None:
