@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("step_overhead", "parallel", "policies", "ring", "exposition", "conditions")
+NAMES = ("step_overhead", "parallel", "policies", "ring", "exposition", "conditions", "remote_write")
 NEED_CUDA = ("gpu",)
 LOCAL = Path(__file__).parent / "results" / "local"
 

@@ -114,14 +114,25 @@ def test_gpu_agent_never_waits_for_the_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_remote_write_pushes_all(tmp_path: Path) -> None:
+    """The benchmark of remote write compares encoders of the same bytes, and pushes every sample of its runs."""
+    path = tmp_path / "remote_write.json"
+    done = run("benchmarks.remote_write", "--rounds", "1", "--json", path)
+    assert done.returncode == 0, done.stderr
+    for layers, pushed in results_of(path)["pushed"].items():
+        assert pushed["samples"] >= 150_000 // (int(layers) + 13) * int(layers)
+
+
+@pytest.mark.slow
 def test_all_benchmarks_run_in_turn(tmp_path: Path) -> None:
     """One command runs the benchmarks that need no GPU and writes a file for each."""
     done = run("benchmarks", "--quick", "--json", tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("==")] == [
         "== step_overhead", "== parallel", "== policies", "== ring", "== exposition", "== conditions",
+        "== remote_write",
     ]  # fmt: skip
-    for name in ("step_overhead", "parallel", "policies", "ring", "exposition", "conditions"):
+    for name in ("step_overhead", "parallel", "policies", "ring", "exposition", "conditions", "remote_write"):
         assert results_of(tmp_path / f"{name}.json")["benchmark"] == name
 
 

@@ -44,7 +44,7 @@ def _write(tmp_path: Path, text: str) -> Path:
 
 def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None:
     """Each thing that is wrong has its line and column, its value, what was expected, and a guess at misspelt names."""
-    log, receiver = "log:\n  level: warn\n", "remote_write:\n  - urll: http://x\n"
+    log, receiver = "log:\n  level: warn\n", "remote_write:\n  - name: a\n    urll: http://x\n"
     path = _write(tmp_path, f"prot: 99\nseries_budget: 5\n{log}{receiver}grafana: 3\nport: 1\nport: 2\n")
     with pytest.raises(SettingsError) as caught:
         resolve(config=path)
@@ -54,9 +54,9 @@ def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None
         ["2:16", "series_budget is 5"],
         ["4:10", "log.level is 'warn'"],
         ["6:5", "remote_write[0].url"],
-        ["6:11", "remote_write[0].urll"],
-        ["7:10", "grafana is 3"],
-        ["9:1", "the config"],
+        ["7:11", "remote_write[0].urll"],
+        ["8:10", "grafana is 3"],
+        ["10:1", "the config"],
     ]
     assert told[0].endswith("did you mean 'port'?")
     assert told[1].endswith("expected a number from 100 to 10000000")
@@ -139,8 +139,8 @@ def test_numbers_may_have_units(tmp_path: Path, given: str, setting: str, value:
 
 def test_a_list_is_given_as_one_in_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list in a variable is YAML, and takes the place of the file's."""
-    monkeypatch.setenv("GRADIOMETER_MONITOR_REMOTE_WRITE", "[{url: 'http://new'}]")
-    path = _write(tmp_path, "remote_write: [{url: 'http://a'}, {url: 'http://b'}]\n")
+    monkeypatch.setenv("GRADIOMETER_MONITOR_REMOTE_WRITE", "[{name: c, url: 'http://new'}]")
+    path = _write(tmp_path, "remote_write: [{name: a, url: 'http://a'}, {name: b, url: 'http://b'}]\n")
     assert [each.url for each in resolve(tmp_path, path).remote_write] == ["http://new"]
 
 
@@ -188,13 +188,14 @@ def _check(spawn: Spawn, *options: str | Path) -> tuple[int, str, str]:
 
 def test_check_config_shows_what_is_in_force(spawn: Spawn, tmp_path: Path) -> None:
     """--check-config prints every setting with its origin and leaves with 0; wrong ones are told with 2."""
-    path = _write(tmp_path, f"dir: {tmp_path}\nport: 1234\nremote_write: [{{url: 'http://me:hunter2@push'}}]\n")
+    path = _write(tmp_path, f"dir: {tmp_path}\nport: 1234\ngrafana: {{url: 'http://me:hunter2@push'}}\n")
     code, out, err = _check(spawn, "--config", path, "--check-config", "--poll-seconds", "2")
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
     assert (code, err) == (0, "")
     assert rows["port"] == ["1234", f"{path}:2"]
     assert rows["poll_seconds"] == ["2.0", "--poll-seconds"]
-    assert rows["remote_write[0].url"][0] == "http://***@push"
+    assert rows["grafana.url"] == ["'***'", f"{path}:3"]
+    assert "hunter2" not in out
     path.write_text("prt: 1\nauth: {tokens_file: 3}\n")
     code, out, err = _check(spawn, "--config", path, "--check-config")
     assert (code, out, len(err.splitlines())) == (2, "", 2)
@@ -221,7 +222,7 @@ def test_the_schema_that_is_shipped_is_that_of_the_models(request: pytest.Fixtur
     ("text", "valid"),
     [
         ("{}", True),
-        ("poll_seconds: 1m\nretention: {max_bytes: 1GiB}\ngrafana: {url: 'http://x'}", True),
+        ("poll_seconds: 1m\nretention: {max_bytes: 1GiB}\ngrafana: {url: 'http://a:b@x'}", True),
         ("poll_seconds: 1 parsec", False),
         ("poll_seconds: 9999", False),
         ("prot: 1", False),

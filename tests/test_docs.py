@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gradiometer
-from gradiometer.metrics import CATALOGUE, Metric
+from gradiometer.metrics import CATALOGUE, PUSHED, Metric
 from gradiometer.policy.spec import load_policy
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,17 @@ def metrics_page() -> str:
         "| metric | type | labels | what |",
         "|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(_row(metric) for metric in CATALOGUE.values()), ""])
+    pushed = [
+        "",
+        "## Pushed",
+        "",
+        "What [remote write](remote-write.md) sends: a sample a step, with the step's own timestamp, and the labels of",
+        "the receiver's settings. No name is scraped as well.",
+        "",
+        *lines[-2:],
+    ]
+    scraped = (_row(metric) for metric in CATALOGUE.values())
+    return "\n".join([*lines, *scraped, *pushed, *(_row(metric) for metric in PUSHED.values()), ""])
 
 
 def _row(metric: Metric) -> str:
@@ -42,7 +52,7 @@ def _row(metric: Metric) -> str:
 
 
 def test_the_page_of_metrics_is_the_catalogue(request: pytest.FixtureRequest) -> None:
-    """docs/metrics.md lists every metric of the catalogue, and no other."""
+    """docs/metrics.md lists every metric that is scraped, every one that is pushed, and no other."""
     page = ROOT / "docs" / "metrics.md"
     if request.config.getoption("--update-golden"):
         page.write_text(metrics_page())

@@ -12,6 +12,7 @@ from typing import Literal
 __all__ = [
     "CATALOGUE",
     "GRAD_NORM_BUCKETS",
+    "PUSHED",
     "SCRAPE_SECONDS_BUCKETS",
     "STEP_SECONDS_BUCKETS",
     "WINDOW_SECONDS",
@@ -47,6 +48,8 @@ class Metric:
 
 _RUN, _RANK, _LAYER, _POLICY = ("run_id",), ("run_id", "rank"), ("run_id", "layer"), ("run_id", "policy", "mode")
 _GPU = ("gpu", "uuid")
+_RECEIVER, _STEP, _STEP_LAYER = ("receiver",), ("run_id", "rank"), ("run_id", "rank", "layer")
+_STEP_POLICY = ("run_id", "rank", "policy", "mode")
 
 _METRICS = (
     Metric(
@@ -368,6 +371,68 @@ _METRICS = (
         help="1 if Grafana answered the last time it was asked.",
     ),
     Metric(
+        name="gradiometer_remote_write_up",
+        kind="gauge",
+        labels=_RECEIVER,
+        help="1 while the remote-write receiver takes samples.",
+    ),
+    Metric(
+        name="gradiometer_remote_write_rows_sent_total",
+        kind="counter",
+        labels=_RECEIVER,
+        help="Steps whose samples were sent to the receiver.",
+    ),
+    Metric(
+        name="gradiometer_remote_write_rows_dropped_total",
+        kind="counter",
+        labels=(*_RECEIVER, "reason"),
+        help="Steps that were not sent: overtaken in the ring, unreadable, too_old, or without a free timestamp "
+        "(out_of_order, same_millisecond).",
+    ),
+    Metric(
+        name="gradiometer_remote_write_samples_sent_total",
+        kind="counter",
+        labels=_RECEIVER,
+        help="Samples that the receiver took.",
+    ),
+    Metric(
+        name="gradiometer_remote_write_samples_failed_total",
+        kind="counter",
+        labels=(*_RECEIVER, "reason"),
+        help="Samples of steps that were sent without them: rejected by the receiver, of a series that is not valid "
+        "or beyond the budget (invalid), or left out because the receiver rejects its series (quarantined).",
+    ),
+    Metric(
+        name="gradiometer_remote_write_requests_total",
+        kind="counter",
+        labels=(*_RECEIVER, "result"),
+        help="Requests that were accepted, refused, or are to be made again later.",
+    ),
+    Metric(
+        name="gradiometer_remote_write_request_seconds_total",
+        kind="counter",
+        labels=_RECEIVER,
+        help="Time spent waiting for the receiver.",
+    ),
+    Metric(
+        name="gradiometer_remote_write_bytes_total",
+        kind="counter",
+        labels=_RECEIVER,
+        help="Bytes of requests, compressed.",
+    ),
+    Metric(
+        name="gradiometer_remote_write_pending_rows",
+        kind="gauge",
+        labels=_RECEIVER,
+        help="Steps that are recorded and not yet sent.",
+    ),
+    Metric(
+        name="gradiometer_remote_write_pending_seconds",
+        kind="gauge",
+        labels=_RECEIVER,
+        help="How long the oldest of the steps that are not yet sent has been waiting.",
+    ),
+    Metric(
         name="gradiometer_collector_success",
         kind="gauge",
         labels=("collector",),
@@ -515,3 +580,104 @@ _METRICS = (
 )
 
 CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
+
+_PUSHED = (
+    Metric(
+        name="gradiometer_step_number",
+        kind="gauge",
+        labels=_STEP,
+        help="Number of the optimizer step, at the time of the step.",
+    ),
+    Metric(
+        name="gradiometer_step_grad_norm",
+        kind="gauge",
+        labels=_STEP,
+        help="Global L2 norm of the gradients before clipping.",
+    ),
+    Metric(
+        name="gradiometer_step_grad_norm_postclip",
+        kind="gauge",
+        labels=_STEP,
+        help="Global L2 norm of the gradients after clipping.",
+    ),
+    Metric(
+        name="gradiometer_step_clip_coefficient",
+        kind="gauge",
+        labels=_STEP,
+        help="Factor by which the pipeline scaled the gradients, over all policies.",
+    ),
+    Metric(
+        name="gradiometer_step_learning_rate",
+        kind="gauge",
+        labels=_STEP,
+        help="Learning rate of the optimizer's first param group.",
+    ),
+    Metric(name="gradiometer_step_loss_scale", kind="gauge", labels=_STEP, help="Loss scale of the GradScaler."),
+    Metric(
+        name="gradiometer_step_duration_seconds", kind="gauge", labels=_STEP, help="Wall time from the step before."
+    ),
+    Metric(
+        name="gradiometer_step_agent_seconds",
+        kind="gauge",
+        labels=_STEP,
+        help="Host time that the agent itself spent on the step.",
+    ),
+    Metric(name="gradiometer_step_loss", kind="gauge", labels=_STEP, help="Loss as logged by the job for this step."),
+    Metric(
+        name="gradiometer_step_nonfinite",
+        kind="gauge",
+        labels=_STEP,
+        help="1 if some gradient held NaN or Inf, else 0.",
+    ),
+    Metric(
+        name="gradiometer_step_skipped",
+        kind="gauge",
+        labels=_STEP,
+        help="1 if the optimizer did not move the parameters, else 0.",
+    ),
+    Metric(
+        name="gradiometer_step_clipped",
+        kind="gauge",
+        labels=_STEP,
+        help="1 if a policy or the loop itself clipped the gradients, else 0.",
+    ),
+    Metric(
+        name="gradiometer_step_clip_threshold",
+        kind="gauge",
+        labels=_STEP_POLICY,
+        help="Threshold of the policy, in units of the norm or value that it bounds.",
+    ),
+    Metric(
+        name="gradiometer_step_policy_coefficient",
+        kind="gauge",
+        labels=_STEP_POLICY,
+        help="Smallest factor by which the policy scaled a gradient, or, in shadow, would have.",
+    ),
+    Metric(
+        name="gradiometer_step_layer_grad_norm",
+        kind="gauge",
+        labels=_STEP_LAYER,
+        help="L2 norm of the layer's gradients before clipping.",
+    ),
+    Metric(
+        name="gradiometer_step_layer_grad_norm_postclip",
+        kind="gauge",
+        labels=_STEP_LAYER,
+        help="L2 norm of the layer's gradients after clipping.",
+    ),
+    Metric(
+        name="gradiometer_step_layer_microbatch_norm",
+        kind="gauge",
+        labels=_STEP_LAYER,
+        help="L2 norm of the layer's own gradients, root mean square over micro-batches.",
+    ),
+    Metric(
+        name="gradiometer_remote_write_probe",
+        kind="gauge",
+        labels=_RECEIVER,
+        help="Always 1: sent to tell whether the receiver takes anything at all.",
+    ),
+)
+
+PUSHED: dict[str, Metric] = {metric.name: metric for metric in _PUSHED}
+"""What remote write sends, with each step's own timestamp. No name is in both, or a push would fight a scrape."""

@@ -25,6 +25,7 @@ from gradiometer_monitor.grafana.service import GrafanaService
 from gradiometer_monitor.health import collectors
 from gradiometer_monitor.incidents import Incidents
 from gradiometer_monitor.notify import notify, watchdog_seconds
+from gradiometer_monitor.remote_write.service import RemoteWrite
 from gradiometer_monitor.resolving import Resolved
 from gradiometer_monitor.retention import RetentionService
 from gradiometer_monitor.runs import Runs
@@ -230,6 +231,7 @@ def _services(settings: Settings, context: Context) -> list[Service]:
         services.append(GpuService(settings.gpu, context))
     if settings.grafana is not None:
         services.append(GrafanaService(settings.grafana, context))
+    services += [RemoteWrite(receiver, context) for receiver in settings.remote_write]
     return services
 
 

@@ -36,11 +36,12 @@ class Section(BaseModel):
     @classmethod
     def _read(cls, value: Any, info: ValidationInfo) -> Any:
         """Take the unit off a number, and put the directory of the config file before a relative path."""
-        if not isinstance(value, str) or info.field_name is None:
+        if info.field_name is None:
             return value
         if Path in kinds(cls.model_fields[info.field_name].annotation):
-            path = Path(value).expanduser()
-            return info.context[BASE] / path if info.context and BASE in info.context else path
+            return _placed(value, (info.context or {}).get(BASE))
+        if not isinstance(value, str):
+            return value
         units = UNITS.get(info.field_name.rpartition("_")[2], {})
         found = _AMOUNT.fullmatch(value) if units else None
         if found is None:
@@ -49,6 +50,18 @@ class Section(BaseModel):
             raise ValueError(f"expected a number, or one with a unit of {', '.join(units)}")
         amount = float(found[1]) * units[found[2]]
         return int(amount) if amount.is_integer() else amount
+
+
+def _placed(value: Any, base: Path | None) -> Any:
+    """Make paths of texts, also within a list or as the values of a mapping."""
+    if isinstance(value, dict):
+        return {key: _placed(each, base) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_placed(each, base) for each in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(value).expanduser()
+    return path if base is None else base / path
 
 
 def kinds(annotation: Any) -> Iterator[Any]:

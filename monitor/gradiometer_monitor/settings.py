@@ -11,7 +11,7 @@ from gradiometer_monitor.alerts.settings import AlertSettings
 from gradiometer_monitor.gpu import GpuSettings
 from gradiometer_monitor.grafana.settings import GrafanaSettings
 from gradiometer_monitor.logs import LogSettings
-from gradiometer_monitor.remote_write.settings import RemoteWriteSettings
+from gradiometer_monitor.remote_write.settings import RemoteWriteReceivers
 from gradiometer_monitor.resolving import Resolved, SettingsError
 from gradiometer_monitor.resolving import resolve as _resolve
 from gradiometer_monitor.retention import RetentionSettings
@@ -54,7 +54,7 @@ class Settings(Section):
     gpu: GpuSettings = GpuSettings()
     grafana: GrafanaSettings | None = None
     """A Grafana that gets the dashboards and annotations; none unless given."""
-    remote_write: tuple[RemoteWriteSettings, ...] = ()
+    remote_write: RemoteWriteReceivers = ()
     """Receivers to which every step is pushed with its own time."""
     alerts: AlertSettings | None = None
     """What alerts of Alertmanager do; its webhook is off unless given."""
