@@ -14,6 +14,7 @@ from rich.table import Table
 
 from gradiometer.commands.policy import app as policy_app
 from gradiometer.commands.replay import replay
+from gradiometer.commands.request import request
 from gradiometer.commands.suggest import suggest
 from gradiometer.launch import launch, make_settings
 from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
@@ -231,6 +232,7 @@ def _cell(value: object) -> str:
 
 
 app.command()(replay)
+app.command()(request)
 app.command()(suggest)
 
 
