@@ -1,4 +1,4 @@
-"""A training loop is asked for a checkpoint, or to stop: by the command line, in files, and refused where it is not heard."""
+"""A training loop is asked for a checkpoint, or to stop: by the command line, in files, and refused where it is deaf."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ def step_until(
         if found := check():
             return found
         assert time.monotonic() < end, told(agent)
+
+
+def train_scaled(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler) -> None:
+    for step in range(10**6):
+        optimizer.zero_grad()
+        backward(scaler.scale(loss_of(model, step % 7)))
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -142,7 +150,7 @@ def test_functions_are_called_as_the_last_act_of_the_step(tmp_path: Path) -> Non
             assert seen[-1][0] == asked
             assert all(torch.equal(a, b) for a, b in zip(seen[-1][1], model.parameters(), strict=True))
     kinds = [event["kind"] for event in told(agent)]
-    assert kinds == ["request_taken", "request_done", "request_taken", "request_failed"] + kinds[:2]
+    assert kinds == ["request_taken", "request_done", "request_taken", "request_failed", *kinds[:2]]
     assert "OSError: no space" in told(agent)[3]["reasons"]
     assert open_run(agent.path).status["agent_errors"] == 0
 
@@ -154,11 +162,7 @@ def test_a_stop_is_raised_where_that_was_asked_for(tmp_path: Path) -> None:
     with attach(tmp_path, model, optimizer, on_request={"stop": "raise"}) as agent:
         asked = request_loop(agent.path, "stop", by="me")
         with pytest.raises(gradiometer.StopTraining, match="of me"):
-            for step in range(10**6):
-                optimizer.zero_grad()
-                backward(scaler.scale(loss_of(model, step % 7)))
-                scaler.step(optimizer)
-                scaler.update()
+            train_scaled(model, optimizer, scaler)
         steps = agent.step
     answer = await_answer(agent.path, asked, 1, of_policy=False)
     assert (answer.applied, answer.step) == (True, steps - 1)
@@ -202,7 +206,7 @@ def test_requests_do_not_displace_one_another(tmp_path: Path) -> None:
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
-    """A second stop, and a checkpoint that is asked for again before the loop has looked, are refused with the reason."""
+    """A checkpoint that is asked for again before the loop has looked is refused, with the request that is open."""
     model = small_model()
     optimizer = sgd(model)
     with attach(tmp_path, model, optimizer) as agent:
@@ -287,7 +291,7 @@ def test_what_is_refused_before_it_is_asked(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"on_request\['checkpoint'\] is 'raise'"):
         attach(tmp_path, model, optimizer, on_request={"checkpoint": "raise"})
     with attach(tmp_path, model, optimizer) as agent:
-        with pytest.raises(ValueError, match="agent.requested"):
+        with pytest.raises(ValueError, match="expected 'checkpoint' or 'stop'"):
             agent.requested("dance")  # type: ignore[arg-type]  # that is the point
         for _ in range(MAX_WAITING):
             request_loop(agent.path, "stop")
