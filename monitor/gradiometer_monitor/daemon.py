@@ -7,9 +7,7 @@ One thread polls the run directories, each service has one of its own, and uvico
 from __future__ import annotations
 
 import signal
-import socket
 import threading
-from ipaddress import ip_address
 from logging import getLogger
 from pathlib import Path
 
@@ -22,13 +20,13 @@ from gradiometer_monitor.services import Context, Service
 from gradiometer_monitor.settings import Settings, SettingsError
 from gradiometer_monitor.store import Store
 from gradiometer_monitor.web.app import app
+from gradiometer_monitor.web.connections import server_config
+from gradiometer_monitor.web.listen import Listener, listen
 
 __all__ = ["serve"]
 
 log = getLogger(__name__)
 
-CONNECTIONS = 64
-"""Connections served at once; one more is told 503."""
 GRACE_SECONDS = 5
 CATCH_UP_SECONDS = 0.05
 """Pause between two polls while there is more to read, so that scrapes come in between."""
@@ -40,7 +38,7 @@ def serve(settings: Settings) -> int:
     Must be called from the main thread, which alone receives signals.
     """
     try:
-        listener = _listen(settings.host, settings.port)
+        listener = listen(settings)
         port = listener.getsockname()[1]
         if settings.port_file:
             _write_port(settings.port_file, port)
@@ -76,31 +74,6 @@ def _services(settings: Settings, context: Context) -> list[Service]:
     return []
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind ``host``, which must be loopback. Raises SettingsError or OSError, with the remedy."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise SettingsError(f"host {host!r} cannot be resolved ({error.strerror}): try --host 127.0.0.1") from error
-    if not ip_address(str(address[0]).partition("%")[0]).is_loopback:
-        raise SettingsError(
-            f"host {host!r} is not a loopback address: the monitor has no authentication yet, so it serves this host "
-            "only; use --host 127.0.0.1 and put an authenticating proxy in front of it"
-        )
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(CONNECTIONS)
-    except OSError as error:
-        listener.close()
-        raise OSError(
-            f"port {port} of {host} cannot be bound ({error.strerror}): stop the process that uses it, or choose "
-            "another with --port (0 takes a free one)"
-        ) from error
-    return listener
-
-
 def _write_port(path: Path, port: int) -> None:
     """Write atomically: whoever waits for the file finds a whole number in it."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -108,25 +81,17 @@ def _write_port(path: Path, port: int) -> None:
     temporary.replace(path)
 
 
-def _serve_http(context: Context, services: list[Service], settings: Settings, listener: socket.socket) -> None:
+def _serve_http(context: Context, services: list[Service], settings: Settings, listener: Listener) -> None:
     exposition = Exposition(context.runs, series_budget=settings.series_budget)
     exposition.collect_from({service.name: service.samples for service in services})
-    config = uvicorn.Config(
-        app(context, exposition, settings),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        ws="none",
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
+    config = server_config(app(context, exposition, settings), settings, listener)
     server = uvicorn.Server(config)
     # uvicorn raises the signal again once it has stopped: it must find this handler, not the default that kills.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    scheme = "http" if settings.auth.tls_certificate is None else "https"
+    url = f"{scheme}://{host}:{listener.getsockname()[1]}"
     log.info("serving on %s", url)
     log.info("metrics at %s/metrics, runs of %s at %s/api/v1/runs", url, settings.root, url)
     server.run(sockets=[listener])
