@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from gradiometer_monitor.alerts.service import AlertService
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.runs import Runs
@@ -70,8 +71,10 @@ def serve(settings: Settings) -> int:
 
 def _services(settings: Settings, context: Context) -> list[Service]:
     """Build the services that the settings ask for."""
-    del settings, context
-    return []
+    services: list[Service] = []
+    if settings.alerts is not None:
+        services.append(AlertService(settings.alerts, context))
+    return services
 
 
 def _write_port(path: Path, port: int) -> None:

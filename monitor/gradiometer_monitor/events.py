@@ -53,15 +53,24 @@ class Events:
             return False
         return True
 
-    def tell(self, run_id: str, kind: str, message: str, *, step: int | None = None, **data: Any) -> Event:
-        """Keep an event that the monitor itself has to tell, and log it; return it."""
+    def tell(
+        self,
+        run_id: str,
+        kind: str,
+        message: str,
+        *,
+        step: int | None = None,
+        notes: dict[str, Any] | None = None,
+        **data: Any,
+    ) -> Event:
+        """Keep an event that the monitor itself has to tell, and notes of the store with it, and log it; return it."""
         now = time.time_ns()
         event = Event(
             id=f"{run_id}/monitor/{now:x}/{kind}", run_id=run_id, time_ns=now, kind=kind, message=message, step=step,
             data=data,
         )  # fmt: skip
         log.info("run %s: %s: %s", run_id, kind, message)
-        self.store.add([event])
+        self.store.add([event], notes)
         self._announce()
         return event
 

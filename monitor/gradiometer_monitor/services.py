@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import getLogger
 
 from gradiometer.tail import Sample
+from gradiometer_monitor.alerts.desk import Desk
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.store import Store
@@ -32,6 +33,7 @@ class Context:
     runs: Runs
     events: Events
     store: Store
+    alerts: Desk = field(default_factory=Desk)
 
 
 class Service(ABC):

@@ -101,7 +101,7 @@ class AlertService(Service):
             self._unmatched += unmatched
             self._truncated += notification.truncated_alerts
         if notification.truncated_alerts:
-            log.warning("%d alerts were cut off by max_alerts of Alertmanager's receiver", notification.truncated_alerts)
+            log.warning("max_alerts of Alertmanager's receiver cut off %d alerts", notification.truncated_alerts)
         if found:
             self.wake()
         return Accepted(queued=len(found), unmatched=unmatched)
@@ -257,7 +257,10 @@ class AlertService(Service):
 
     def _take_answers(self) -> None:
         store = self._context.store
-        after = self._ledger.cursor(store.newest)
+        after = self._ledger.cursor(-1)
+        if after < 0:  # nothing was ever asked
+            self._ledger.write(self._ledger.look_up_to(store.newest))
+            return
         while found := store.events(kinds=ANSWERS, after=after, limit=PAGE):
             asked = self._ledger.unanswered()
             for event in found:
@@ -265,7 +268,7 @@ class AlertService(Service):
                 if each is not None and event.run_id == each.job.run_id and event.rank == each.rank:
                     self._answered(each, event)
             after = found[-1].number
-        self._ledger.write(self._ledger.look_up_to(max(after, 0)))
+            self._ledger.write(self._ledger.look_up_to(after))
 
     def _answered(self, asked: Asked, event: Event) -> None:
         outcome, said = "applied", event.message

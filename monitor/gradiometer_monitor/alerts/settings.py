@@ -25,9 +25,9 @@ class Rule(Section):
     """In events, metrics and logs; every rule has its own."""
     alertname: str | None = None
     """The alert's name; the same as a label ``alertname`` in ``labels``."""
-    labels: dict[Label, str] = {}
+    labels: dict[Label, str] = Field(default_factory=dict)
     """Labels that the alert must have, with these values."""
-    labels_regex: dict[Label, str] = {}
+    labels_regex: dict[Label, str] = Field(default_factory=dict)
     """Labels whose whole value must match; a label that the alert has not is empty."""
     action: Action
     """``policy``: put another policy in force. ``checkpoint``, ``stop``: ask the training loop, which decides."""
@@ -102,7 +102,7 @@ class AlertSettings(Section):
     run_label: Label = "run_id"
     """The label of alerts that names the run."""
     own_host_only: bool = False
-    """Act only on runs whose manifest names this host: for a directory that several hosts, and their monitors, share."""
+    """Act only on runs whose manifest names this host: for a directory that several hosts share."""
     max_age_seconds: Annotated[float, between(10, 86400)] = 900.0
     """An alert that was accepted longer ago is not acted on any more, as after the monitor was down."""
     answer_seconds: Annotated[float, between(1, 86400)] = 900.0

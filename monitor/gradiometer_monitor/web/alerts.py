@@ -25,7 +25,7 @@ def router(context: Context) -> APIRouter:
         responses={404: {"description": "No rules are set"}, 503: {"description": "Send it again later"}},
     )
     def take_alerts(notification: Notification, by: Writer) -> Accepted:
-        """Take a notification of Alertmanager's (webhook, version 4), and act by the rules of ``alerts``, soon after."""
+        """Take a notification of Alertmanager's (webhook, version 4); the rules of ``alerts`` act on it soon after."""
         taker = context.alerts.taker
         if taker is None:
             raise HTTPException(404, "this monitor has no rules for alerts: give its settings a section 'alerts'")

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import Settings
-from gradiometer_monitor.web import api, page, policy, scrape
+from gradiometer_monitor.web import alerts, api, page, policy, scrape
 from gradiometer_monitor.web.auth import AuthMiddleware
 from gradiometer_monitor.web.guards import BodyGuard, FrontGuard, TimeGuard
 from gradiometer_monitor.web.openapi import documented
@@ -27,6 +27,7 @@ def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI
     made = documented(settings.limits)
     made.include_router(api.router(context))
     made.include_router(policy.router(context))
+    made.include_router(alerts.router(context))
     made.routes.extend(scrape.routes(context, exposition, settings))
     made.routes.extend(page.routes(context))
     made.add_middleware(TimeGuard, limits=settings.limits)
