@@ -88,7 +88,7 @@ class Ledger:
             by=by,
             alert=alert.name,
             firing=alert.firing,
-            fingerprint=alert.fingerprint,
+            fingerprint=alert.identity,
             starts_at=alert.starts_at,
             resolved=alert.status == "resolved",
             summary=alert.summary,
@@ -110,13 +110,12 @@ class Ledger:
         return None if found is None else str(found["outcome"])
 
     def seen(self, job: Job, outcome: str, now: float) -> dict[str, Any]:
-        """Make the note of what became of a firing, and whether it goes on."""
-        return {_seen(job): {"outcome": outcome, "at": now, "fires": not job.resolved}}
+        """Make the notes of what became of a firing, and whether it goes on."""
+        return {_seen(job): {"outcome": outcome, "at": now}, _fires(job): None if job.resolved else {"at": now}}
 
     def others_fire(self, job: Job) -> bool:
         """Tell whether another alert of the rule fires for the run."""
-        notes = self._store.notes(f"{PREFIX}/seen/{job.rule}/{job.run_id}/")
-        return any(note["fires"] for key, note in notes.items() if key != _seen(job))
+        return any(key != _fires(job) for key in self._store.notes(f"{PREFIX}/fires/{job.rule}/{job.run_id}/"))
 
     # How often a rule has acted.
 
@@ -173,7 +172,7 @@ class Ledger:
         """Forget what was long ago."""
         old = {
             key: None
-            for kind in ("seen", "acted", "in-force")
+            for kind in ("seen", "fires", "acted", "in-force")
             for key, note in self._store.notes(f"{PREFIX}/{kind}/").items()
             if now - float(note["at"]) > REMEMBER_SECONDS
         }
@@ -183,6 +182,10 @@ class Ledger:
 
 def _seen(job: Job) -> str:
     return f"{PREFIX}/seen/{job.rule}/{job.run_id}/{job.firing}"
+
+
+def _fires(job: Job) -> str:
+    return f"{PREFIX}/fires/{job.rule}/{job.run_id}/{job.fingerprint}"
 
 
 def _in_force(job: Job) -> str:

@@ -30,10 +30,15 @@ class Alert(BaseModel):
         return self.labels.get("alertname", "")
 
     @property
+    def identity(self) -> str:
+        """Name the set of labels."""
+        labels = "\n".join(f"{name}={value}" for name, value in sorted(self.labels.items()))
+        return self.fingerprint or sha256(labels.encode()).hexdigest()[:16]
+
+    @property
     def firing(self) -> str:
         """Name this firing, in repeated notifications as well."""
-        labels = self.fingerprint or "\n".join(f"{name}={value}" for name, value in sorted(self.labels.items()))
-        return sha256(f"{labels}@{self.starts_at}".encode()).hexdigest()[:24]
+        return sha256(f"{self.identity}@{self.starts_at}".encode()).hexdigest()[:24]
 
     @property
     def summary(self) -> str:

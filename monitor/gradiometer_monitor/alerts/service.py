@@ -186,6 +186,8 @@ class AlertService(Service):
             notes = self._ledger.acted(job, now) if outcome == "dry_run" and before != "dry_run" else {}
         told = said if outcome != before else ""  # once: notifications are repeated for as long as it fires
         self._conclude(job, outcome, told, rule.action, notes=notes | self._seen(job, outcome))
+        if outcome == "asked":
+            self._look_back(job)
 
     def _hindrance(self, job: Job, rule: Rule, now: float) -> tuple[str, str]:
         """Say why the rule does not act now, or ``asked``."""
@@ -269,6 +271,14 @@ class AlertService(Service):
                     self._answered(each, event)
             after = found[-1].number
             self._ledger.write(self._ledger.look_up_to(after))
+
+    def _look_back(self, job: Job) -> None:
+        """Find the answer to what was asked already, by a monitor that was killed before it could note it."""
+        asked = self._ledger.unanswered().get(job.request)
+        for event in self._context.store.events(run_id=job.run_id, kinds=ANSWERS, limit=PAGE):
+            if asked is not None and event.data.get("request") == job.request and event.rank == asked.rank:
+                self._answered(asked, event)
+                return
 
     def _answered(self, asked: Asked, event: Event) -> None:
         outcome, said = "applied", event.message
