@@ -66,7 +66,7 @@ class Bench:
         self.store, runs = Store(root / ".monitor"), Runs(root, retention_seconds=900)
         self.context = Context(runs=runs, events=Events(runs, self.store), store=self.store)
         made = [{"alertname": "Spike", "cooldown_seconds": 0, **rule} for rule in rules]
-        self.service = AlertService(AlertSettings(rules=made, **settings), self.context)  # type: ignore[arg-type]  # read
+        self.service = AlertService(AlertSettings(rules=made, **settings), self.context)
 
     def post(self, *alerts: Any) -> Accepted:
         """Accept alerts, and do nothing yet."""

@@ -305,8 +305,8 @@ def test_what_is_too_old_is_not_done(job: Job, bench: MakeBench, monkeypatch: py
     """An alert that waited while the monitor was down for long is told to be too old, and done if it still fires."""
     found, first = bench(SAVE), alert()
     found.post(first)
-    now = alerts_service.time.time
-    monkeypatch.setattr(alerts_service.time, "time", lambda: now() + 3600)
+    now = time.time
+    monkeypatch.setattr("gradiometer_monitor.alerts.service.time.time", lambda: now() + 3600)
     assert found.turn() == ["expired"]
     monkeypatch.undo()
     found.post(first)

@@ -1,4 +1,4 @@
-"""A training loop is asked for a checkpoint, or to stop: by the command line, in files, and refused where it is deaf."""
+"""A training loop is asked for a checkpoint, or to stop: by the command line, by files, and not where it is deaf."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_functions_are_called_as_the_last_act_of_the_step(tmp_path: Path) -> Non
     with attach(tmp_path, model, optimizer, on_request={"checkpoint": save}) as agent:
         for count in (1, 2, 3):
             asked = request_loop(agent.path, "checkpoint")
-            step_until(agent, optimizer, model, lambda count=count: len(seen) == count)
+            step_until(agent, optimizer, model, lambda: len(seen) >= count)  # noqa: B023
             assert seen[-1][0] == asked
             assert all(torch.equal(a, b) for a, b in zip(seen[-1][1], model.parameters(), strict=True))
     kinds = [event["kind"] for event in told(agent)]
@@ -192,7 +192,7 @@ def test_requests_do_not_displace_one_another(tmp_path: Path) -> None:
     with attach(tmp_path, model, optimizer) as agent:
         agent.requested("checkpoint")
         policy = request_policy(agent.path, [{"global_norm": {"max_norm": 0.1}}])
-        first, second = (request_loop(agent.path, kind) for kind in ("checkpoint", "stop"))  # type: ignore[arg-type]  # both are
+        first, second = (request_loop(agent.path, kind) for kind in ("checkpoint", "stop"))
         saved = []
         while not agent.requested("stop"):
             train(model, optimizer, [0])

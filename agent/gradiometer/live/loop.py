@@ -134,18 +134,18 @@ class Loop:
         """Whether the loop has shown that it looks for requests of this kind; from any thread."""
         return kind in self._handlers or kind in self._polled
 
-    def objection(self, request: LoopRequest) -> str:
-        """Say why the loop cannot be asked, or nothing; from any thread."""
+    def objections(self, request: LoopRequest) -> list[str]:
+        """Say why the loop cannot be asked, if it cannot; from any thread."""
         kind = request.kind
         if not self.heeds(kind):
-            return (
+            return [
                 f"the job does not look for it: its loop must ask agent.requested({kind!r}) after each step, or give "
                 f"attach(on_request={{{kind!r}: function}})"
-            )
-        open_one = self._delivered.get(kind)
-        if open_one is not None and not open_one.answered and (kind == "stop" or not open_one.seen):
-            return f"it is asked for already, by request {open_one.request.id} of {open_one.request.by or 'unknown'}"
-        return ""
+            ]
+        before = self._delivered.get(kind)
+        if before is not None and not before.answered and (kind == "stop" or not before.seen):
+            return [f"it is asked for already, by request {before.request.id} of {before.request.by or 'unknown'}"]
+        return []
 
     def refuse(self, request: LoopRequest | None, identity: str, reasons: Sequence[str]) -> None:
         """Tell that a request was refused, None where it was none; from any thread."""

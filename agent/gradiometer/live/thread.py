@@ -240,17 +240,16 @@ class Live:
         except OSError:
             return False
         for identity, path in found.items():
+            request, wrong = None, ""
             try:
                 request = None if identity in self._handled else read_loop_request(path)
             except (RequestError, RunFormatError, OSError) as error:
-                self._loop.refuse(None, identity, _shortened(str(error).splitlines()))
-                request = None
-            if request is None:
+                wrong = str(error)
+            if request is None or self._loop.heeds(request.kind) or time.monotonic() - self._since > LISTEN_SECONDS:
                 self._done_with(identity, path)
-            elif self._loop.heeds(request.kind) or time.monotonic() - self._since > LISTEN_SECONDS:
-                self._done_with(identity, path)
-                objection = self._loop.objection(request)
-                if self._take(request, None, [objection] if objection else []):
+                if wrong:
+                    self._loop.refuse(None, identity, _shortened(wrong.splitlines()))
+                if request is not None and self._take(request, None, self._loop.objections(request)):
                     return True
         return False
 
@@ -333,7 +332,7 @@ class Live:
         elif time.monotonic() - self._asked_since < FOLLOW_SECONDS:
             return
         else:
-            wrong = [self._loop.objection(request)]
+            wrong = self._loop.objections(request)
         self._pledged = True
         if wrong:
             accord.refuse("; ".join(wrong)[:LONGEST_REASON])
