@@ -33,6 +33,7 @@ PACKAGES = {
     "victoria-metrics": "victoria-metrics",
     "chromium": "chromium",
     "systemd-analyze": "systemd",
+    "shellcheck": "shellcheck",
 }
 """Debian's package of each program that tests run against."""
 

@@ -66,6 +66,18 @@ _METRICS = (
         help="Median global L2 norm before clipping of the last 512 finite steps.",
     ),
     Metric(
+        name="gradiometer_grad_norm_mad",
+        kind="gauge",
+        labels=_RUN,
+        help="Median absolute deviation of the norms behind the baseline; left out before 128 of them.",
+    ),
+    Metric(
+        name="gradiometer_clip_ratio",
+        kind="gauge",
+        labels=_RUN,
+        help=f"Share of the steps of the last {WINDOW_SECONDS:g} s whose gradients were clipped; left out before 32.",
+    ),
+    Metric(
         name="gradiometer_layer_grad_norm_last",
         kind="gauge",
         labels=_LAYER,
@@ -82,6 +94,31 @@ _METRICS = (
         kind="counter",
         labels=_LAYER,
         help="Steps in which a gradient of the layer held NaN or Inf.",
+    ),
+    Metric(
+        name="gradiometer_layer_anomaly_score",
+        kind="gauge",
+        labels=_LAYER,
+        help=f"Robust z-score of the layer's largest norm of the last {WINDOW_SECONDS:g} s: by how many deviations "
+        "(1.4826 MAD, at least 0.1) its logarithm is above the median of the layer's last 512 steps.",
+    ),
+    Metric(
+        name="gradiometer_layers_vanishing",
+        kind="gauge",
+        labels=_RUN,
+        help="Layers whose norm was at most 1/1000 of their usual one, or below 1e-8 an element, in the last 64 steps.",
+    ),
+    Metric(
+        name="gradiometer_layers_exploding",
+        kind="gauge",
+        labels=_RUN,
+        help="Layers whose norm was above 10 times their usual one, or not finite, in each of the last 8 steps.",
+    ),
+    Metric(
+        name="gradiometer_layer_state",
+        kind="gauge",
+        labels=("run_id", "layer", "state"),
+        help="Always 1: the layer is vanishing or exploding; of at most 20 layers for each of the two.",
     ),
     Metric(
         name="gradiometer_layer_weight_norm",
@@ -312,6 +349,33 @@ _METRICS = (
         kind="gauge",
         labels=("collector",),
         help="Duration of the collector's last collection.",
+    ),
+    Metric(
+        name="gradiometer_config_last_reload_successful",
+        kind="gauge",
+        help="1 if the monitor's config could be used when it was last read.",
+    ),
+    Metric(
+        name="gradiometer_config_last_reload_success_timestamp_seconds",
+        kind="gauge",
+        help="When the monitor last read a config that could be used, Unix time.",
+    ),
+    Metric(
+        name="gradiometer_service_up",
+        kind="gauge",
+        labels=("service",),
+        help="1 if the last round of this service of the monitor succeeded.",
+    ),
+    Metric(
+        name="gradiometer_service_failures_total",
+        kind="counter",
+        labels=("service",),
+        help="Rounds of this service of the monitor that failed and were tried again.",
+    ),
+    Metric(
+        name="gradiometer_log_messages_dropped_total",
+        kind="counter",
+        help="Messages that the monitor did not log because it had said them often enough within a minute.",
     ),
 )
 

@@ -56,7 +56,7 @@ def open_file(path: Path) -> FileIO:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise RunFormatError(
-                    f"{path} is a link: it was put there by something else than gradiometer"
+                    f"{path} is not a regular file, but a link: it was put there by something else than gradiometer"
                 ) from error
             raise OSError(error.errno, error.strerror, str(path)) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

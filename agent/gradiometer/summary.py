@@ -12,28 +12,38 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiometer.insight import NoiseAverage, Samples, microbatch_norms, replicas
-from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS, WINDOW_SECONDS
+from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS
 from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows, own_clipping
+from gradiometer.windows import BASELINE_STEPS, WARMUP_STEPS, LayerBaseline, Streak, WindowMax, WindowRatio
 
-__all__ = ["LAYER_METRICS", "Histogram", "LayerSummary", "RunSummary", "WindowMax"]
+__all__ = ["LAYER_METRICS", "Histogram", "LayerSummary", "RunSummary"]
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-BASELINE_STEPS = 512
-BUCKET_NS = int(WINDOW_SECONDS * 1e9) // 30
-BUCKETS = 31
-"""One more than the window holds, because the newest is not full: a maximum covers one window to one bucket more."""
-DECAY = 1 - 1 / BASELINE_STEPS
+VANISHING_RATIO, VANISHING_STEPS = 1e-3, 64
+"""A layer is vanishing when its norm was at most a thousandth of its usual one in so many steps running: no schedule
+and no batch does that, and some zero gradients, as of a branch that was not taken, are none."""
+VANISHING_ELEMENT = 1e-8
+"""Root mean square of a gradient's elements at or below which the layer is vanishing whatever is usual: Adam's epsilon,
+from which down the optimizer no longer makes up for the gradient's size. Zero is below it."""
+EXPLODING_RATIO, EXPLODING_STEPS = 10.0, 8
+"""A layer is exploding when its norm was above ten times its usual one, or not finite, in so many steps running: a
+spike, and a loss scale that is being found, take fewer."""
+HOLD_STEPS = 20_000
+"""A layer that is vanishing or exploding keeps its baseline, or it would soon be usual; after so many steps it is."""
 LAYER_METRICS = (
     "gradiometer_layer_grad_norm_last",
     "gradiometer_layer_grad_norm_window_max",
     "gradiometer_layer_nonfinite_total",
+    "gradiometer_layer_anomaly_score",
 )
 """Metrics of which each exported layer has one series, in every run."""
 SAMPLED_METRICS = ("gradiometer_layer_weight_norm", "gradiometer_layer_update_ratio")
 COSINE_METRIC = "gradiometer_layer_grad_cosine"
+NEGATIVE_ZERO = np.float32(-0.0).view(np.uint32)
+"""Bits of the norm of a parameter that had no gradient."""
 _PRECLIP = STATS.index("grad_norm_preclip")
 
 
@@ -59,40 +69,6 @@ class Histogram:
             self.sum += float(values[np.isfinite(values)].sum())
 
 
-class WindowMax:
-    """Rolling maximum of ``columns`` values over the last WINDOW_SECONDS of the rows' own time.
-
-    Time is cut in buckets of a thirtieth of the window, and one maximum a column is kept for each of the last 31, so
-    that a row costs one comparison a column whatever the step rate. The window ends at the newest row, not now: a run
-    that stalls keeps its maximum. NaN is passed over, +Inf is not. A clock that was set back starts a new window.
-    """
-
-    def __init__(self, columns: int) -> None:
-        self._peaks = np.full((BUCKETS, columns), np.nan)
-        self._buckets = np.full(BUCKETS, -1, np.int64)
-        self._newest = -1
-
-    def add(self, time_ns: Integers, values: Floats) -> None:
-        """Take in rows, oldest first: int64[T] and float64[T, columns]; T is at least 1."""
-        buckets = time_ns // BUCKET_NS
-        self._newest = int(buckets[-1])
-        for bucket in np.unique(buckets[np.abs(buckets - self._newest) < BUCKETS]):
-            self._merge(int(bucket), np.fmax.reduce(values[buckets == bucket], axis=0))
-
-    def _merge(self, bucket: int, peak: Floats) -> None:
-        slot = bucket % BUCKETS
-        if self._buckets[slot] != bucket:
-            self._buckets[slot], self._peaks[slot] = bucket, peak
-        else:
-            np.fmax(self._peaks[slot], peak, out=self._peaks[slot])
-
-    def max(self) -> Floats:
-        """Largest value of each column in the window, float64[columns]; NaN where there was none."""
-        live = np.abs(self._buckets - self._newest) < BUCKETS
-        peaks: Floats = np.fmax.reduce(self._peaks[live], axis=0, initial=np.nan)
-        return peaks
-
-
 class LayerSummary:
     """Norms of every layer, composed from those of its parameters; arrays are in the order of ``Manifest.layers``."""
 
@@ -116,27 +92,69 @@ class LayerSummary:
         self.last: Floats | None = None
         """Norms of the newest row, float64[L]; None before the first."""
         self.nonfinite: Integers = np.zeros(count, np.int64)
-        self._window = WindowMax(count)
+        self._window, self._baseline = WindowMax(count), LayerBaseline(count)
+        self._below, self._above = Streak(count), Streak(count)
         self._log_sum, self._log_weight = np.zeros(count), np.zeros(count)
+        self._held: Integers = np.zeros(count, np.int64)
+        elements = [max(1, parameter.numel) * parameter.trainable for parameter in manifest.parameters]
+        self._floor = VANISHING_ELEMENT * np.sqrt(np.bincount(index, elements, count))
 
     def update(self, time_ns: Integers, parameter_norms: npt.NDArray[np.float32]) -> None:
         """Take in float32[T, P] norms of the rows at int64[T]."""
-        ordered = parameter_norms[:, self._order].astype(np.float64)
-        absent = ((ordered == 0) & np.signbit(ordered)).all(axis=0)
-        self.exported |= np.logical_or.reduceat(~absent, self._starts)
-        norms: Floats = np.sqrt(np.add.reduceat(np.square(ordered), self._starts, axis=1))
+        ordered = parameter_norms[:, self._order]
+        absent = np.logical_and.reduceat(ordered.view(np.uint32) == NEGATIVE_ZERO, self._starts, axis=1)
+        self.exported |= ~absent.all(axis=0)
+        norms: Floats = np.sqrt(np.add.reduceat(np.square(ordered, dtype=np.float64), self._starts, axis=1))
         self.last = norms[-1]
         self.nonfinite += np.count_nonzero(~np.isfinite(norms), axis=0)
         self._window.add(time_ns, norms)
-        self._follow(norms)
+        while len(norms):
+            room = self._baseline.room
+            self._judge(norms[:room], ~absent[:room])
+            norms, absent = norms[room:], absent[room:]
 
-    def _follow(self, norms: Floats) -> None:
-        """Decay the sums of log norms behind :meth:`anomaly`: a geometric mean is hardly moved by one spike."""
-        weights = DECAY ** np.arange(len(norms) - 1, -1, -1.0)
+    def _warm_up(self, norms: Floats) -> None:
+        """Add up the first log norms, for :meth:`anomaly`."""
         usable = np.isfinite(norms) & (norms > 0)
-        decay = DECAY ** len(norms)
-        self._log_sum = self._log_sum * decay + weights @ np.log(norms, where=usable, out=np.zeros_like(norms))
-        self._log_weight = self._log_weight * decay + weights @ usable
+        self._log_sum += np.log(norms, where=usable, out=np.zeros_like(norms)).sum(axis=0)
+        self._log_weight += np.count_nonzero(usable, axis=0)
+
+    def _judge(self, norms: Floats, present: Mask) -> None:
+        """Take in float64[T, L] norms of rows between which the baseline does not change."""
+        if self._baseline.steps < WARMUP_STEPS:
+            self._warm_up(norms)
+        usual = self.median
+        self._below.add(norms <= np.fmax(usual * VANISHING_RATIO, self._floor), present)
+        with np.errstate(invalid="ignore"):
+            self._above.add(~(norms <= usual * EXPLODING_RATIO) & ~np.isnan(usual), present)
+        flagged = self.vanishing | self.exploding
+        self._held = np.where(flagged, self._held + len(norms), 0)
+        self._baseline.add(norms, flagged & (self._held <= HOLD_STEPS))
+
+    @property
+    def judged(self) -> bool:
+        """Whether there were enough steps to say of layers that they vanish or explode."""
+        return self._baseline.steps >= WARMUP_STEPS
+
+    @property
+    def median(self) -> Floats:
+        """Usual norm of each layer, float64[L]: the median of its baseline; NaN where there is none yet."""
+        return np.exp(self._baseline.median)
+
+    @property
+    def mad(self) -> Floats:
+        """Median absolute deviation of each layer's log norm, float64[L]; NaN where there is no baseline yet."""
+        return self._baseline.mad
+
+    @property
+    def vanishing(self) -> Mask:
+        """Layers whose gradient has been vanishing up to the newest row, bool[L]."""
+        return (self._below.length >= VANISHING_STEPS) & self.judged
+
+    @property
+    def exploding(self) -> Mask:
+        """Layers whose gradient has been exploding up to the newest row, bool[L]."""
+        return self._above.length >= EXPLODING_STEPS
 
     def sample(self, samples: Samples) -> None:
         """Take in the newest sample, of which a layer that another optimizer holds need not be a part."""
@@ -150,8 +168,9 @@ class LayerSummary:
         """Map each of :attr:`metrics` to its values [L], and to whether they are known and exported, bool[L]."""
         last, peak = self.last, self.window_max()
         shown = self.exported & (last is not None)
-        values = (peak if last is None else last, peak, self.nonfinite)
-        masks = (shown, self.exported & ~np.isnan(peak), self.exported)
+        score = self.score
+        values = (peak if last is None else last, peak, self.nonfinite, score)
+        masks = (shown, self.exported & ~np.isnan(peak), self.exported, self.exported & (score > -np.inf))
         sampled = {name: (known, self.exported & ~np.isnan(known)) for name, known in self._sampled.items()}
         return dict(zip(LAYER_METRICS, zip(values, masks, strict=True), strict=True)) | sampled
 
@@ -159,12 +178,25 @@ class LayerSummary:
         """Largest norm of each layer in the window, float64[L]; NaN where there was none but NaN."""
         return self._window.max()
 
+    @property
+    def score(self) -> Floats:
+        """By how many robust deviations the log of each layer's window maximum is above its usual, float64[L].
+
+        NaN before the layer has a baseline; -Inf without a norm above zero in the window.
+        """
+        return self._baseline.score(self.window_max())
+
     def anomaly(self) -> Floats:
-        """Log of each layer's window maximum over its usual norm, float64[L]; -Inf for a layer without any norm."""
+        """Rank the layers, float64[L]: by :attr:`score`; -Inf for a layer without any norm.
+
+        While there is no score it is the log of the window maximum over the geometric mean of the first norms.
+        """
         peak = self.window_max()
         known = (peak > 0) & (self._log_weight > 0)
         usual = np.divide(self._log_sum, self._log_weight, where=known, out=np.zeros_like(peak))
-        return np.where(known, np.log(peak, where=known, out=np.zeros_like(peak)) - usual, -np.inf)
+        first = np.where(known, np.log(peak, where=known, out=np.zeros_like(peak)) - usual, -np.inf)
+        score = self.score
+        return np.where(np.isnan(score), first, score)
 
 
 class RunSummary:
@@ -197,8 +229,8 @@ class RunSummary:
         self.microbatch_norm = float("nan")
         """Norm of this rank's own gradients in the newest step with armed hooks; NaN where there was none."""
         self._replicas = replicas(manifest)
-        self._window = WindowMax(1)
-        self._baseline = np.empty(0)
+        self._window, self._clipped = WindowMax(1), WindowRatio()
+        self._baseline, self._finite = np.empty(0), 0
 
     @property
     def grad_norm_window_max(self) -> float:
@@ -208,6 +240,18 @@ class RunSummary:
     def grad_norm_baseline(self) -> float:
         """Median of the last 512 finite global norms before clipping; NaN before the first."""
         return float(np.median(self._baseline)) if len(self._baseline) else float("nan")
+
+    @property
+    def grad_norm_mad(self) -> float:
+        """Median absolute deviation of the norms behind the baseline; NaN before 128 of them, which say too little."""
+        if self._finite < WARMUP_STEPS:
+            return float("nan")
+        return float(np.median(np.abs(self._baseline - np.median(self._baseline))))
+
+    @property
+    def clip_ratio(self) -> float:
+        """Share of the last minute's steps whose gradients were clipped; NaN before 32 steps, which are no rate."""
+        return self._clipped.ratio
 
     def update(self, rows: Rows, status: np.void) -> None:
         """Take in rows that follow those seen before, oldest first, and the counters read after them."""
@@ -238,7 +282,12 @@ class RunSummary:
         self.grad_norm.observe(norms)
         self.step_seconds.observe(_known(rows["step_seconds"]))
         self._window.add(time_ns, norms[:, None])
-        self._baseline = np.concatenate([self._baseline, norms[np.isfinite(norms)]])[-BASELINE_STEPS:]
+        self._clipped.add(time_ns, (rows["flags"] & np.uint32(Flag.CLIPPED)) != 0)
+        finite = norms[np.isfinite(norms)]
+        self._baseline, self._finite = (
+            np.concatenate([self._baseline, finite])[-BASELINE_STEPS:],
+            self._finite + len(finite),
+        )
         logged = rows[(rows["flags"] & int(Flag.LOSS)) != 0]
         self.loss = float(logged["loss"][-1]) if len(logged) else self.loss
 

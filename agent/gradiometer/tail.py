@@ -32,6 +32,8 @@ __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
 
 POLL_BYTES = 16 * 2**20
 """Bytes of rows that one poll reads at most; a row that is larger is read alone."""
+NAMED_LAYERS = 20
+"""Vanishing layers, and exploding ones, that a scrape names; the others are counted."""
 STATES = ("running", "finished", "lost")
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -178,6 +180,7 @@ def frame(ranks: Sequence[RankTail], state: str) -> Frame:
         *_loss_sample(lead, newest[0]),
         *_policy_samples(lead),
         *_action_samples(lead),
+        *_layer_states(lead),
         *(sample for tail, row in zip(ranks, newest, strict=True) for sample in _rank_samples(tail, row)),
     ]
     summary = lead.summary
@@ -221,6 +224,8 @@ def _gauges(ranks: Sequence[RankTail], newest: np.void | None) -> Iterator[tuple
     yield "grad_cosine", summary.layers.cosine
     yield "grad_norm_window_max", summary.grad_norm_window_max
     yield "grad_norm_baseline", summary.grad_norm_baseline
+    yield "grad_norm_mad", summary.grad_norm_mad
+    yield "clip_ratio", summary.clip_ratio
     if newest is not None:
         yield "learning_rate", float(newest["learning_rate"])
         yield "loss_scale", float(newest["loss_scale"])
@@ -254,6 +259,18 @@ def _action_samples(tail: RankTail) -> Iterator[Sample]:
     for place, pair in enumerate(pairs):
         if armed >> place & 1:
             yield "gradiometer_policy_actions_total", (tail.run_id, *pair), int(counts[place])
+
+
+def _layer_states(tail: RankTail) -> Iterator[Sample]:
+    """Yield how many layers vanish and explode, and the first of them by name."""
+    layers = tail.summary.layers
+    if not layers.judged:
+        return
+    for state, flags in (("vanishing", layers.vanishing), ("exploding", layers.exploding)):
+        places = (flags & layers.exported).nonzero()[0]
+        yield f"gradiometer_layers_{state}", (tail.run_id,), len(places)
+        for place in places[:NAMED_LAYERS].tolist():
+            yield "gradiometer_layer_state", (tail.run_id, layers.names[place], state), 1
 
 
 def _rank_samples(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:

@@ -67,16 +67,11 @@ class AlertService(Service):
         self._forgotten_at = -FORGET_SECONDS
 
     def start(self) -> None:
-        """Begin to take alerts."""
+        """Begin to take alerts, in the place of the service before, which takes them until now."""
         self._queued = len(self._ledger.queued())
         self._context.events.listen(self.wake)
         self._context.alerts.taker = self
         super().start()
-
-    def close(self) -> None:
-        """Take no more, unless another does by now."""
-        if self._context.alerts.taker is self:
-            self._context.alerts.taker = None
 
     def accept(self, notification: Notification, by: str) -> Accepted:
         """Keep what the rules match, to be done soon; from any thread. Raises FullError where it cannot be kept."""
@@ -137,7 +132,7 @@ class AlertService(Service):
             if job.run_id not in busy and self._finish(job, busy):
                 done += 1
         with self._accepting:
-            self._queued -= done
+            self._queued = len(self._ledger.queued())
         self._open = len(self._ledger.unanswered())
         if time.monotonic() - self._forgotten_at >= FORGET_SECONDS:
             self._forgotten_at = time.monotonic()

@@ -16,8 +16,8 @@ from gradiometer_monitor.web.auth import Writer
 __all__ = ["router"]
 
 
-def router(context: Context) -> APIRouter:
-    """Make the route of the webhook."""
+def router(context: Context, *, enabled: bool) -> APIRouter:
+    """Make the route of the webhook; ``enabled`` says whether there are rules for it."""
     made = APIRouter(prefix="/api/v1", tags=["alerts"])
 
     @made.post(
@@ -26,9 +26,11 @@ def router(context: Context) -> APIRouter:
     )
     def take_alerts(notification: Notification, by: Writer) -> Accepted:
         """Take a notification of Alertmanager's (webhook, version 4); the rules of ``alerts`` act on it soon after."""
+        if not enabled:
+            raise HTTPException(404, "this monitor has no rules for alerts: give its settings a section 'alerts'")
         taker = context.alerts.taker
         if taker is None:
-            raise HTTPException(404, "this monitor has no rules for alerts: give its settings a section 'alerts'")
+            raise HTTPException(503, "the monitor is starting: send it again later")
         try:
             return taker.accept(notification, by)
         except FullError as error:

@@ -20,16 +20,15 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gradiometer_monitor.server import GRACE_SECONDS
 from gradiometer_monitor.settings import Settings
 from gradiometer_monitor.web.listen import Gate, Listener
-from gradiometer_monitor.web.settings import LimitSettings
 from gradiometer_monitor.web.tls import Certificate
 
 __all__ = ["Connection", "server_config"]
 
 KEEP_ALIVE_SECONDS = 75
 """An idle connection is kept for this long, so that who scrapes once a minute need not connect each time."""
-GRACE_SECONDS = 5
 MAX_UNSENT_BYTES = 256 * 2**20
 """Answers that clients have not taken yet, of all connections together; beyond, the one that holds most is cut."""
 LOGGED_AT_ONCE, LOG_REFILL_SECONDS = 10, 6.0
@@ -43,13 +42,13 @@ class Connection(H11Protocol):
     unsent: ClassVar[set[Connection]] = set()
     """Those whose clients take their answers slowly."""
 
-    def __init__(self, *args: Any, gate: Gate, limits: LimitSettings, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, gate: Gate, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._gate, self._limits = gate, limits
+        self._gate, self._limits = gate, gate.limits
+        self.conn = h11.Connection(h11.SERVER, self._limits.max_header_bytes)
         self._waits_since: float = time.monotonic()
         self._arrival: asyncio.TimerHandle | None = None
         self._departure: asyncio.TimerHandle | None = None
-        self.logger = log
 
     @property
     def idle_since(self) -> float | None:
@@ -174,16 +173,14 @@ class _Seldom(Filter):
         return True
 
 
-log = getLogger(__name__)
 SELDOM = _Seldom()
 """For loggers that tell what clients do wrong: their messages must be few, with what differs as arguments."""
-log.addFilter(SELDOM)
 
 
 def server_config(asgi: ASGIApp, settings: Settings, listener: Listener) -> uvicorn.Config:
     """Configure uvicorn to serve ``asgi`` to the connections of ``listener``. Raises SettingsError for TLS files."""
-    auth, limits = settings.auth, settings.limits
-    made = partial(Connection, gate=listener.gate, limits=limits)
+    auth, made = settings.auth, partial(Connection, gate=listener.gate)
+    getLogger("uvicorn.error").addFilter(SELDOM)
     config = uvicorn.Config(
         asgi,
         http=cast("type[asyncio.Protocol]", made),
@@ -195,7 +192,6 @@ def server_config(asgi: ASGIApp, settings: Settings, listener: Listener) -> uvic
         ws="none",
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
-        h11_max_incomplete_event_size=limits.max_header_bytes,
     )
     if auth.tls_certificate is not None and auth.tls_key is not None:
         certificate = Certificate(auth.tls_certificate, auth.tls_key)

@@ -70,7 +70,8 @@ class Gate:
     """
 
     def __init__(self, limits: LimitSettings) -> None:
-        self._limits = limits
+        self.limits = limits
+        """Of connections that are accepted from now on."""
         self._entries: dict[int, _Entry] = {}
         """By file descriptor."""
 
@@ -78,8 +79,8 @@ class Gate:
         """Count a connection that was accepted; False if there is no room for it."""
         self._forget_closed()
         held = Counter(entry.client for entry in self._entries.values())
-        own = held[client] >= self._limits.max_connections_per_client
-        if own or len(self._entries) >= self._limits.max_connections:
+        own = held[client] >= self.limits.max_connections_per_client
+        if own or len(self._entries) >= self.limits.max_connections:
             waiting = [entry for entry in self._entries.values() if entry.idle_since is not None]
             if own:
                 waiting = [entry for entry in waiting if entry.client == client]
@@ -97,7 +98,7 @@ class Gate:
             entry.guarded = guarded
 
     def _forget_closed(self) -> None:
-        late = time.monotonic() - self._limits.request_seconds
+        late = time.monotonic() - self.limits.request_seconds
         for descriptor, entry in list(self._entries.items()):
             if entry.connection.fileno() != descriptor:
                 del self._entries[descriptor]
