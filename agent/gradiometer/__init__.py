@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradiometer.actions import PolicyActionError
     from gradiometer.callbacks import ActionCall
+    from gradiometer.live.loop import StopTraining
+    from gradiometer.live.requests import LoopRequest
     from gradiometer.policy.spec import PolicyError, PolicySpec, load_policy
     from gradiometer.recorder import RunInUseError
     from gradiometer.records import RunFormatError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActionCall",
     "Agent",
+    "LoopRequest",
     "NonFiniteGradientError",
     "PolicyActionError",
     "PolicyError",
@@ -28,6 +31,7 @@ __all__ = [
     "Run",
     "RunFormatError",
     "RunInUseError",
+    "StopTraining",
     "attach",
     "load_policy",
     "open_run",
@@ -36,6 +40,7 @@ __all__ = [
 _HOMES = {
     "ActionCall": "callbacks",
     "Agent": "session",
+    "LoopRequest": "live.requests",
     "NonFiniteGradientError": "stepper",
     "PolicyActionError": "actions",
     "PolicyError": "policy.spec",
@@ -43,6 +48,7 @@ _HOMES = {
     "Run": "run",
     "RunFormatError": "records",
     "RunInUseError": "recorder",
+    "StopTraining": "live.loop",
     "attach": "session",
     "load_policy": "policy.spec",
     "open_run": "run",

@@ -15,6 +15,7 @@ from rich.table import Table
 from gradiometer.commands.policy import app as policy_app
 from gradiometer.commands.prune import prune
 from gradiometer.commands.replay import replay
+from gradiometer.commands.request import request
 from gradiometer.commands.suggest import suggest
 from gradiometer.launch import launch, make_settings
 from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
@@ -250,6 +251,7 @@ def _cell(value: object) -> str:
 
 app.command()(prune)
 app.command()(replay)
+app.command()(request)
 app.command()(suggest)
 
 

@@ -433,6 +433,38 @@ _METRICS = (
         help="How long the oldest of the steps that are not yet sent has been waiting.",
     ),
     Metric(
+        name="gradiometer_alerts_received_total",
+        kind="counter",
+        labels=("status",),
+        help="Alerts that Alertmanager sent to the monitor's webhook, firing or resolved, and that were accepted.",
+    ),
+    Metric(
+        name="gradiometer_alerts_unmatched_total",
+        kind="counter",
+        help="Alerts received that no rule matches, or that name no run.",
+    ),
+    Metric(
+        name="gradiometer_alerts_truncated_total",
+        kind="counter",
+        help="Alerts that max_alerts of Alertmanager's receiver cut off, of which the monitor knows nothing else.",
+    ),
+    Metric(
+        name="gradiometer_alerts_queued",
+        kind="gauge",
+        help="Alerts times rules that were accepted and have not been looked at.",
+    ),
+    Metric(
+        name="gradiometer_alert_actions_open",
+        kind="gauge",
+        help="Requests made of jobs by rules of alerts that have not been answered.",
+    ),
+    Metric(
+        name="gradiometer_alert_actions_total",
+        kind="counter",
+        labels=("rule", "outcome"),
+        help="Alerts that a rule matched, by what became of them; what was asked counts again when it is answered.",
+    ),
+    Metric(
         name="gradiometer_collector_success",
         kind="gauge",
         labels=("collector",),

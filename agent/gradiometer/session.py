@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import logging
 import os
 import time
@@ -20,31 +19,31 @@ from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradiometer.actions import Actions, PolicyActionError, check_callbacks
+from gradiometer.arguments import as_list, check_model, home_of
+from gradiometer.assembly import make_stepper, make_updates, make_watch, tell_coverage, tell_unstepped
 from gradiometer.backward import BackwardMode, BackwardWatch, check_mode
 from gradiometer.callbacks import Callback
 from gradiometer.hooks import StepHooks, check_free, listener_of
-from gradiometer.layers import Parameters, collect_parameters
+from gradiometer.layers import collect_parameters
 from gradiometer.live.chronicle import Chronicle
+from gradiometer.live.control import Request
+from gradiometer.live.loop import Handler, Loop, StopTraining, check_handlers
+from gradiometer.live.requests import Kind, LoopRequest
 from gradiometer.live.thread import Live, Order
 from gradiometer.manifest import check_sampling, choose_run_id, data_parallel_size, describe
-from gradiometer.norms import Meter
-from gradiometer.policy.base import Layout
-from gradiometer.policy.coverage import coverage
-from gradiometer.policy.spec import PolicyError, PolicySource, PolicySpec, load_policy
+from gradiometer.policy.spec import PolicyError, PolicySource, load_policy
 from gradiometer.ranks import Group, Parts, Ranks, label_parts
 from gradiometer.recorder import Recorder
 from gradiometer.records import default_root
 from gradiometer.stepper import NonFiniteGradientError, Stepper
 from gradiometer.telemetry import STREAK, Telemetry
 from gradiometer.transfer import capturing
-from gradiometer.updates import Updates
 
-__all__ = ["Agent", "NonFiniteGradientError", "PolicyActionError", "attach", "live_agents"]
+__all__ = ["Agent", "NonFiniteGradientError", "PolicyActionError", "StopTraining", "attach", "live_agents"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +75,7 @@ def attach(
     cosine: bool = False,
     data_parallel: int | None = None,
     callbacks: Mapping[str, Callback] | None = None,
+    on_request: Mapping[str, Handler] | None = None,
 ) -> Agent:
     """Attach to a model and the optimizer that trains it; the training loop stays as it is.
 
@@ -93,6 +93,9 @@ def attach(
     ``data_parallel`` is the number of ranks whose gradients are averaged, which is found out under
     DistributedDataParallel; say it where the model given is not the wrapped one. ``callbacks`` are the functions that
     the policy's ``actions`` may call, by name, each with a :class:`~gradiometer.callbacks.ActionCall`, on a thread.
+    ``on_request`` are functions for what is asked of the job, ``checkpoint`` and ``stop``: see :meth:`Agent.requested`.
+    Each is called with the :class:`~gradiometer.live.requests.LoopRequest`, by the training thread, as the last act of
+    the step that the ranks have agreed on. ``{"stop": "raise"}`` raises :class:`StopTraining` there.
 
     In a distributed job every rank of ``group`` (a process group; all ranks unless given) attaches, in the same order:
     the ranks settle one run id and one list of parameters, for which they wait ``patience`` seconds at most. Sharded
@@ -105,13 +108,14 @@ def attach(
     """
     ranks = Ranks(group, patience)
     with ranks.excused():
-        _check_model(model)
-        optimizers = _as_list(optimizer)
+        check_model(model)
+        optimizers = as_list(optimizer)
         _make_room(optimizers)
         check_free(optimizers)  # before anything is made, so that a refusal leaves no run behind
         check_mode(backward)
         spec = None if policy is None else load_policy(policy)
         check_callbacks(() if spec is None else spec.actions, callbacks or {})
+        handlers = check_handlers(on_request)
         own = label_parts(collect_parameters(model, optimizers), parts)
         chosen, settings = choose_run_id(run_id), check_sampling(updates_every, cosine=cosine)
         settings += f", together={together}" + ("" if together else f", {len(optimizers)} optimizers")
@@ -125,7 +129,7 @@ def attach(
                 run_id=agreement.run_id,
                 parameters=agreement.parameters,
                 optimizers=optimizers,
-                device=_home(own),
+                device=home_of(own),
                 ring_bytes=ring_bytes,
                 policy=spec,
                 labels=labels,
@@ -133,8 +137,8 @@ def attach(
                 updates_every=updates_every,
                 cosine=cosine,
             )
-            meter = ranks.meter(agreement, _home(own))
-            stepper = _stepper(agreement.parameters, optimizers, spec, meter, together=together)
+            meter = ranks.meter(agreement, home_of(own))
+            stepper = make_stepper(agreement.parameters, optimizers, spec, meter, together=together)
             stepper.loss_mean = ranks.loss_mean(meter.device)
             recorder = Recorder(default_root(dir), manifest)
             undo.callback(recorder.close)
@@ -143,87 +147,17 @@ def attach(
             undo.callback(actions.close)
             if spec is not None:
                 actions.replace(spec.actions, telemetry.slots)
-                _tell_coverage(spec, agreement.parameters.names, telemetry)
-            stepper.updates = _updates(agreement.parameters, meter, recorder, telemetry)
-            watch = _watch(agreement.parameters, backward, telemetry)
+                tell_coverage(spec, agreement.parameters.names, telemetry)
+            stepper.updates = make_updates(agreement.parameters, meter, recorder, telemetry)
+            watch = make_watch(agreement.parameters, backward, telemetry)
             undo.callback(watch.remove)
             stepper.shadows.listen(telemetry.guard)
             stepper.own.listen(telemetry.guard)
             undo.callback(stepper.own.close)
         ranks.confirm()
-        agent = Agent(stepper, telemetry, actions, watch, optimizers, ranks)
+        agent = Agent(stepper, telemetry, actions, watch, optimizers, ranks, handlers)
         undo.pop_all()
     return agent
-
-
-def _stepper(
-    parameters: Parameters, optimizers: list[Optimizer], spec: PolicySpec | None, meter: Meter, *, together: bool
-) -> Stepper:
-    layout = Layout(
-        names=parameters.names,
-        layers=parameters.layers,
-        device=meter.device,
-        dims=[len(info.shape) for info in parameters.infos],
-        placements=[info.placement for info in parameters.infos],
-    )
-    return Stepper(parameters, optimizers, layout, spec, meter, together=together)
-
-
-def _watch(parameters: Parameters, backward: BackwardMode, telemetry: Telemetry) -> BackwardWatch:
-    return BackwardWatch(
-        parameters,
-        backward,
-        telemetry.guard,
-        distributed=telemetry.manifest.world_size > 1,
-        unstepped=functools.partial(_tell_unstepped, telemetry),
-    )
-
-
-def _updates(parameters: Parameters, meter: Meter, recorder: Recorder, telemetry: Telemetry) -> Updates | None:
-    """Make what samples the weights, if the run has a ring for it."""
-    info = telemetry.manifest.samples
-    if info is None or recorder.samples is None:
-        return None
-    return Updates(parameters.tensors, meter, info, recorder.samples, telemetry.guard)
-
-
-def _tell_unstepped(telemetry: Telemetry) -> None:
-    message = (
-        "backward passes go by without a step of the optimizer that was given: if another has taken its place, nothing "
-        "is measured and no policy acts; detach() and attach to that one"
-    )
-    logger.warning("gradiometer: %s", message)
-    telemetry.notice("no_step", message)
-
-
-def _tell_coverage(spec: PolicySpec, names: Sequence[str], telemetry: Telemetry) -> None:
-    """Say what the policy leaves out: in every rank's events, and in the log of the first."""
-    for message in coverage(spec, names):
-        if telemetry.manifest.rank == 0:
-            logger.warning("gradiometer: policy coverage: %s", message)
-        telemetry.notice("policy_coverage", message)
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module; the optimizer comes second")
-
-
-def _as_list(optimizer: object) -> list[Optimizer]:
-    given: list[object] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    optimizers = [_unwrap(each) for each in given if isinstance(each, Optimizer)]
-    if not optimizers or len(optimizers) < len(given):
-        raise TypeError(f"optimizer is {optimizer!r}, expected a torch.optim.Optimizer or a non-empty list of them")
-    return optimizers
-
-
-def _unwrap(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that steps: Accelerate and Lightning wrap it in one whose hooks never run, or run as its."""
-    inner = getattr(optimizer, "optimizer", None)
-    if not isinstance(inner, Optimizer):
-        return optimizer
-    own = vars(optimizer).get("_optimizer_step_pre_hooks")
-    return _unwrap(inner) if own is None or own is inner._optimizer_step_pre_hooks else optimizer
 
 
 def _make_room(optimizers: list[Optimizer]) -> None:
@@ -237,13 +171,6 @@ def _make_room(optimizers: list[Optimizer]) -> None:
 def live_agents() -> list[Agent]:
     """Return the agents of this process that have not been detached."""
     return list(_live)
-
-
-def _home(parameters: Parameters) -> torch.device:
-    """Return the device where decisions are made: that of the first trainable parameter on an accelerator, if any."""
-    devices = [tensor.device for tensor in parameters.here if tensor.requires_grad]
-    devices = devices or [tensor.device for tensor in parameters.here]
-    return next((device for device in devices if device.type != "cpu"), devices[0])
 
 
 class Agent:
@@ -260,6 +187,7 @@ class Agent:
         watch: BackwardWatch,
         optimizers: list[Optimizer],
         ranks: Ranks,
+        handlers: Mapping[str, Handler],
     ) -> None:
         self._stepper, self._telemetry, self._actions, self._watch = stepper, telemetry, actions, watch
         self._ranks = ranks
@@ -270,7 +198,10 @@ class Agent:
         self._spent = 0.0
         """Host seconds of the agent's own that no row has told of yet."""
         self._chronicle = Chronicle(telemetry, stepper.spec, ranks.members[0])
-        self._live = Live(stepper, self.path, ranks.members, ranks.own, self._chronicle, actions.check_callbacks)
+        self._loop = Loop(telemetry, handlers, lambda: stepper.step)
+        self._live = Live(
+            stepper, self.path, ranks.members, ranks.own, self._chronicle, actions.check_callbacks, self._loop
+        )
         self._hooks = StepHooks(optimizers, self)
         watch.prepare(0, incident=False)
         _live.add(self)
@@ -308,6 +239,20 @@ class Agent:
             named["loss"] = loss
         if named and not self._detached and not capturing():
             self._telemetry.log(named, late_allowed=not self._watch.seen)
+
+    def requested(self, kind: Kind) -> LoopRequest | None:
+        """Return what was asked of the loop, ``"checkpoint"`` or ``"stop"``, if anything was; to be asked every step.
+
+        A request arrives on every rank with the same step, so that ``if agent.requested(...)`` after
+        ``optimizer.step()`` is the same on all of them. A checkpoint is returned once, and the loop says
+        :meth:`done`; a stop stays asked for, and is done when the agent is detached. ``gradiometer request`` and the
+        rules of the monitor ask. A job that does not call this, nor gave ``attach(on_request=...)``, is asked nothing.
+        """
+        return self._loop.requested(kind)
+
+    def done(self, kind: Kind, note: str = "") -> None:
+        """Say that what was asked for is done, for whoever waits; ``note`` says what came of it, as a path does."""
+        self._loop.done(kind, note)
 
     def state_dict(self) -> dict[str, Any]:
         """Return step number, policy and what it remembers, for a checkpoint.
@@ -355,9 +300,10 @@ class Agent:
             raise RuntimeError("detach() was called by a callback, beside training: set a flag for the loop to see")
         self._detached = True
         if self._stepper.step == 0 and self._watch.passes:
-            _tell_unstepped(self._telemetry)
+            tell_unstepped(self._telemetry)
         _live.discard(self)
         self._live.close()
+        self._loop.close()
         self._hooks.remove()
         self._watch.remove()
         self._stepper.own.close()
@@ -382,19 +328,23 @@ class Agent:
         """Put another policy in force, if one is due and the step that is about to be taken begins a round."""
         if self._stepper.begins_round(optimizer):
             order = self._live.settle()
-            if order is not None:
-                self._apply(order)
+            if order is None:
+                return
+            if isinstance(order.request, LoopRequest):
+                self._loop.deliver(order.request)
+            else:
+                self._apply(order.request, order)
 
-    def _apply(self, order: Order) -> None:
+    def _apply(self, request: Request, order: Order) -> None:
         """Change the policy in all its parts: what acts, and what is recorded of it."""
         try:
             turn = self._stepper.change(order.spec)
         except Exception as error:
             if order.at is not None and not isinstance(error, PolicyError):
                 raise  # a PolicyError is on all ranks alike; else the others may have changed theirs
-            self._chronicle.reject(order.request, [f"{type(error).__name__}: {error}"])
+            self._chronicle.reject(request, [f"{type(error).__name__}: {error}"])
             return
-        self._chronicle.change(order.request, order.spec, self._stepper.step, turn)
+        self._chronicle.change(request, order.spec, self._stepper.step, turn)
         self._follow_policy()
 
     def _follow_policy(self) -> None:
@@ -402,7 +352,7 @@ class Agent:
         spec = self._stepper.spec
         self._actions.replace(() if spec is None else spec.actions, self._telemetry.slots, self._telemetry.revision)
         if spec is not None:
-            _tell_coverage(spec, self._stepper.layout.names, self._telemetry)
+            tell_coverage(spec, self._stepper.layout.names, self._telemetry)
 
     # What the hooks call.
 
@@ -451,6 +401,8 @@ class Agent:
         if streaks:
             self._stepper.check({name.removeprefix(STREAK): streak for name, streak in streaks.items()})
         self._actions.check()
+        if self._loop.calls and not self._stepper.midway:
+            self._loop.call()
 
     def step_failed(self, optimizer: Optimizer) -> None:
         """Put back what acting changed: the step raised."""

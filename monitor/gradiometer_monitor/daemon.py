@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 
 from gradiometer.tail import Sample
 from gradiometer_monitor import logs, reloading
+from gradiometer_monitor.alerts.service import AlertService
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.gpu import GpuService
@@ -231,6 +232,8 @@ def _services(settings: Settings, context: Context) -> list[Service]:
         services.append(GpuService(settings.gpu, context))
     if settings.grafana is not None:
         services.append(GrafanaService(settings.grafana, context))
+    if settings.alerts is not None:
+        services.append(AlertService(settings.alerts, context))
     services += [RemoteWrite(receiver, context) for receiver in settings.remote_write]
     return services
 

@@ -11,10 +11,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import getLogger
 
 from gradiometer.tail import Sample
+from gradiometer_monitor.alerts.desk import Desk
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.store import Store
@@ -34,6 +35,7 @@ class Context:
     runs: Runs
     events: Events
     store: Store
+    alerts: Desk = field(default_factory=Desk)
 
 
 class Service(ABC):

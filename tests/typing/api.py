@@ -30,8 +30,17 @@ def use(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) 
         assert_type(another.step, int)
 
 
+def answer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(request: gradiometer.LoopRequest) -> None:
+        assert_type(request.by, str)
+
+    with gradiometer.attach(model, optimizer, on_request={"checkpoint": save, "stop": "raise"}) as agent:
+        assert_type(agent.requested("stop"), gradiometer.LoopRequest | None)
+        agent.done("checkpoint", "saved.pt")
+
+
 def use_frameworks() -> None:
-    lightning = LightningCallback(policy="policy.yaml", dir=Path("runs"), labels={"team": "a"})
+    lightning = LightningCallback(policy="policy.yaml", dir=Path("runs"), labels={"team": "a"}, on_request={})
     hugging_face = TrainerCallback(policy=[{"nonfinite": {}}], run_id="a")
     for callback in (lightning, hugging_face):
         assert_type(callback.agent, gradiometer.Agent | None)

@@ -19,7 +19,7 @@ from gradiometer.live.control import Answer, RequestError, await_answer, rejecti
 from gradiometer.live.revisions import Revision, describe_change, read_history
 from gradiometer.records import default_root, read_events, read_manifest
 
-__all__ = ["apply", "show"]
+__all__ = ["Dir", "Rank", "Target", "apply", "run_path", "show"]
 
 WIDTH = 1000
 Target = Annotated[str, typer.Argument(help="Run id, or the path of a run directory.")]
@@ -42,7 +42,7 @@ def apply(
     note: Annotated[str, typer.Option(help="Why, for the record.")] = "",
 ) -> None:
     """Ask a running job to take up another policy; exit status 1 if it refuses, or gives no answer."""
-    path = _path(run, directory)
+    path = run_path(run, directory)
     request = request_policy(path, None if file == "none" else file, rank=rank, note=note)
     if not wait:
         typer.echo(f"asked (request {request}): 'gradiometer policy show {run}' tells what became of it")
@@ -74,7 +74,7 @@ def show(
     history: Annotated[bool, typer.Option("--history", help="Print every revision in full as well.")] = False,
 ) -> None:
     """Print the policy in force, and how it came to be."""
-    path = requests_rank(_path(run, directory), rank)
+    path = requests_rank(run_path(run, directory), rank)
     found = read_history(path, read_manifest(path / "manifest.json"))
     events, _ = read_events(path / "events.jsonl")
     refused = list(rejections(events))
@@ -96,7 +96,8 @@ def _what_changed(path: Path, rank: int | None, answer: Answer) -> str:
     return "" if old is None or new is None else f": {describe_change(old.policy, new.policy)}"
 
 
-def _path(run: str, directory: Path | None) -> Path:
+def run_path(run: str, directory: Path | None) -> Path:
+    """Return the directory of a run that is named or pointed at; raises FileNotFoundError if there is none."""
     root = default_root(directory)
     path = root / run if (root / run).exists() else Path(run)
     if not path.is_dir():

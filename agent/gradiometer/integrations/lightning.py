@@ -19,6 +19,7 @@ from torch import Tensor
 from gradiometer.backward import BackwardMode
 from gradiometer.callbacks import Callback as ActionCallback
 from gradiometer.integrations.attachment import Attachment
+from gradiometer.live.loop import Handler
 from gradiometer.policy.spec import PolicySource
 from gradiometer.session import RING_BYTES, Agent
 
@@ -36,6 +37,12 @@ def _callback_class() -> type:
     return classes[0] if len(classes) == 1 else type("Callback", classes, {})
 
 
+def _checkpoints(trainer: Trainer) -> str:
+    """Return where the Trainer keeps its checkpoints."""
+    chosen = trainer.checkpoint_callback
+    return str(getattr(chosen, "dirpath", None) or trainer.default_root_dir)
+
+
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
@@ -48,7 +55,8 @@ class GradiometerCallback(Callback):
     ``together`` is False unless given: a module with several optimizers optimizes by hand, usually with backward passes
     of their own, and each optimizer's step is then a row of its own. The loss that ``training_step`` returns is
     recorded with each step, without waiting for the device. Step numbers and policy state are in the Trainer's
-    checkpoints.
+    checkpoints. A job that is asked for a checkpoint saves ``requested-step=….ckpt`` where the Trainer's checkpoints
+    go; one that is asked to stop sets ``trainer.should_stop``; ``on_request`` takes the place of either.
 
     Raises PolicyError for a wrong policy at once; at the start of training ValueError if the policy clips and so does
     ``gradient_clip_val``, and what :func:`gradiometer.attach` raises.
@@ -67,6 +75,7 @@ class GradiometerCallback(Callback):
         updates_every: int = 100,
         cosine: bool = False,
         callbacks: Mapping[str, ActionCallback] | None = None,
+        on_request: Mapping[str, Handler] | None = None,
     ) -> None:
         self._attachment = Attachment(
             policy,
@@ -79,6 +88,7 @@ class GradiometerCallback(Callback):
             updates_every=updates_every,
             cosine=cosine,
             callbacks=callbacks,
+            on_request=on_request,
         )
         self._step = 0
         """The agent's step when a loss was last logged."""
@@ -107,19 +117,34 @@ class GradiometerCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the loss of the batches that led to the step just taken."""
+        """Record the loss of the batches that led to the step just taken, and do what the job was asked."""
         agent = self.agent
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if agent is None or not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        if agent is None:
             return
+        if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+            self._log(agent, loss, automatic=pl_module.automatic_optimization)
+        self._heed(trainer, agent)
+
+    def _log(self, agent: Agent, loss: Tensor, *, automatic: bool) -> None:
         loss = loss.detach().float()
         self._loss = loss if self._loss is None else self._loss + loss
         self._batches += 1
         if agent.step != self._step:
             # In automatic optimization Lightning has divided each micro-batch's loss by their number already.
-            divisor = 1 if pl_module.automatic_optimization else self._batches
+            divisor = 1 if automatic else self._batches
             agent.log(loss=self._loss / divisor)
             self._step, self._loss, self._batches = agent.step, None, 0
+
+    def _heed(self, trainer: Trainer, agent: Agent) -> None:
+        """Do what was asked of the job; on every rank after the same batch, as Lightning wants it of a checkpoint."""
+        if request := agent.requested("checkpoint"):
+            path = os.path.join(_checkpoints(trainer), f"requested-step={trainer.global_step}.ckpt")  # noqa: PTH118  # or a URL
+            trainer.save_checkpoint(path)
+            agent.done("checkpoint", path)
+            logger.info("gradiometer: saved %s, as %s asked", path, request.by or "somebody")
+        if agent.requested("stop"):
+            trainer.should_stop = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach; what fails here must not hide the exception that ended the training."""

@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from gradiometer.backward import BackwardMode
 from gradiometer.callbacks import Callback as ActionCallback
 from gradiometer.integrations.attachment import Attachment
+from gradiometer.live.loop import Handler
 from gradiometer.policy.spec import PolicySource
 from gradiometer.session import RING_BYTES, Agent
 
@@ -33,7 +34,9 @@ class GradiometerCallback(TrainerCallback, ExportableState):
     """Attach an agent for the length of a training; the arguments are those of :func:`gradiometer.attach`.
 
     The loss is recorded when the Trainer logs it, with the step it logs it at. Step numbers and policy state are in
-    the ``trainer_state.json`` of the Trainer's checkpoints, and go on from there when one is resumed.
+    the ``trainer_state.json`` of the Trainer's checkpoints, and go on from there when one is resumed. A job that is
+    asked for a checkpoint has the Trainer save one, one that is asked to stop ends as by
+    ``control.should_training_stop``; ``on_request`` takes the place of either.
 
     Raises PolicyError for a wrong policy at once; at the start of training what :func:`gradiometer.attach` raises.
     """
@@ -51,6 +54,7 @@ class GradiometerCallback(TrainerCallback, ExportableState):
         cosine: bool = False,
         data_parallel: int | None = None,
         callbacks: Mapping[str, ActionCallback] | None = None,
+        on_request: Mapping[str, Handler] | None = None,
     ) -> None:
         self._attachment = Attachment(
             policy,
@@ -63,6 +67,7 @@ class GradiometerCallback(TrainerCallback, ExportableState):
             cosine=cosine,
             data_parallel=data_parallel,
             callbacks=callbacks,
+            on_request=on_request,
         )
         self._max_grad_norm: float | None = None
         """The Trainer's own setting, while it is turned off."""
@@ -100,6 +105,23 @@ class GradiometerCallback(TrainerCallback, ExportableState):
             )
             self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Have the Trainer do what the job was asked, on every rank after the same step."""
+        agent = self.agent
+        if agent is not None:
+            if agent.requested("checkpoint"):
+                control.should_save = True
+            if agent.requested("stop"):
+                control.should_training_stop = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell whoever asked for a checkpoint where it is."""
+        if self.agent is not None:
+            self.agent.done("checkpoint", os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}"))  # noqa: PTH118
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -127,6 +149,8 @@ class GradiometerCallback(TrainerCallback, ExportableState):
             "policy": attachment.spec and attachment.spec.to_dict(),
             "dir": directory and os.fspath(directory),
             "labels": labels and dict(labels),
+            "callbacks": None,  # functions, which JSON cannot hold
+            "on_request": None,
         }
         attributes = {} if self.agent is None else {"agent_state": _to_json(self.agent.state_dict())}
         return {"args": arguments, "attributes": attributes}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from gradiometer.live.control import Request
+from gradiometer.live.requests import KINDS
 from gradiometer.live.revisions import History, Revision, SlotTable, Source, describe_change, slots_of, write_history
 from gradiometer.policy.spec import PolicySpec
 from gradiometer.stepper import Turn
@@ -33,7 +34,7 @@ class Chronicle:
             slots=self._table.slots,
             source="attach",
         )
-        self._history = History(leader=leader, revisions=(attached,))
+        self._history = History(leader=leader, takes=KINDS, revisions=(attached,))
         self._unwritten = False
         """Whether ``policy.json`` is behind."""
         with telemetry.guard:

@@ -14,7 +14,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +32,11 @@ __all__ = [
     "Answer",
     "Request",
     "RequestError",
+    "answer_of",
+    "asker",
     "await_answer",
+    "check_runs",
+    "new_id",
     "read_request",
     "rejections",
     "request_policy",
@@ -40,9 +44,12 @@ __all__ = [
 ]
 
 CONTROL_FILE = "control.json"
+ID = "^[A-Za-z0-9-]{1,64}$"
 MAX_BYTES = 2**20
 """A request is refused beyond this."""
 POLL_SECONDS = 0.1
+REFUSALS = ("policy_rejected", "request_refused", "request_failed")
+"""Kinds of events that answer a request with no."""
 
 
 class RequestError(ValueError):
@@ -50,11 +57,11 @@ class RequestError(ValueError):
 
 
 class Request(BaseModel):
-    """One request. Other kinds than ``policy`` may come; an agent refuses those it does not know."""
+    """A request for another policy; others are in files of their own, see :mod:`gradiometer.live.requests`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     version: Literal[1] = 1
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")]
+    id: Annotated[str, Field(pattern=ID)]
     kind: Literal["policy"] = "policy"
     policy: dict[str, Any] | None
     """As one writes it; null observes only."""
@@ -69,9 +76,12 @@ class Answer:
 
     applied: bool
     revision: int | None = None
+    """Of the new policy."""
     step: int | None = None
-    """The first step that was decided by the new policy."""
+    """The first step that was decided by the new policy, or the last before the loop did what it was asked."""
     reasons: tuple[str, ...] = ()
+    note: str = ""
+    """What the loop said of it."""
 
 
 def requests_rank(run: Path, rank: int | None = None) -> Path:
@@ -96,36 +106,59 @@ def requests_rank(run: Path, rank: int | None = None) -> Path:
     return directory
 
 
+def new_id() -> tuple[str, int]:
+    """Make the id of a request, by which requests sort in time, and return it with the wall clock in nanoseconds."""
+    now = time.time_ns()
+    return f"{now:020d}-{secrets.token_hex(4)}", now
+
+
+def asker() -> str:
+    """Name who asks, where nothing better is known."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
 def request_policy(
-    run: Path, source: PolicySource | None, *, rank: int | None = None, by: str | None = None, note: str = ""
+    run: Path,
+    source: PolicySource | None,
+    *,
+    rank: int | None = None,
+    by: str | None = None,
+    note: str = "",
+    request: str | None = None,
 ) -> str:
     """Ask a running job for another policy, or with None for none; return the id of the request.
+
+    ``request`` is that id where it was chosen before: what is asked again under an id is done once.
 
     Raises PolicyError for a policy that is none or that does not fit the model, RequestError if the run does not run,
     FileNotFoundError if there is no such run, OSError if its directory cannot be written.
     """
     spec = None if source is None else load_policy(source)
     directory = requests_rank(run, rank)
-    _check_runs(directory)
+    check_runs(
+        directory,
+        "its policy can be changed no longer; give the next one the policy with attach(policy=...) or gradiometer run "
+        "--policy",
+    )
     if spec is not None:
         parameters = read_manifest(directory / "manifest.json").parameters
         where = str(source) if isinstance(source, str | Path) else "policy"
         _, problems = cover(spec, where, [each.name for each in parameters], [each.layer for each in parameters])
         if problems:
             raise PolicyError.of(problems)
-    now = time.time_ns()
-    request = Request(
-        id=f"{now:020d}-{secrets.token_hex(4)}",
+    made, now = new_id()
+    asked = Request(
+        id=request or made,
         policy=None if spec is None else spec.to_dict(),
-        by=by if by is not None else f"{getpass.getuser()}@{socket.gethostname()}",
+        by=by if by is not None else asker(),
         time_ns=now,
         note=note,
     )
-    text = request.model_dump_json(indent=1)
+    text = asked.model_dump_json(indent=1)
     if len(text) > MAX_BYTES:
         raise RequestError(f"the request has {len(text)} bytes, expected at most {MAX_BYTES}: shorten its patterns")
     write_atomically(directory / CONTROL_FILE, text)
-    return request.id
+    return asked.id
 
 
 def read_request(directory: Path) -> Request:
@@ -140,8 +173,17 @@ def read_request(directory: Path) -> Request:
         raise RequestError(f"{path} is not a request: {error}") from error
 
 
-def await_answer(directory: Path, request: str, seconds: float, tell: Callable[[int], None] | None = None) -> Answer:
+def await_answer(
+    directory: Path,
+    request: str,
+    seconds: float,
+    tell: Callable[[int], None] | None = None,
+    *,
+    of_policy: bool = True,
+) -> Answer:
     """Wait until the agent has answered the request; ``tell`` is told the newest step meanwhile.
+
+    ``of_policy`` says whether it is one for a policy, whose place another can take.
 
     Raises TimeoutError if there is no answer in ``seconds``, RequestError if the run ended without one, or another
     request took this one's place.
@@ -154,20 +196,32 @@ def await_answer(directory: Path, request: str, seconds: float, tell: Callable[[
         if revision is not None:
             return Answer(applied=True, revision=revision.revision, step=revision.step)
         events, offset = read_events(directory / "events.jsonl", offset)
-        for event in events:
-            if event.get("kind") == "policy_rejected" and event.get("request") == request:
-                return Answer(applied=False, reasons=tuple(map(str, event.get("reasons", ()))))
+        answer = next((found for event in events if (found := answer_of(event, request)) is not None), None)
+        if answer is not None:
+            return answer
         if over:
             raise RequestError(f"the run in {directory} ended before it answered")
         if time.monotonic() >= end:
-            _check_not_replaced(directory, request)
+            if of_policy:
+                _check_not_replaced(directory, request)
             raise TimeoutError(
-                f"no answer within {seconds:g} s; the request stands, and the job may take it up yet: see "
-                "'gradiometer policy show'"
+                f"no answer within {seconds:g} s; the request stands, and the job may take it up yet: the events of "
+                "the run will say"
             )
         if tell is not None:
             tell(_newest_step(directory))
         time.sleep(min(POLL_SECONDS, seconds))
+
+
+def answer_of(event: Mapping[str, Any], request: str) -> Answer | None:
+    """Return the answer that an event gives to a request, if it does; of a policy it tells refusals only."""
+    if event.get("request") != request:
+        return None
+    if event.get("kind") == "request_done":
+        return Answer(applied=True, step=event.get("step"), note=str(event.get("note", "")))
+    if event.get("kind") in REFUSALS:
+        return Answer(applied=False, reasons=tuple(map(str, event.get("reasons", ()))))
+    return None
 
 
 def rejections(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -181,12 +235,10 @@ def _check_not_replaced(directory: Path, request: str) -> None:
         raise RequestError(f"request {newest.id} of {newest.by or 'unknown'} took the place of this one: ask again")
 
 
-def _check_runs(directory: Path) -> None:
+def check_runs(directory: Path, consequence: str) -> None:
+    """Raise RequestError if the writer of a rank directory is not at work any more."""
     if not _runs(directory):
-        raise RequestError(
-            f"the run in {directory} does not run any more: its policy can be changed no longer; give the next one the "
-            "policy with attach(policy=...) or gradiometer run --policy"
-        )
+        raise RequestError(f"the run in {directory} does not run any more: {consequence}")
 
 
 def _runs(directory: Path) -> bool:

@@ -94,6 +94,8 @@ class History(BaseModel):
     version: Literal[1] = 1
     leader: int = 0
     """The rank that reads requests for this one."""
+    takes: tuple[str, ...] = ()
+    """Kinds of requests to the loop that the agent knows; those before it knew any say nothing."""
     revisions: Annotated[tuple[Revision, ...], Field(min_length=1)]
 
     @property

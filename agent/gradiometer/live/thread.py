@@ -7,6 +7,7 @@ a rank that cannot learn which of them it is raises, for ranks under different p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -26,6 +27,8 @@ import torch
 from gradiometer.live.accord import Accord, Verdict, leave_quietly
 from gradiometer.live.chronicle import Chronicle
 from gradiometer.live.control import CONTROL_FILE, Request, RequestError, read_request
+from gradiometer.live.loop import Loop
+from gradiometer.live.requests import LoopRequest, read_loop_request, waiting
 from gradiometer.policy.build import Binding, bind
 from gradiometer.policy.pipeline import observe
 from gradiometer.policy.spec import PolicyError, PolicySpec, load_policy
@@ -50,6 +53,10 @@ WAIT_SECONDS = 300.0
 attach() waits for a rank: the store may be in a process that is stopped for a while, and a job outlives that."""
 SLICE_SECONDS = 1.0
 """The wait is counted in these: a process that was stopped while it waited has not waited."""
+LISTEN_SECONDS = 60.0
+"""After attach, in which a loop that has not looked for requests may yet do so; one that waits is refused after it."""
+FOLLOW_SECONDS = 5.0
+"""In which another rank may yet come to look for them, as the first does."""
 MOST_REASONS, LONGEST_REASON, REMEMBERED = 20, 500, 256
 JOIN_SECONDS = 5.0
 _attachments: dict[tuple[str, tuple[int, ...]], count[int]] = {}
@@ -62,10 +69,10 @@ class PolicyChangeError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """A policy that was checked and agreed on, for the training thread to put in force."""
+    """What was checked and agreed on, for the training thread: a policy to put in force, or a request to the loop."""
 
-    request: Request
-    spec: PolicySpec | None
+    request: Request | LoopRequest
+    spec: PolicySpec | None = None
     at: int | None = None
     """The step, counted since attach, before which it is; None: at once."""
 
@@ -81,12 +88,14 @@ class Live:
         own: int,
         chronicle: Chronicle,
         check: Callable[[PolicySpec], None],
+        loop: Loop,
     ) -> None:
         self.due = False
         """Whether the training thread should look here before its next step: all that a step looks at."""
         self.obstacle = ""
         """Why no policy could act in this job."""
         self._stepper, self._chronicle, self._fits, self._path = stepper, chronicle, check, directory
+        self._loop, self._since = loop, time.monotonic()
         self._inode, self._pid = directory.stat().st_ino, os.getpid()
         self._seen: tuple[int, int, int] | None = None
         """Inode, time and size of the request that was read last."""
@@ -95,6 +104,9 @@ class Live:
         self._changed = threading.Condition()
         self._horizon: int | None = None
         self._order: Order | None = None
+        self._asked: Request | LoopRequest | None = None
+        """What the ranks are deciding on."""
+        self._asked_since, self._pledged, self._abandoned = 0.0, False, ""
         self._lost = ""
         self._paces: deque[tuple[float, int]] = deque(maxlen=8)
         self._accord, self._no_accord = self._open(members, own)
@@ -135,6 +147,10 @@ class Live:
         with self._changed:
             if self._horizon is not None and step >= self._horizon and not self._is_settled():
                 self.due, self._horizon = False, None
+                if isinstance(self._asked, LoopRequest):  # for which training is not ended
+                    self._abandoned = self._asked.id
+                    self._reject(self._asked, [f"no verdict came: {self._lost or 'the ranks do not answer'}"])
+                    return None
                 raise PolicyChangeError(
                     "this rank agreed to change its policy together with the others, and cannot learn whether they "
                     f"do: {self._lost or f'no verdict came within {WAIT_SECONDS:g} s'}. Ranks under different "
@@ -163,7 +179,7 @@ class Live:
         self._thread.join(JOIN_SECONDS)
         order, self._order, self.due = self._order, None, False
         if order is not None:
-            self._reject(order.request, ["the agent was detached before the step at which it was to be put in force"])
+            self._reject(order.request, ["the agent was detached before the step that was agreed on"])
 
     # For the thread.
 
@@ -173,13 +189,14 @@ class Live:
         if not self._paces or now - self._paces[-1][0] >= IDLE_SECONDS:
             self._paces.append((now, taken))
         self._chronicle.tend()
+        self._loop.tend()
         if self._order is not None:
             return IDLE_SECONDS
         if self._accord is not None and not self._confer(self._accord):
             return IDLE_SECONDS
         busy = self._accord is not None and self._accord.open
         if self._reads and not busy:
-            busy = self._read()
+            busy = self._read() or self._read_waiting()
         return self._busy if busy else self._idle
 
     def leave(self) -> None:
@@ -193,7 +210,7 @@ class Live:
             self._lost = why
             self._changed.notify_all()
         if _in_a_group():
-            logger.warning("gradiometer: the policy can no longer be changed while this job runs: %s", why)
+            logger.warning("gradiometer: this job takes no requests any more while it runs: %s", why)
 
     def _read(self) -> bool:
         """Take a new request, if there is one; tell whether it was."""
@@ -214,8 +231,36 @@ class Live:
             return False
         if request.id in self._handled:
             return False
+        return self._take(request, *self._check(request))
+
+    def _read_waiting(self) -> bool:
+        """Take the oldest request to the loop that it looks for, if there is one; tell whether it was."""
+        try:
+            found = waiting(self._path) if self._path.stat().st_ino == self._inode else {}
+        except OSError:
+            return False
+        for identity, path in found.items():
+            request, wrong = None, ""
+            try:
+                request = None if identity in self._handled else read_loop_request(path)
+            except (RequestError, RunFormatError, OSError) as error:
+                wrong = str(error)
+            if request is None or self._loop.heeds(request.kind) or time.monotonic() - self._since > LISTEN_SECONDS:
+                self._done_with(identity, path)
+                if wrong:
+                    self._loop.refuse(None, identity, _shortened(wrong.splitlines()))
+                if request is not None and self._take(request, None, self._loop.objections(request)):
+                    return True
+        return False
+
+    def _done_with(self, identity: str, path: Path) -> None:
+        self._handled.append(identity)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+    def _take(self, request: Request | LoopRequest, spec: PolicySpec | None, wrong: list[str]) -> bool:
+        """Propose to the other ranks what was asked, or refuse it; tell which."""
         self._handled.append(request.id)
-        spec, wrong = self._check(request)
         if not wrong and self._no_accord:
             wrong = [self._no_accord]
         if wrong:
@@ -226,11 +271,13 @@ class Live:
             self._hand_over(Order(request=request, spec=spec))
         return not wrong
 
-    def _reject(self, request: Request | None, reasons: Sequence[str]) -> None:
+    def _reject(self, request: Request | LoopRequest | None, reasons: Sequence[str]) -> None:
         """Tell why a request is refused, in so many words and no more: whoever wrote it may have written a lot."""
-        said = [each[:LONGEST_REASON] for each in reasons[:MOST_REASONS]]
-        more = len(reasons) - len(said)
-        self._chronicle.reject(request, [*said, f"and {more} more"] if more > 0 else said)
+        said = _shortened(reasons)
+        if isinstance(request, LoopRequest):
+            self._loop.refuse(request, request.id, said)
+        else:
+            self._chronicle.reject(request, said)
 
     def _signature(self) -> tuple[int, int, int] | None:
         try:
@@ -264,7 +311,9 @@ class Live:
             return False  # the group was destroyed, and its store may be gone
         try:
             if (message := accord.hear()) is not None:
-                self._answer(accord, message)
+                self._asked, self._asked_since, self._pledged = _parse(message), time.monotonic(), False
+            if accord.open and not self._pledged:
+                self._answer(accord)
             if (verdict := accord.look()) is not None:
                 self._hear(verdict)
         except RuntimeError as error:  # of which kind is for the store to say
@@ -273,9 +322,18 @@ class Live:
             return False
         return True
 
-    def _answer(self, accord: Accord, message: str) -> None:
-        request = Request.model_validate(json.loads(message))
-        _, wrong = self._check(request)
+    def _answer(self, accord: Accord) -> None:
+        """Pledge, or refuse, or leave it until this rank's loop is as far as the first one's."""
+        request = self._asked
+        if isinstance(request, Request):
+            wrong = self._check(request)[1]
+        elif request is None or request.kind != "stop" or self._loop.heeds("stop"):
+            wrong = []  # a checkpoint may be the first rank's work alone; ranks that do not all stop would hang
+        elif time.monotonic() - self._asked_since < FOLLOW_SECONDS:
+            return
+        else:
+            wrong = self._loop.objections(request)
+        self._pledged = True
         if wrong:
             accord.refuse("; ".join(wrong)[:LONGEST_REASON])
             return
@@ -299,20 +357,34 @@ class Live:
         return max(MIN_STEPS, min(MAX_STEPS, math.ceil((last - first) / (ended - began) * PLEDGE_SECONDS)))
 
     def _hear(self, verdict: Verdict) -> None:
-        request = Request.model_validate(json.loads(verdict.message))
+        request = _parse(verdict.message)
+        if request.id == self._abandoned:
+            return
         if verdict.at is None:
             with self._changed:
                 self._horizon = None
                 self._changed.notify_all()
             self._reject(request, [verdict.why])
             return
-        spec = None if request.policy is None else load_policy(request.policy)
-        self._hand_over(Order(request=request, spec=spec, at=verdict.at))
+        asked = request.policy if isinstance(request, Request) else None
+        self._hand_over(Order(request=request, spec=None if asked is None else load_policy(asked), at=verdict.at))
 
     def _hand_over(self, order: Order) -> None:
         with self._changed:
             self._order, self._horizon, self.due = order, None, True
             self._changed.notify_all()
+
+
+def _parse(message: str) -> Request | LoopRequest:
+    """Read what the first rank has proposed."""
+    raw = json.loads(message)
+    return Request.model_validate(raw) if raw["kind"] == "policy" else LoopRequest.model_validate(raw)
+
+
+def _shortened(reasons: Sequence[str]) -> list[str]:
+    said = [each[:LONGEST_REASON] for each in reasons[:MOST_REASONS]]
+    more = len(reasons) - len(said)
+    return [*said, f"and {more} more"] if more > 0 else said
 
 
 def _try(binding: Binding, parameters: int) -> None:

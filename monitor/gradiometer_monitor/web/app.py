@@ -15,8 +15,9 @@ from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.health import store_samples
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import Settings
-from gradiometer_monitor.web import api, page, policy, scrape
+from gradiometer_monitor.web import alerts, api, page, policy, scrape
 from gradiometer_monitor.web.auth import AuthMiddleware
+from gradiometer_monitor.web.errors import handle_errors
 from gradiometer_monitor.web.guards import BodyGuard, FrontGuard, TimeGuard
 from gradiometer_monitor.web.openapi import documented
 from gradiometer_monitor.web.requests import CountRequests, RequestCounts
@@ -31,11 +32,13 @@ def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI
     made = documented(settings.limits)
     made.include_router(api.router(context))
     made.include_router(policy.router(context))
+    made.include_router(alerts.router(context, enabled=settings.alerts is not None))
     made.routes.extend(scrape.routes(context, exposition, settings))
     made.routes.extend(page.routes(context))
     requests = RequestCounts()
     exposition.watch("requests", requests.samples)
     exposition.watch("store", partial(store_samples, context.store))
+    handle_errors(made)
     made.add_middleware(TimeGuard, limits=settings.limits)
     made.add_middleware(BodyGuard, limits=settings.limits)
     made.add_middleware(AuthMiddleware, tokens=tokens)

@@ -1,0 +1,36 @@
+"""What is answered when no handler answers: as JSON, like everything else of the API."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
+
+from gradiometer_monitor.web.guards import HEADERS
+
+__all__ = ["handle_errors"]
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Answer methods that a path has not, and handlers that fail."""
+
+    def not_allowed(request: Request, _: Exception) -> Response:
+        """Name all methods of the path: each of its routes knows but its own."""
+        asked = [{**request.scope, "method": method} for method in METHODS]
+        allowed = [
+            scope["method"] for scope in asked if any(each.matches(scope)[0] is Match.FULL for each in app.routes)
+        ]
+        headers = {"allow": ", ".join(allowed)}
+        return JSONResponse({"detail": "Method Not Allowed"}, status_code=405, headers=headers)
+
+    def failed(_: Request, __: Exception) -> Response:
+        """Tell nothing of what went wrong, which is in the log."""
+        return JSONResponse(
+            {"detail": "the monitor failed to answer: its log says why"}, status_code=500, headers=HEADERS
+        )
+
+    app.add_exception_handler(405, not_allowed)
+    app.add_exception_handler(Exception, failed)
