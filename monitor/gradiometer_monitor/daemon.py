@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from ipaddress import ip_address
 from logging import getLogger
 from pathlib import Path
@@ -108,11 +109,22 @@ def _write_port(path: Path, port: int) -> None:
     temporary.replace(path)
 
 
+class _Server(uvicorn.Server):
+    """Ends what would last for ever before it waits for the requests that are being answered."""
+
+    before_shutdown: Callable[[], None]
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.before_shutdown()
+        await super().shutdown(sockets)
+
+
 def _serve_http(context: Context, services: list[Service], settings: Settings, listener: socket.socket) -> None:
     exposition = Exposition(context.runs, series_budget=settings.series_budget)
     exposition.collect_from({service.name: service.samples for service in services})
+    application = app(context, exposition, settings)
     config = uvicorn.Config(
-        app(context, exposition, settings),
+        application,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -121,7 +133,8 @@ def _serve_http(context: Context, services: list[Service], settings: Settings, l
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
+    server.before_shutdown = application.state.streams.close
     # uvicorn raises the signal again once it has stopped: it must find this handler, not the default that kills.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)

@@ -14,7 +14,8 @@ from gradiometer.records import installed_version
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import Settings
-from gradiometer_monitor.web import api, page, scrape
+from gradiometer_monitor.web import api, page, rows, scrape, stream
+from gradiometer_monitor.web.history import HistoryCache
 
 __all__ = ["app"]
 
@@ -30,9 +31,13 @@ def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI
         docs_url=None,  # its page loads scripts from the web
         redoc_url=None,
     )
+    cache, streams = HistoryCache(), stream.Streams()
+    made.state.streams = streams
     made.include_router(api.router(context))
+    made.include_router(rows.router(context, cache))
+    made.include_router(stream.router(context, cache, streams))
     made.routes.extend(scrape.routes(context, exposition, settings))
-    made.routes.extend(page.routes(context))
+    made.routes.extend(page.routes())
     made.add_middleware(TrustedHostMiddleware, allowed_hosts=_allowed(settings.host), www_redirect=False)
     return made
 
