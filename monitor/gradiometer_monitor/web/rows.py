@@ -77,6 +77,8 @@ class Rows(BaseModel):
     """Highest step of the answer."""
     last_sequence: int
     """Of the newest row: pass it as ``after_sequence`` for what comes next."""
+    sequences: list[int]
+    """Number, since the run began, of the first row of each bucket."""
     steps: list[int]
     """First step of each bucket. Where a job went back to a checkpoint, so do the steps."""
     last_steps: list[int]
@@ -245,6 +247,7 @@ def answer(
         first_step=int(scalars["step"].min()) if len(scalars) else None,
         last_step=int(scalars["last_step"].max()) if len(scalars) else None,
         last_sequence=window.head,
+        sequences=scalars["first"].tolist(),
         steps=scalars["step"].tolist(),
         last_steps=scalars["last_step"].tolist(),
         times=(scalars["time_ns"] / 1e9).tolist(),
