@@ -255,7 +255,7 @@ def test_budget_keeps_what_stands_out(
         assert len(ours) <= 200
         assert {"layer007", "layer123", "layer042"} <= kept
         assert len(kept) > 30
-        assert found["gradiometer_series_dropped_total", ("run",)] == scrape * 3 * (300 - len(kept))
+        assert found["gradiometer_series_dropped_total", ("run",)] == scrape * 4 * (300 - len(kept))
 
 
 def test_noise_moves_no_series(

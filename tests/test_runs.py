@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Put the wall clock in the test's hands: its offset from now in seconds."""
-    offset, real = [0.0], time.time
-    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    """Put the passing of time in the test's hands: its offset from now in seconds."""
+    offset, wall, monotonic = [0.0], time.time, time.monotonic
+    monkeypatch.setattr(time, "time", lambda: wall() + offset[0])
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + offset[0])
     return offset
 
 
@@ -88,6 +89,29 @@ def test_silent_run_of_another_host_is_lost(
         runs.poll()
         with runs.snapshot() as (run,):
             assert run.state == state
+    runs.close()
+
+
+def test_a_clock_that_is_set_loses_no_run(
+    tmp_path: Path,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When the wall clock jumps ahead, silence is counted anew: the run is not lost before it had its time to speak."""
+    write_run(make_manifest(host="elsewhere.invalid", created_ns=time.time_ns()), np.empty((0, 4)))
+    runs = Runs(tmp_path, retention_seconds=1e9)
+    runs.poll()
+    wall = time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + 86_400)
+    states = []
+    for offset in (0, 800, 910):
+        clock[0] = offset
+        runs.poll()
+        with runs.snapshot() as (run,):
+            states.append(run.state)
+    assert states == ["running", "running", "lost"]
     runs.close()
 
 

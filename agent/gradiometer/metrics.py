@@ -66,6 +66,18 @@ _METRICS = (
         help="Median global L2 norm before clipping of the last 512 finite steps.",
     ),
     Metric(
+        name="gradiometer_grad_norm_mad",
+        kind="gauge",
+        labels=_RUN,
+        help="Median absolute deviation of the norms behind the baseline; left out before 128 of them.",
+    ),
+    Metric(
+        name="gradiometer_clip_ratio",
+        kind="gauge",
+        labels=_RUN,
+        help=f"Share of the steps of the last {WINDOW_SECONDS:g} s whose gradients were clipped; left out before 32.",
+    ),
+    Metric(
         name="gradiometer_layer_grad_norm_last",
         kind="gauge",
         labels=_LAYER,
@@ -82,6 +94,31 @@ _METRICS = (
         kind="counter",
         labels=_LAYER,
         help="Steps in which a gradient of the layer held NaN or Inf.",
+    ),
+    Metric(
+        name="gradiometer_layer_anomaly_score",
+        kind="gauge",
+        labels=_LAYER,
+        help=f"Robust z-score of the layer's largest norm of the last {WINDOW_SECONDS:g} s: by how many deviations "
+        "(1.4826 MAD, at least 0.1) its logarithm is above the median of the layer's last 512 steps.",
+    ),
+    Metric(
+        name="gradiometer_layers_vanishing",
+        kind="gauge",
+        labels=_RUN,
+        help="Layers whose norm was at most 1/1000 of their usual one, or below 1e-8 an element, in the last 64 steps.",
+    ),
+    Metric(
+        name="gradiometer_layers_exploding",
+        kind="gauge",
+        labels=_RUN,
+        help="Layers whose norm was above 10 times their usual one, or not finite, in each of the last 8 steps.",
+    ),
+    Metric(
+        name="gradiometer_layer_state",
+        kind="gauge",
+        labels=("run_id", "layer", "state"),
+        help="Always 1: the layer is vanishing or exploding; of at most 20 layers for each of the two.",
     ),
     Metric(
         name="gradiometer_layer_weight_norm",
@@ -232,6 +269,13 @@ _METRICS = (
         kind="counter",
         labels=_RUN,
         help="Steps that the agent or the reader lost: transfer slots all busy, or the ring overtook the reader.",
+    ),
+    Metric(
+        name="gradiometer_uncounted_steps",
+        kind="gauge",
+        labels=_RUN,
+        help="Steps that the run's histograms and non-finite counts of layers do not hold: they had left the ring "
+        "before it was first read.",
     ),
     Metric(
         name="gradiometer_events_dropped_total",

@@ -12,28 +12,38 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiometer.insight import NoiseAverage, Samples, microbatch_norms, replicas
-from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS, WINDOW_SECONDS
+from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS
 from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows, own_clipping
+from gradiometer.windows import BASELINE_STEPS, WARMUP_STEPS, LayerBaseline, Streak, WindowMax, WindowRatio
 
-__all__ = ["LAYER_METRICS", "Histogram", "LayerSummary", "RunSummary", "WindowMax"]
+__all__ = ["LAYER_METRICS", "Histogram", "LayerSummary", "RunSummary"]
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-BASELINE_STEPS = 512
-BUCKET_NS = int(WINDOW_SECONDS * 1e9) // 30
-BUCKETS = 31
-"""One more than the window holds, because the newest is not full: a maximum covers one window to one bucket more."""
-DECAY = 1 - 1 / BASELINE_STEPS
+VANISHING_RATIO, VANISHING_STEPS = 1e-3, 64
+"""A layer is vanishing when its norm was at most a thousandth of its usual one in so many steps running: no schedule
+and no batch does that, and some zero gradients, as of a branch that was not taken, are none."""
+VANISHING_ELEMENT = 1e-8
+"""Root mean square of a gradient's elements at or below which the layer is vanishing whatever is usual: Adam's epsilon,
+from which down the optimizer no longer makes up for the gradient's size. Zero is below it."""
+EXPLODING_RATIO, EXPLODING_STEPS = 10.0, 8
+"""A layer is exploding when its norm was above ten times its usual one, or not finite, in so many steps running: a
+spike, and a loss scale that is being found, take fewer."""
+HOLD_STEPS = 20_000
+"""A layer that is vanishing or exploding keeps its baseline, or it would soon be usual; after so many steps it is."""
 LAYER_METRICS = (
     "gradiometer_layer_grad_norm_last",
     "gradiometer_layer_grad_norm_window_max",
     "gradiometer_layer_nonfinite_total",
+    "gradiometer_layer_anomaly_score",
 )
 """Metrics of which each exported layer has one series, in every run."""
 SAMPLED_METRICS = ("gradiometer_layer_weight_norm", "gradiometer_layer_update_ratio")
 COSINE_METRIC = "gradiometer_layer_grad_cosine"
+NEGATIVE_ZERO = np.float32(-0.0).view(np.uint32)
+"""Bits of the norm of a parameter that had no gradient."""
 _PRECLIP = STATS.index("grad_norm_preclip")
 
 
@@ -51,46 +61,23 @@ class Histogram:
         totals: list[int] = self._counts.cumsum().tolist()
         return totals
 
+    @property
+    def state(self) -> list[float]:
+        """What :meth:`resume` takes: the sum, then the counts."""
+        return [self.sum, *self._counts.tolist()]
+
+    def resume(self, state: list[float]) -> None:
+        """Go on from another's :attr:`state`. Raises ValueError if it has other buckets."""
+        if len(state) != len(self._counts) + 1:
+            raise ValueError(f"a histogram of {len(state) - 2} bounds, expected {len(self.bounds)}")
+        self.sum, self._counts = float(state[0]), np.array(state[1:], np.int64)
+
     def observe(self, values: Floats) -> None:
         """Count ``values``, float64[T]."""
         places = np.searchsorted(self.bounds, values, side="left")
         self._counts += np.bincount(places, minlength=len(self._counts))
         with np.errstate(over="ignore"):
             self.sum += float(values[np.isfinite(values)].sum())
-
-
-class WindowMax:
-    """Rolling maximum of ``columns`` values over the last WINDOW_SECONDS of the rows' own time.
-
-    Time is cut in buckets of a thirtieth of the window, and one maximum a column is kept for each of the last 31, so
-    that a row costs one comparison a column whatever the step rate. The window ends at the newest row, not now: a run
-    that stalls keeps its maximum. NaN is passed over, +Inf is not. A clock that was set back starts a new window.
-    """
-
-    def __init__(self, columns: int) -> None:
-        self._peaks = np.full((BUCKETS, columns), np.nan)
-        self._buckets = np.full(BUCKETS, -1, np.int64)
-        self._newest = -1
-
-    def add(self, time_ns: Integers, values: Floats) -> None:
-        """Take in rows, oldest first: int64[T] and float64[T, columns]; T is at least 1."""
-        buckets = time_ns // BUCKET_NS
-        self._newest = int(buckets[-1])
-        for bucket in np.unique(buckets[np.abs(buckets - self._newest) < BUCKETS]):
-            self._merge(int(bucket), np.fmax.reduce(values[buckets == bucket], axis=0))
-
-    def _merge(self, bucket: int, peak: Floats) -> None:
-        slot = bucket % BUCKETS
-        if self._buckets[slot] != bucket:
-            self._buckets[slot], self._peaks[slot] = bucket, peak
-        else:
-            np.fmax(self._peaks[slot], peak, out=self._peaks[slot])
-
-    def max(self) -> Floats:
-        """Largest value of each column in the window, float64[columns]; NaN where there was none."""
-        live = np.abs(self._buckets - self._newest) < BUCKETS
-        peaks: Floats = np.fmax.reduce(self._peaks[live], axis=0, initial=np.nan)
-        return peaks
 
 
 class LayerSummary:
@@ -116,27 +103,77 @@ class LayerSummary:
         self.last: Floats | None = None
         """Norms of the newest row, float64[L]; None before the first."""
         self.nonfinite: Integers = np.zeros(count, np.int64)
-        self._window = WindowMax(count)
+        self._window, self._baseline = WindowMax(count), LayerBaseline(count)
+        self._below, self._above = Streak(count), Streak(count)
         self._log_sum, self._log_weight = np.zeros(count), np.zeros(count)
+        self._held: Integers = np.zeros(count, np.int64)
+        elements = [max(1, parameter.numel) * parameter.trainable for parameter in manifest.parameters]
+        self._floor = VANISHING_ELEMENT * np.sqrt(np.bincount(index, elements, count))
 
-    def update(self, time_ns: Integers, parameter_norms: npt.NDArray[np.float32]) -> None:
-        """Take in float32[T, P] norms of the rows at int64[T]."""
-        ordered = parameter_norms[:, self._order].astype(np.float64)
-        absent = ((ordered == 0) & np.signbit(ordered)).all(axis=0)
-        self.exported |= np.logical_or.reduceat(~absent, self._starts)
-        norms: Floats = np.sqrt(np.add.reduceat(np.square(ordered), self._starts, axis=1))
+    def norms(self, parameter_norms: npt.NDArray[np.float32]) -> Floats:
+        """Compose float32[T, P] norms of parameters to float64[T, L] of layers."""
+        return self._compose(parameter_norms[:, self._order])
+
+    def _compose(self, ordered: npt.NDArray[np.float32]) -> Floats:
+        norms: Floats = np.sqrt(np.add.reduceat(np.square(ordered, dtype=np.float64), self._starts, axis=1))
+        return norms
+
+    def update(self, time_ns: Integers, parameter_norms: npt.NDArray[np.float32], fresh: int) -> None:
+        """Take in float32[T, P] norms of the rows at int64[T], of which the last ``fresh`` are to be counted."""
+        ordered = parameter_norms[:, self._order]
+        absent = np.logical_and.reduceat(ordered.view(np.uint32) == NEGATIVE_ZERO, self._starts, axis=1)
+        self.exported |= ~absent.all(axis=0)
+        norms = self._compose(ordered)
         self.last = norms[-1]
-        self.nonfinite += np.count_nonzero(~np.isfinite(norms), axis=0)
+        self.nonfinite += np.count_nonzero(~np.isfinite(norms[len(norms) - fresh :]), axis=0)
         self._window.add(time_ns, norms)
-        self._follow(norms)
+        while len(norms):
+            room = self._baseline.room
+            self._judge(norms[:room], ~absent[:room])
+            norms, absent = norms[room:], absent[room:]
 
-    def _follow(self, norms: Floats) -> None:
-        """Decay the sums of log norms behind :meth:`anomaly`: a geometric mean is hardly moved by one spike."""
-        weights = DECAY ** np.arange(len(norms) - 1, -1, -1.0)
+    def _warm_up(self, norms: Floats) -> None:
+        """Add up the first log norms, for :meth:`anomaly`."""
         usable = np.isfinite(norms) & (norms > 0)
-        decay = DECAY ** len(norms)
-        self._log_sum = self._log_sum * decay + weights @ np.log(norms, where=usable, out=np.zeros_like(norms))
-        self._log_weight = self._log_weight * decay + weights @ usable
+        self._log_sum += np.log(norms, where=usable, out=np.zeros_like(norms)).sum(axis=0)
+        self._log_weight += np.count_nonzero(usable, axis=0)
+
+    def _judge(self, norms: Floats, present: Mask) -> None:
+        """Take in float64[T, L] norms of rows between which the baseline does not change."""
+        if self._baseline.steps < WARMUP_STEPS:
+            self._warm_up(norms)
+        usual = self.median
+        self._below.add(norms <= np.fmax(usual * VANISHING_RATIO, self._floor), present)
+        with np.errstate(invalid="ignore"):
+            self._above.add(~(norms <= usual * EXPLODING_RATIO) & ~np.isnan(usual), present)
+        flagged = self.vanishing | self.exploding
+        self._held = np.where(flagged, self._held + len(norms), 0)
+        self._baseline.add(norms, flagged & (self._held <= HOLD_STEPS))
+
+    @property
+    def judged(self) -> bool:
+        """Whether there were enough steps to say of layers that they vanish or explode."""
+        return self._baseline.steps >= WARMUP_STEPS
+
+    @property
+    def median(self) -> Floats:
+        """Usual norm of each layer, float64[L]: the median of its baseline; NaN where there is none yet."""
+        return np.exp(self._baseline.median)
+
+    @property
+    def mad(self) -> Floats:
+        """Median absolute deviation of each layer's log norm, float64[L]; NaN where there is no baseline yet."""
+        return self._baseline.mad
+
+    @property
+    def vanishing(self) -> Mask:
+        """Layers whose gradient has been vanishing up to the newest row, bool[L]."""
+        return (self._below.length >= VANISHING_STEPS) & self.judged
+
+    @property
+    def exploding(self) -> Mask:
+        """Layers whose gradient has been exploding up to the newest row, bool[L]."""
+        return self._above.length >= EXPLODING_STEPS
 
     def sample(self, samples: Samples) -> None:
         """Take in the newest sample, of which a layer that another optimizer holds need not be a part."""
@@ -150,8 +187,9 @@ class LayerSummary:
         """Map each of :attr:`metrics` to its values [L], and to whether they are known and exported, bool[L]."""
         last, peak = self.last, self.window_max()
         shown = self.exported & (last is not None)
-        values = (peak if last is None else last, peak, self.nonfinite)
-        masks = (shown, self.exported & ~np.isnan(peak), self.exported)
+        score = self.score
+        values = (peak if last is None else last, peak, self.nonfinite, score)
+        masks = (shown, self.exported & ~np.isnan(peak), self.exported, self.exported & (score > -np.inf))
         sampled = {name: (known, self.exported & ~np.isnan(known)) for name, known in self._sampled.items()}
         return dict(zip(LAYER_METRICS, zip(values, masks, strict=True), strict=True)) | sampled
 
@@ -159,20 +197,34 @@ class LayerSummary:
         """Largest norm of each layer in the window, float64[L]; NaN where there was none but NaN."""
         return self._window.max()
 
+    @property
+    def score(self) -> Floats:
+        """By how many robust deviations the log of each layer's window maximum is above its usual, float64[L].
+
+        NaN before the layer has a baseline; -Inf without a norm above zero in the window.
+        """
+        return self._baseline.score(self.window_max())
+
     def anomaly(self) -> Floats:
-        """Log of each layer's window maximum over its usual norm, float64[L]; -Inf for a layer without any norm."""
+        """Rank the layers, float64[L]: by :attr:`score`; -Inf for a layer without any norm.
+
+        While there is no score it is the log of the window maximum over the geometric mean of the first norms.
+        """
         peak = self.window_max()
         known = (peak > 0) & (self._log_weight > 0)
         usual = np.divide(self._log_sum, self._log_weight, where=known, out=np.zeros_like(peak))
-        return np.where(known, np.log(peak, where=known, out=np.zeros_like(peak)) - usual, -np.inf)
+        first = np.where(known, np.log(peak, where=known, out=np.zeros_like(peak)) - usual, -np.inf)
+        score = self.score
+        return np.where(np.isnan(score), first, score)
 
 
 class RunSummary:
     """What one rank's rows and counters come to; fed by whoever follows the ring.
 
-    Counters are the writer's own, so they are exact even if the reader was away; histograms, windows and per-layer
-    counts begin with the oldest row that the ring held when the reader came, and :attr:`rows_missed` says how many
-    rows were not read since.
+    Counters are the writer's own, so they are exact even if the reader was away. Histograms and per-layer counts begin
+    with the oldest row that the ring held when the reader first came, :attr:`uncounted` rows after the run's first, and
+    :attr:`rows_missed` says how many were not read since. A reader that is started again takes over the
+    :meth:`counts` of the one before.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -183,7 +235,10 @@ class RunSummary:
         self.last_seen = 0
         """Sequence of the newest row that was read or given up."""
         self.rows_missed = 0
-        """Rows that the ring overwrote while it was followed, or a crash destroyed, before they were read."""
+        """Rows that the ring overwrote, or a crash destroyed, before they were read; not the :attr:`uncounted`."""
+        self.uncounted = 0
+        """Rows that had left the ring before it was first read: histograms and per-layer counts begin after them."""
+        self._counted = 0
         self.loss: float | None = None
         """Newest loss that was logged, NaN too; None if none was."""
         self.own_clipping: set[str] = set()
@@ -197,8 +252,8 @@ class RunSummary:
         self.microbatch_norm = float("nan")
         """Norm of this rank's own gradients in the newest step with armed hooks; NaN where there was none."""
         self._replicas = replicas(manifest)
-        self._window = WindowMax(1)
-        self._baseline = np.empty(0)
+        self._window, self._clipped = WindowMax(1), WindowRatio()
+        self._baseline, self._finite = np.empty(0), 0
 
     @property
     def grad_norm_window_max(self) -> float:
@@ -209,48 +264,105 @@ class RunSummary:
         """Median of the last 512 finite global norms before clipping; NaN before the first."""
         return float(np.median(self._baseline)) if len(self._baseline) else float("nan")
 
+    @property
+    def grad_norm_mad(self) -> float:
+        """Median absolute deviation of the norms behind the baseline; NaN before 128 of them, which say too little."""
+        if self._finite < WARMUP_STEPS:
+            return float("nan")
+        return float(np.median(np.abs(self._baseline - np.median(self._baseline))))
+
+    @property
+    def clip_ratio(self) -> float:
+        """Share of the last minute's steps whose gradients were clipped; NaN before 32 steps, which are no rate."""
+        return self._clipped.ratio
+
     def update(self, rows: Rows, status: np.void) -> None:
         """Take in rows that follow those seen before, oldest first, and the counters read after them."""
         self.status = status
         if not len(rows):
             return
-        newest = int(rows["begin"][-1])
-        self.rows_missed += newest - self.last_seen - len(rows)
-        self.last_seen, self.newest = newest, rows[-1].copy()
+        fresh = rows[rows["begin"] > self._counted]
+        self._miss(int(rows["begin"][-1]), len(fresh))
+        self.newest = rows[-1].copy()
         time_ns, norms = rows["time_ns"].astype(np.int64), rows["grad_norm_preclip"].astype(np.float64)
         self.own_clipping |= own_clipping(rows, status)
-        self._update_scalars(rows, time_ns, norms)
-        self.layers.update(time_ns, rows["parameters"][:, _PRECLIP, :])
-        self._update_own(rows)
+        self._count(fresh)
+        self._update_windows(rows, time_ns, norms)
+        self.layers.update(time_ns, rows["parameters"][:, _PRECLIP, :], len(fresh))
 
-    def _update_own(self, rows: Rows) -> None:
-        """Take in what the rows say of this rank's own micro-batches."""
+    def _miss(self, newest: int, counted: int) -> None:
+        """Note that the rows up to ``newest`` were read or given up, and count those as missed that were not read."""
+        self.rows_missed += max(0, newest - max(self.last_seen, self._counted)) - counted
+        self.last_seen = max(self.last_seen, newest)
+
+    def _count(self, rows: Rows) -> None:
+        """Take in rows that no counter holds yet."""
+        self.grad_norm.observe(rows["grad_norm_preclip"].astype(np.float64))
+        self.step_seconds.observe(_known(rows["step_seconds"]))
         flags = rows["flags"]
         if (flags & np.uint32(Flag.OWN_WATCHED)).any():
             bad = int(np.count_nonzero(flags & np.uint32(Flag.OWN_NONFINITE)))
             self.own_nonfinite = bad + (self.own_nonfinite or 0)
+
+    def _update_windows(self, rows: Rows, time_ns: Integers, norms: Floats) -> None:
+        flags = rows["flags"]
         hooked = rows[(flags & np.uint32(Flag.HOOKED)) != 0]
         if len(hooked):
             self.noise.update(hooked, self._replicas)
             self.microbatch_norm = float(microbatch_norms(hooked[-1:])[0])
-
-    def _update_scalars(self, rows: Rows, time_ns: Integers, norms: Floats) -> None:
-        self.grad_norm.observe(norms)
-        self.step_seconds.observe(_known(rows["step_seconds"]))
         self._window.add(time_ns, norms[:, None])
-        self._baseline = np.concatenate([self._baseline, norms[np.isfinite(norms)]])[-BASELINE_STEPS:]
+        self._clipped.add(time_ns, (rows["flags"] & np.uint32(Flag.CLIPPED)) != 0)
+        finite = norms[np.isfinite(norms)]
+        self._baseline, self._finite = (
+            np.concatenate([self._baseline, finite])[-BASELINE_STEPS:],
+            self._finite + len(finite),
+        )
         logged = rows[(rows["flags"] & int(Flag.LOSS)) != 0]
         self.loss = float(logged["loss"][-1]) if len(logged) else self.loss
 
     def start_after(self, sequence: int) -> None:
-        """Take the rows up to ``sequence`` for history, which the reader came too late for: they are not missed."""
-        self.last_seen = max(self.last_seen, sequence)
+        """Take the rows up to ``sequence`` for history, which the reader came too late for: they are not missed.
+
+        After :meth:`resume` they are, as far as they were not counted.
+        """
+        if not self._counted and sequence > self.last_seen:
+            self.uncounted += sequence - self.last_seen
+            self.last_seen = sequence
+        self.give_up(sequence)
 
     def give_up(self, sequence: int) -> None:
         """Count the rows up to ``sequence`` that were not read as missed: they never will be."""
         if sequence > self.last_seen:
-            self.rows_missed += sequence - self.last_seen
-            self.last_seen = sequence
+            self._miss(sequence, 0)
+
+    def counts(self) -> dict[str, Any]:
+        """Return, as JSON can, what was counted and cannot be read again once the ring has turned."""
+        return {
+            "sequence": max(self.last_seen, self._counted),
+            "uncounted": self.uncounted,
+            "rows_missed": self.rows_missed,
+            "loss": self.loss,
+            "own_nonfinite": self.own_nonfinite,
+            "grad_norm": self.grad_norm.state,
+            "step_seconds": self.step_seconds.state,
+            "layers": {str(place): int(self.layers.nonfinite[place]) for place in self.layers.nonfinite.nonzero()[0]},
+            "exported": self.layers.exported.nonzero()[0].tolist() if not self.layers.exported.all() else None,
+        }
+
+    def resume(self, counts: dict[str, Any]) -> None:
+        """Go on counting where an earlier reader of the same rows was; before the first row.
+
+        The rows it had counted are still to be read, as far as there are any: windows and baselines come from them.
+        Raises KeyError, TypeError, ValueError or IndexError, having taken some, if ``counts`` are not of this run.
+        """
+        self.grad_norm.resume(counts["grad_norm"])
+        self.step_seconds.resume(counts["step_seconds"])
+        for place, count in counts["layers"].items():
+            self.layers.nonfinite[int(place)] = count
+        self.layers.exported[slice(None) if counts["exported"] is None else counts["exported"]] = True
+        self.uncounted, self.rows_missed = int(counts["uncounted"]), int(counts["rows_missed"])
+        self.loss, self.own_nonfinite = counts["loss"], counts["own_nonfinite"]
+        self._counted = int(counts["sequence"])
 
 
 def _known(values: npt.NDArray[Any]) -> Floats:

@@ -6,9 +6,10 @@ since, is counted once, whole, or not at all and then as missed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ __all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
 
 POLL_BYTES = 16 * 2**20
 """Bytes of rows that one poll reads at most; a row that is larger is read alone."""
+NAMED_LAYERS = 20
+"""Vanishing layers, and exploding ones, that a scrape names; the others are counted."""
 STATES = ("running", "finished", "lost")
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -42,10 +45,12 @@ class RankTail:
     """One rank directory, read as far as it has been written.
 
     The run's name and the rank are those of the directories, which are unique where those in manifests need not be.
-    Raises :class:`gradiometer.records.RunFormatError` or OSError if the directory cannot be read.
+    ``recall`` gives, for the new tail, what an earlier reader of the same directory had counted
+    (:meth:`gradiometer.summary.RunSummary.counts`), or None. Raises :class:`gradiometer.records.RunFormatError` or
+    OSError if the directory cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, recall: Callable[[RankTail], dict[str, Any] | None] | None = None) -> None:
         self.path = path
         self.run_id, self.rank = path.parent.name, int(path.name.removeprefix("rank-"))
         self.identity = identity(path)
@@ -59,11 +64,28 @@ class RankTail:
         self._ring = RingReader(path / "steps.ring", self.manifest.ring)
         self._samples = self._open_samples()
         self.summary.status = status = self._ring.status()
+        if recall is not None and (counts := recall(self)) is not None:
+            self._resume(counts, int(status["head"]))
         self._revision: Revision | None = None
         self.caught_up = False
         """Every row that was there when the ring was opened has been counted: no counter climbs through history."""
         self._opened_at, self._newest_sample = int(status["head"]), 0
         self._limit = max(1, POLL_BYTES // self.manifest.ring.dtype.itemsize)
+
+    def _resume(self, counts: dict[str, Any], head: int) -> None:
+        """Go on from ``counts``, unless they are of other rows: then what they say is not to be relied upon."""
+        try:
+            self.summary.resume(counts)
+            fits = 0 <= self.summary.counts()["sequence"] <= head + 1
+        except (KeyError, TypeError, ValueError, IndexError):
+            fits = False
+        if not fits:
+            self.summary = RunSummary(self.manifest)
+            self.summary.status = self._ring.status()
+
+    def recent(self, limit: int) -> Rows:
+        """Copy the newest ``limit`` complete rows, oldest first. Raises OSError if they cannot be read."""
+        return self._ring.read(max(0, int(self._ring.status()["head"]) - limit))[-limit:]
 
     def _open_samples(self) -> RingReader | None:
         """Open the ring of samples; a run whose steps can be read is followed without it if need be."""
@@ -178,6 +200,7 @@ def frame(ranks: Sequence[RankTail], state: str) -> Frame:
         *_loss_sample(lead, newest[0]),
         *_policy_samples(lead),
         *_action_samples(lead),
+        *_layer_states(lead),
         *(sample for tail, row in zip(ranks, newest, strict=True) for sample in _rank_samples(tail, row)),
     ]
     summary = lead.summary
@@ -194,6 +217,7 @@ def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
     yield "gradiometer_agent_seconds_total", run, sum(float(tail.summary.status["agent_seconds"]) for tail in ranks)
     missed = sum(int(tail.summary.status["rows_dropped"]) + tail.summary.rows_missed for tail in ranks)
     yield "gradiometer_rows_dropped_total", run, missed
+    yield "gradiometer_uncounted_steps", run, lead.summary.uncounted
     for name in STATES:
         yield "gradiometer_run_state", (*run, name), int(name == state)
     manifest = lead.manifest
@@ -221,6 +245,8 @@ def _gauges(ranks: Sequence[RankTail], newest: np.void | None) -> Iterator[tuple
     yield "grad_cosine", summary.layers.cosine
     yield "grad_norm_window_max", summary.grad_norm_window_max
     yield "grad_norm_baseline", summary.grad_norm_baseline
+    yield "grad_norm_mad", summary.grad_norm_mad
+    yield "clip_ratio", summary.clip_ratio
     if newest is not None:
         yield "learning_rate", float(newest["learning_rate"])
         yield "loss_scale", float(newest["loss_scale"])
@@ -254,6 +280,18 @@ def _action_samples(tail: RankTail) -> Iterator[Sample]:
     for place, pair in enumerate(pairs):
         if armed >> place & 1:
             yield "gradiometer_policy_actions_total", (tail.run_id, *pair), int(counts[place])
+
+
+def _layer_states(tail: RankTail) -> Iterator[Sample]:
+    """Yield how many layers vanish and explode, and the first of them by name."""
+    layers = tail.summary.layers
+    if not layers.judged:
+        return
+    for state, flags in (("vanishing", layers.vanishing), ("exploding", layers.exploding)):
+        places = (flags & layers.exported).nonzero()[0]
+        yield f"gradiometer_layers_{state}", (tail.run_id,), len(places)
+        for place in places[:NAMED_LAYERS].tolist():
+            yield "gradiometer_layer_state", (tail.run_id, layers.names[place], state), 1
 
 
 def _rank_samples(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:

@@ -18,6 +18,7 @@ import uvicorn
 
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.incidents import Incidents
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context, Service
 from gradiometer_monitor.settings import Settings, SettingsError
@@ -50,7 +51,8 @@ def serve(settings: Settings) -> int:
         return 1
     if not settings.root.exists():
         log.warning("%s does not exist yet: runs are served as soon as there are some", settings.root)
-    runs, store = Runs(settings.root, retention_seconds=settings.retention_seconds), Store.open(settings.state)
+    store = Store.open(settings.state)
+    runs = Runs(settings.root, retention_seconds=settings.retention_seconds, store=store)
     context = Context(runs=runs, events=Events(runs, store), store=store)
     services = _services(settings, context)
     stop = threading.Event()
@@ -146,13 +148,15 @@ def _serve_http(context: Context, services: list[Service], settings: Settings, l
 
 
 def _poll(context: Context, poll_seconds: float, stop: threading.Event) -> None:
-    pause, runs = 0.0, context.runs
+    pause, runs, incidents = 0.0, context.runs, Incidents(context.runs, context.events)
     while not stop.wait(pause):
         pause = poll_seconds
         try:
             if runs.poll():
                 pause = min(CATCH_UP_SECONDS, poll_seconds)
-            context.events.follow()
+            if context.events.follow():
+                pause = min(CATCH_UP_SECONDS, poll_seconds)
+            incidents.follow()
         except Exception:  # the thread must outlive whatever one poll met
             runs.poll_succeeded = False
             log.exception("a poll of %s failed and will be tried again", runs.root)

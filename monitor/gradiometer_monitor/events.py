@@ -1,14 +1,21 @@
-"""The events of all runs in one place: read from their directories as they are written, or told by the monitor."""
+"""The events of all runs in one place: read from their directories as they are written, or told by the monitor.
+
+Guarantees: an event is kept once, also over restarts of the monitor; a poll reads a bounded number of bytes of each
+rank; while the store cannot be written nothing is passed over: what jobs wrote is read later, and of what the monitor
+tells the last :data:`MAX_UNTOLD` wait.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from logging import getLogger
 from typing import Any
 
-from gradiometer.records import read_events
 from gradiometer.tail import RankTail
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.store import Event, Store
@@ -18,6 +25,13 @@ __all__ = ["Events"]
 log = getLogger(__name__)
 
 OWN_KEYS = ("kind", "message", "step", "time_ns")
+CHUNK_BYTES = 2**20
+"""Bytes of one rank's ``events.jsonl`` that a poll reads at most; a longer line is passed over as ``unreadable``."""
+EVENT_BYTES = 16 * 2**10
+"""An event whose line is longer is kept without its further fields."""
+MESSAGE_LENGTH, KIND_LENGTH = 4000, 64
+MAX_UNTOLD = 1000
+"""Events of the monitor that wait while the store cannot be written; beyond it the oldest are lost, but logged."""
 
 
 class Events:
@@ -27,59 +41,155 @@ class Events:
         self.store = store
         self._runs = runs
         self._listeners: list[Callable[[], None]] = []
+        self._offsets: dict[str, int] = {}
+        self._warned: set[str] = set()
+        self._untold: deque[tuple[Event, dict[str, Any]]] = deque(maxlen=MAX_UNTOLD)
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Have ``listener`` called, from any thread, when there may be new events; it must be quick and not raise."""
         self._listeners.append(listener)
 
-    def follow(self) -> None:
-        """Read what was written since the last time; for the thread that polls the runs, after a poll."""
+    def follow(self) -> bool:
+        """Read what was written since the last time, and tell whether there is more; for the thread that polls."""
         with self._runs.snapshot() as runs:
             tails = [tail for run in runs for tail in run.ranks]
-        grown = [self._follow(tail) for tail in tails]
-        if any(grown):
+        keys = {_key(tail): tail for tail in tails}
+        self._offsets = {key: offset for key, offset in self._offsets.items() if key in keys}
+        grown = [self._follow(key, tail) for key, tail in keys.items()]
+        if self._retry() or any(grown):
             self._announce()
+        return any(grown)
 
-    def _follow(self, tail: RankTail) -> bool:
-        key = f"events/{tail.run_id}/{tail.rank}/{tail.manifest.created_ns}"
-        offset = int(self.store.note(key, 0))
+    def _follow(self, key: str, tail: RankTail) -> bool:
+        """Read a part of what came, and tell whether there was any."""
+        path = tail.path / "events.jsonl"
         try:
-            found, end = read_events(tail.path / "events.jsonl", offset)
+            offset = self._offsets.get(key)
+            offset = int(self.store.note(key, 0)) if offset is None else offset
+            self._offsets[key] = offset
+            size = path.stat(follow_symlinks=False).st_size
+            offset = offset if size >= offset else 0  # it was cut: ids keep from being told twice what is still there
+            if size == offset:
+                return False
+            found, end = _read(path, offset)
             if end == offset:
                 return False
-            self.store.add([_event(tail, raw, f"{offset}.{place}") for place, raw in enumerate(found)], {key: end})
-        except (OSError, ValueError, sqlite3.Error) as error:
-            log.warning("events of %s cannot be read, and will be tried again: %s", tail.path, error)
+            self.store.add([_event(tail, raw, place) for place, raw in found], {key: end})
+        except FileNotFoundError:
             return False
+        except (OSError, ValueError, sqlite3.Error) as error:
+            self._warn(key, "events of %s cannot be read or kept, and will be tried again: %s", path, error)
+            return False
+        self._offsets[key] = end
+        self._warned.discard(key)
         return True
 
-    def tell(self, run_id: str, kind: str, message: str, *, step: int | None = None, **data: Any) -> Event:
-        """Keep an event that the monitor itself has to tell, and log it; return it."""
+    def _warn(self, key: str, message: str, *values: object) -> None:
+        """Log once until it succeeds."""
+        if key not in self._warned:
+            self._warned.add(key)
+            log.warning(message, *values)
+
+    def tell(
+        self,
+        run_id: str,
+        kind: str,
+        message: str,
+        *,
+        step: int | None = None,
+        once: str | None = None,
+        time_ns: int | None = None,
+        notes: dict[str, Any] | None = None,
+        **data: Any,
+    ) -> Event:
+        """Keep an event that the monitor itself has to tell, and log it; return it.
+
+        ``once`` names it within the run: another of that name is not kept, now or after a restart. ``time_ns`` is when
+        it happened, now unless given. ``notes`` are written to the store together with it.
+        """
         now = time.time_ns()
         event = Event(
-            id=f"{run_id}/monitor/{now:x}/{kind}", run_id=run_id, time_ns=now, kind=kind, message=message, step=step,
-            data=data,
+            id=f"{run_id}/monitor/{once or f'{now:x}'}/{kind}", run_id=run_id, time_ns=time_ns or now, kind=kind,
+            message=message, step=step, data=data,
         )  # fmt: skip
         log.info("run %s: %s: %s", run_id, kind, message)
-        self.store.add([event])
-        self._announce()
+        self._untold.append((event, notes or {}))
+        if self._retry():
+            self._announce()
         return event
+
+    def _retry(self) -> bool:
+        """Keep what was told and is not kept yet; tell whether there was any."""
+        kept = False
+        while self._untold:
+            try:
+                event, notes = self._untold[0]
+                self.store.add([event], notes)
+                self._untold.popleft()
+            except IndexError:  # another thread did it
+                break
+            except sqlite3.Error as error:
+                self._warn("", "events cannot be kept, and will be tried again: %s", error)
+                break
+            kept = True
+            self._warned.discard("")
+        return kept
 
     def _announce(self) -> None:
         for listener in self._listeners:
             listener()
 
 
-def _event(tail: RankTail, raw: dict[str, Any], place: str) -> Event:
+def _key(tail: RankTail) -> str:
+    return f"events/{tail.run_id}/{tail.rank}/{tail.manifest.created_ns}"
+
+
+def _read(path: os.PathLike[str], offset: int) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+    """Read complete lines from byte ``offset``, each with its own offset, and return the offset after the last."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        text = os.pread(descriptor, CHUNK_BYTES, offset)
+    finally:
+        os.close(descriptor)
+    end = text.rfind(b"\n") + 1
+    if not end and len(text) == CHUNK_BYTES:
+        return [(offset, {"message": f"a line of more than {CHUNK_BYTES} bytes"})], offset + len(text)
+    return list(_lines(text[:end], offset)), offset + end
+
+
+def _lines(text: bytes, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line in text.split(b"\n")[:-1]:
+        yield offset, _parse(line)
+        offset += len(line) + 1
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        event = None
+    if not isinstance(event, dict):
+        return {"kind": "unreadable", "line": line[:MESSAGE_LENGTH].decode("utf-8", "replace")}
+    if len(line) > EVENT_BYTES:
+        return {key: event.get(key) for key in OWN_KEYS} | {"left_out_bytes": len(line)}
+    return event
+
+
+def _event(tail: RankTail, raw: dict[str, Any], place: int) -> Event:
     """Make an event of a line that a job wrote, of which nothing can be relied upon."""
     step, time_ns = raw.get("step"), raw.get("time_ns")
     return Event(
         id=f"{tail.run_id}/{tail.rank}/{tail.manifest.created_ns:x}/{place}",
         run_id=tail.run_id,
         rank=tail.rank,
-        time_ns=time_ns if isinstance(time_ns, int) else tail.manifest.created_ns,
-        kind=str(raw.get("kind", "unreadable")),
-        message=str(raw.get("message", "")),
-        step=step if isinstance(step, int) else None,
+        time_ns=_count(time_ns) or tail.manifest.created_ns,
+        kind=str(raw.get("kind", "unreadable"))[:KIND_LENGTH],
+        message=str(raw.get("message", ""))[:MESSAGE_LENGTH],
+        step=_count(step),
         data={key: value for key, value in raw.items() if key not in OWN_KEYS},
     )
+
+
+def _count(value: object) -> int | None:
+    """Return a whole number that the store can hold, or None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None

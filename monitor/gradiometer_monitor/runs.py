@@ -2,7 +2,7 @@
 
 Guarantees: a poll does a bounded amount of work; one unreadable run never disturbs another; at most MAX_RANKS rank
 directories are held open. One lock orders polls, which run in a thread of their own, and scrapes, which come from the
-HTTP server's: a poll holds it for one rank at a time, a scrape while it renders. Nothing is written.
+HTTP server's: a poll holds it for one rank at a time, a scrape while it renders. Nothing is written below the root.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from gradiometer.process import process_alive
 from gradiometer.records import find_ranks, find_runs
 from gradiometer.tail import Frame, RankTail, frame, identity
+from gradiometer_monitor.counts import Counts
+from gradiometer_monitor.store import Store
 
 __all__ = ["Run", "Runs"]
 
@@ -33,6 +35,8 @@ RETRY_SECONDS = 30.0
 """An unreadable directory is tried again after this long, or at once when its manifest changes."""
 HEARTBEAT_SECONDS = 900.0
 """A run of another host, whose process cannot be seen from here, is lost when it was silent for this long."""
+CLOCK_JUMP_SECONDS = 60.0
+"""When the wall clock moved by so much more or less than time passed, it was set: silence is then counted anew."""
 SCRAPES = 2
 """Scrapes that must have shown a run's end before its series may leave."""
 
@@ -51,6 +55,8 @@ class _Rank:
     """Heartbeat when the process was first seen to be gone, which need not be asked again."""
     hidden: bool = False
     """The heartbeat moved after that: somebody writes whom this process cannot see, as from another container."""
+    excused_until: float = 0.0
+    """Before this instant (monotonic) silence is no sign: the clock that it is told by was set."""
 
     def poll(self) -> bool:
         """Read what came, tell whether there is more, and judge the state."""
@@ -74,7 +80,8 @@ class _Rank:
         if tail.finished:
             self.state = "finished"
         elif alive is None:
-            self.state = "running" if now - tail.heartbeat <= HEARTBEAT_SECONDS else "lost"
+            silent = now - tail.heartbeat > HEARTBEAT_SECONDS and time.monotonic() >= self.excused_until
+            self.state = "lost" if silent else "running"
         else:
             self.state = "running" if alive else "lost"
 
@@ -99,6 +106,8 @@ class Run:
     state: str
     ranks: list[RankTail]
     """Lowest first, at least one."""
+    states: tuple[str, ...] = ()
+    """Of each rank."""
 
     @property
     def key(self) -> tuple[Path, Identity]:
@@ -115,10 +124,10 @@ class Runs:
 
     A run that is over leaves ``retention_seconds`` after its last heartbeat, but not before two scrapes showed its
     end. One that was past it when the monitor started is never shown. An unreadable one is reported as long, by the
-    age of its files.
+    age of its files. With a ``store``, what was counted outlives the monitor.
     """
 
-    def __init__(self, root: Path, *, retention_seconds: float) -> None:
+    def __init__(self, root: Path, *, retention_seconds: float, store: Store | None = None) -> None:
         self.root = root
         self.retention_seconds = retention_seconds
         self.ready = threading.Event()
@@ -135,22 +144,34 @@ class Runs:
         self._waiting: list[Path] = []
         self._discover_at = 0.0
         self._lock = threading.RLock()
+        self._counts = Counts(store)
+        self._clock = time.time() - time.monotonic()
 
     def poll(self) -> bool:
         """Look at the directories once; tell whether there is more to read at once. Never raises OSError."""
         started = time.perf_counter()
+        self._watch_clock()
         behind = self._discover()
         for path, rank in list(self._ranks.items()):
             with self._lock:
                 behind |= self._poll_rank(path, rank)
         with self._lock:
             self._retire()
+        self._counts.keep_some([rank.tail for rank in self._ranks.values()])
         self.poll_seconds = time.perf_counter() - started
         self.poll_succeeded = not self._unreadable and not self._warned
         self.polled_at = time.monotonic()
         if not self._waiting and all(rank.tail.caught_up for rank in self._ranks.values()):
             self.ready.set()
         return behind
+
+    def _watch_clock(self) -> None:
+        """Excuse the silence of every run when the wall clock was set."""
+        before, self._clock = self._clock, time.time() - time.monotonic()
+        if abs(self._clock - before) > CLOCK_JUMP_SECONDS:
+            log.warning("the clock was set by %+.0f s", self._clock - before)
+            for rank in self._ranks.values():
+                rank.excused_until = time.monotonic() + HEARTBEAT_SECONDS
 
     @contextmanager
     def snapshot(self, *, scrape: bool = False) -> Iterator[list[Run]]:
@@ -171,8 +192,9 @@ class Runs:
             return {f"{p.parent.name}/{p.name}": found.error for p, found in sorted(self._unreadable.items())}
 
     def close(self) -> None:
-        """Close every file. Idempotent."""
+        """Keep what was counted and close every file. Idempotent."""
         with self._lock:
+            self._counts.keep([rank.tail for rank in self._ranks.values()])
             for path in list(self._ranks):
                 self._drop(path)
 
@@ -248,7 +270,7 @@ class Runs:
             if not over:
                 raise _TooManyRunsError(f"{MAX_RANKS} ranks of running jobs are followed already")
             self._archive(min(over, key=lambda rank: rank.tail.heartbeat).tail.path)
-        rank = _Rank(RankTail(path))
+        rank = _Rank(RankTail(path, self._counts.recall))
         rank.judge(process_alive(rank.tail.manifest), time.time())
         return rank
 
@@ -257,6 +279,7 @@ class Runs:
             if identity(path) != rank.tail.identity:
                 self._adopt(path)
                 return True
+            caught_up = rank.tail.caught_up
             behind = rank.poll()
         except FileNotFoundError:
             self._drop(path)
@@ -265,6 +288,13 @@ class Runs:
             self._drop(path)
             self._fail(path, _identity(path), error)
             return False
+        if rank.tail.caught_up and not caught_up and (uncounted := rank.tail.summary.uncounted):
+            log.info(
+                "run %s: %d steps had left the ring before the monitor came: histograms and counts of layers "
+                "begin after them",
+                path,
+                uncounted,
+            )
         if rank.tail.truncated:
             self._warn(path, "its ring was truncated: rows are missing that had been written")
         return behind
@@ -295,6 +325,7 @@ class Runs:
 
     def _drop(self, path: Path) -> None:
         if rank := self._ranks.pop(path, None):
+            self._counts.keep([rank.tail])
             rank.tail.close()
 
     def _fail(self, path: Path, found: Identity | None, error: Exception) -> None:
@@ -324,7 +355,8 @@ def _run(ranks: list[_Rank]) -> Run:
     lead = ranks[0].tail.manifest.created_ns / 1e9
     lost = any(rank.state == "lost" and rank.tail.heartbeat >= lead for rank in ranks)  # not of an earlier start
     state = "lost" if lost else ranks[0].state
-    return Run(run_id=ranks[0].tail.run_id, state=state, ranks=[rank.tail for rank in ranks])
+    states = tuple(rank.state for rank in ranks)
+    return Run(run_id=ranks[0].tail.run_id, state=state, ranks=[rank.tail for rank in ranks], states=states)
 
 
 def _identity(path: Path) -> Identity | None:

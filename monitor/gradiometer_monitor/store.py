@@ -2,7 +2,8 @@
 
 One SQLite file in the state directory, which one monitor at a time holds. Guarantees: an event is kept once, by its id,
 and gets a number that only grows; an event and the place it was read from are written together, so that none is read
-twice or passed over; the file is bounded. Without a directory that can be written the monitor works from memory.
+twice or passed over; the file is bounded. Without a directory that can be written the monitor works from memory. A file
+that is damaged is set aside, with a warning, and another begun.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ MAX_EVENTS = 200_000
 """The oldest events are forgotten beyond this; some hundred bytes each."""
 TRIM_EVERY = 1000
 BUSY_SECONDS = 10.0
+VERSION = 1
+"""Of the schema, as ``user_version`` in the file."""
+ASIDE = f"{DATABASE}.damaged"
+"""Where a damaged file is kept for whoever wants to look; the next one takes its place."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, run_id TEXT NOT NULL, rank INTEGER,
@@ -67,18 +72,13 @@ class Store:
         self.directory = directory
         self._lock, self._added = threading.RLock(), 0
         self._held: int | None = None
-        where = ":memory:"
-        if directory is not None:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._held = _hold(directory / LOCK)
-            where = str(directory / DATABASE)
+        if directory is None:
+            self._base = _connect(":memory:")
+            return
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._held = _hold(directory / LOCK)
         try:
-            self._base = sqlite3.connect(where, timeout=BUSY_SECONDS, check_same_thread=False)
-            if directory is not None:
-                (directory / DATABASE).chmod(0o600)
-                self._base.execute("PRAGMA journal_mode=WAL")
-                self._base.execute("PRAGMA synchronous=NORMAL")
-            self._base.executescript(SCHEMA)
+            self._base = _open(directory / DATABASE)
         except BaseException:
             self._release()
             raise
@@ -189,6 +189,52 @@ class Store:
         held, self._held = self._held, None
         if held is not None:
             os.close(held)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Open the file, or set it aside and begin another if it is damaged. Raises OSError or sqlite3.Error."""
+    try:
+        return _connect(str(path))
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:  # a full disk, a missing permission, a newer version: no damage
+            raise
+        aside = path.with_name(ASIDE)
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        path.replace(aside)
+        log.warning(
+            "%s is damaged (%s) and was set aside as %s: a new one is begun, so events and cursors of before are not "
+            "known, and what the run directories still hold is read anew",
+            path,
+            error,
+            aside.name,
+        )
+        return _connect(str(path))
+
+
+def _connect(where: str) -> sqlite3.Connection:
+    """Open a file and see to its schema. Raises sqlite3.DatabaseError, and none of its subclasses, if it is damaged."""
+    base = sqlite3.connect(where, timeout=BUSY_SECONDS, check_same_thread=False)
+    try:
+        if where != ":memory:":
+            Path(where).chmod(0o600)
+            base.execute("PRAGMA journal_mode=WAL")
+            base.execute("PRAGMA synchronous=NORMAL")
+        _check(base)
+        base.executescript(f"{SCHEMA}PRAGMA user_version = {VERSION};")
+    except BaseException:
+        base.close()
+        raise
+    return base
+
+
+def _check(base: sqlite3.Connection) -> None:
+    found = base.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(found)
+    version = base.execute("PRAGMA user_version").fetchone()[0]
+    if version > VERSION:
+        raise sqlite3.NotSupportedError(f"the file is of version {version}, this monitor knows {VERSION}: update it")
 
 
 def _hold(path: Path) -> int:

@@ -1,0 +1,211 @@
+"""What is usual of a stream of norms, and what is not: rolling maxima and ratios, and each layer's own baseline.
+
+Guarantees: what is told depends on the rows alone, wherever the batches were cut in which they came, and memory on the
+number of columns alone. NaN and infinite norms poison no median.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from gradiometer.metrics import WINDOW_SECONDS
+
+__all__ = ["BUCKET_NS", "LayerBaseline", "Streak", "WindowMax", "WindowRatio", "median_and_mad"]
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+BUCKET_NS = int(WINDOW_SECONDS * 1e9) // 30
+BUCKETS = 31
+"""One more than the window holds, because the newest is not full: a maximum covers one window to one bucket more."""
+BASELINE_STEPS = 512
+"""Steps whose norms are the baseline: long beside a spike, short beside a schedule of the learning rate."""
+SAMPLED_EVERY = 4
+"""Of each so many steps one is kept for a layer's baseline: 128 of 512 put its median off by a tenth of a deviation."""
+SAMPLES = BASELINE_STEPS // SAMPLED_EVERY
+WARMUP_STEPS = 128
+"""Nothing is said to be unusual before this many steps: norms of the first ones say little about what is usual."""
+MINIMUM_SAMPLES = 32
+"""A layer needs as many norms above zero among the samples to have a baseline."""
+REFRESH_STEPS = 64
+"""Steps after which the medians of layers are computed anew."""
+MAD_TO_DEVIATION = 1.4826
+"""A normal distribution's standard deviation over its median absolute deviation."""
+DEVIATION_FLOOR = 0.1
+"""Least deviation of a log norm in a score: what hardly moves at all is not unusual when it moves by a tenth."""
+CHUNK = 4096
+"""Layers whose medians are computed at once, which bounds the memory that takes."""
+
+
+class WindowMax:
+    """Rolling maximum of ``columns`` values over the last WINDOW_SECONDS of the rows' own time.
+
+    Time is cut in buckets of a thirtieth of the window, and one maximum a column is kept for each of the last 31, so
+    that a row costs one comparison a column whatever the step rate. The window ends at the newest row, not now: a run
+    that stalls keeps its maximum. NaN is passed over, +Inf is not. A clock that was set back starts a new window.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._peaks = np.full((BUCKETS, columns), np.nan)
+        self._buckets = np.full(BUCKETS, -1, np.int64)
+        self._newest = -1
+
+    def add(self, time_ns: Integers, values: Floats) -> None:
+        """Take in rows, oldest first: int64[T] and float64[T, columns]; T is at least 1."""
+        buckets = time_ns // BUCKET_NS
+        self._newest = int(buckets[-1])
+        for bucket in np.unique(buckets[np.abs(buckets - self._newest) < BUCKETS]):
+            self._merge(int(bucket), np.fmax.reduce(values[buckets == bucket], axis=0))
+
+    def _merge(self, bucket: int, peak: Floats) -> None:
+        slot = bucket % BUCKETS
+        if self._buckets[slot] != bucket:
+            self._buckets[slot], self._peaks[slot] = bucket, peak
+        else:
+            np.fmax(self._peaks[slot], peak, out=self._peaks[slot])
+
+    def max(self) -> Floats:
+        """Largest value of each column in the window, float64[columns]; NaN where there was none."""
+        live = np.abs(self._buckets - self._newest) < BUCKETS
+        peaks: Floats = np.fmax.reduce(self._peaks[live], axis=0, initial=np.nan)
+        return peaks
+
+
+class WindowRatio:
+    """Share of the rows of the last WINDOW_SECONDS, in the rows' own time, in which something was so."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((BUCKETS, 2), np.int64)
+        self._buckets = np.full(BUCKETS, -1, np.int64)
+        self._newest, self._seen = -1, 0
+
+    def add(self, time_ns: Integers, so: Mask) -> None:
+        """Take in rows, oldest first: int64[T] and bool[T]; T is at least 1."""
+        buckets = time_ns // BUCKET_NS
+        self._newest, self._seen = int(buckets[-1]), self._seen + len(buckets)
+        for bucket in np.unique(buckets[np.abs(buckets - self._newest) < BUCKETS]):
+            chosen, slot = so[buckets == bucket], int(bucket) % BUCKETS
+            if self._buckets[slot] != bucket:
+                self._buckets[slot], self._counts[slot] = bucket, 0
+            self._counts[slot] += np.count_nonzero(chosen), len(chosen)
+
+    @property
+    def ratio(self) -> float:
+        """From 0 to 1; NaN before MINIMUM_SAMPLES rows, as one or two first steps are no rate."""
+        if self._seen < MINIMUM_SAMPLES:
+            return float("nan")
+        so, rows = self._counts[np.abs(self._buckets - self._newest) < BUCKETS].sum(axis=0)
+        return float(so / rows)
+
+
+class LayerBaseline:
+    """Median and median absolute deviation of each column's log norms, of a sample of the last BASELINE_STEPS steps.
+
+    In each SAMPLED_EVERY steps one is kept, not always the same: a model whose steps alternate, as with two optimizers,
+    is sampled in all of them. Norms that are zero or not finite are passed over. The medians are computed anew every
+    REFRESH_STEPS steps, from WARMUP_STEPS on, except for columns that are held.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.median: Floats = np.full(columns, np.nan)
+        """Median of the log norm, float64[columns]; NaN while there is no baseline."""
+        self.mad: Floats = np.full(columns, np.nan)
+        """Median absolute deviation from it, float64[columns], in units of the logarithm."""
+        self.steps = 0
+        """Rows that were taken in."""
+        self._ring = np.full((columns, SAMPLES), np.nan, np.float32)
+        self._written = 0
+
+    @property
+    def room(self) -> int:
+        """Rows that :meth:`add` may be given before the medians are computed anew."""
+        return REFRESH_STEPS - self.steps % REFRESH_STEPS
+
+    def add(self, norms: Floats, held: Mask) -> None:
+        """Take in rows, float64[T, columns], oldest first, T at most :attr:`room`.
+
+        Columns that are ``held`` keep their medians.
+        """
+        taken = _sampled(np.arange(self.steps, self.steps + len(norms)))
+        self.steps += len(norms)
+        self._keep(norms[taken])
+        if self.steps >= WARMUP_STEPS and self.steps % REFRESH_STEPS == 0:
+            self._refresh(held)
+
+    def _keep(self, norms: Floats) -> None:
+        logs = np.full(norms.shape, np.nan)
+        np.log(norms, where=np.isfinite(norms) & (norms > 0), out=logs)
+        places = np.arange(self._written, self._written + len(logs)) % SAMPLES
+        self._ring[:, places] = logs.T
+        self._written += len(logs)
+
+    def _refresh(self, held: Mask) -> None:
+        for first in range(0, len(self.median), CHUNK):
+            part = slice(first, first + CHUNK)
+            median, mad = median_and_mad(self._ring[part])
+            self.median[part] = np.where(held[part], self.median[part], median)
+            self.mad[part] = np.where(held[part], self.mad[part], mad)
+
+    def score(self, norms: Floats) -> Floats:
+        """Say by how many robust deviations the log of each norm is above the median, float64[columns]; NaN if unknown.
+
+        The deviation is 1.4826 MAD, at least DEVIATION_FLOOR (Iglewicz and Hoaglin, How to Detect and Handle Outliers,
+        1993, whose modified z-score it is, of logarithms because norms are skewed and vary by factors).
+        """
+        deviation = np.maximum(MAD_TO_DEVIATION * self.mad, DEVIATION_FLOOR)
+        with np.errstate(divide="ignore"):
+            scores: Floats = (np.log(norms) - self.median) / deviation
+        return scores
+
+
+def _sampled(steps: Integers) -> Mask:
+    """Choose one in each SAMPLED_EVERY steps by a hash of their place, bool[T]."""
+    blocks = (steps // SAMPLED_EVERY).astype(np.uint64)
+    mixed = (blocks * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    chosen: Mask = steps % SAMPLED_EVERY == (mixed % np.uint64(SAMPLED_EVERY)).astype(np.int64)
+    return chosen
+
+
+def median_and_mad(values: npt.NDArray[np.float32]) -> tuple[Floats, Floats]:
+    """Return each row's median and median absolute deviation, NaN passed over; float64[C] of [C, N].
+
+    NaN where fewer than MINIMUM_SAMPLES values are known.
+    """
+    known = np.count_nonzero(~np.isnan(values), axis=1)
+    median = _middle(values, known)
+    mad = _middle(np.abs(values - median[:, None].astype(np.float32)), known)
+    few = known < MINIMUM_SAMPLES
+    median[few] = mad[few] = np.nan
+    return median, mad
+
+
+def _middle(values: npt.NDArray[np.float32], known: npt.NDArray[np.intp]) -> Floats:
+    ordered = np.sort(values, axis=1)  # NaN come last
+    low, high = np.maximum(known - 1, 0) // 2, np.minimum(known // 2, values.shape[1] - 1)
+    pairs = np.stack([low, high], axis=1)
+    middle: Floats = np.take_along_axis(ordered, pairs, axis=1).mean(axis=1, dtype=np.float64)
+    return middle
+
+
+class Streak:
+    """How many rows running something was so in each column; rows in which a column was absent do not count."""
+
+    def __init__(self, columns: int) -> None:
+        self.length: Integers = np.zeros(columns, np.int64)
+
+    def add(self, so: Mask, present: Mask) -> None:
+        """Take in rows, oldest first: bool[T, columns] each."""
+        places = (so.any(axis=0) | (self.length > 0)).nonzero()[0]
+        if len(places):
+            self.length[places] = _streaks(self.length[places], so[:, places], present[:, places])
+
+
+def _streaks(length: Integers, so: Mask, present: Mask) -> Integers:
+    counted = np.cumsum(so & present, axis=0)
+    broken = present & ~so
+    last = np.where(broken.any(axis=0), len(so) - 1 - np.argmax(broken[::-1], axis=0), -1)
+    before = np.where(last >= 0, counted[last, np.arange(len(length))], -length)
+    streaks: Integers = counted[-1] - before
+    return streaks
