@@ -288,7 +288,7 @@ def test_wrong_setting_is_refused(spawn: Spawn, tmp_path: Path) -> None:
     """A value out of range is told with its range."""
     code, (line,) = _refused(spawn, tmp_path, "--poll-seconds", "0")
     assert code == 2
-    assert "poll_seconds 0.0: expected a number from 0.05 to 3600" in line
+    assert "--poll-seconds: poll_seconds is 0.0: expected a number from 0.05 to 3600" in line
 
 
 def test_a_file_for_a_directory_is_refused(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_settings_are_argument_then_environment_then_default(tmp_path: Path, mon
     monkeypatch.setenv("GRADIOMETER_MONITOR_SERIES_BUDGET", "500")
     assert resolve(port=4321) == Settings(root=tmp_path, port=4321, series_budget=500)
     monkeypatch.setenv("GRADIOMETER_MONITOR_PORT", "many")
-    with pytest.raises(SettingsError, match="GRADIOMETER_MONITOR_PORT 'many': Input should be a valid integer"):
+    with pytest.raises(SettingsError, match="GRADIOMETER_MONITOR_PORT: port is 'many': expected a valid integer"):
         resolve()
 
 

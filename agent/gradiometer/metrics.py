@@ -325,6 +325,33 @@ _METRICS = (
         labels=("collector",),
         help="Duration of the collector's last collection.",
     ),
+    Metric(
+        name="gradiometer_config_last_reload_successful",
+        kind="gauge",
+        help="1 if the monitor's config could be used when it was last read.",
+    ),
+    Metric(
+        name="gradiometer_config_last_reload_success_timestamp_seconds",
+        kind="gauge",
+        help="When the monitor last read a config that could be used, Unix time.",
+    ),
+    Metric(
+        name="gradiometer_service_up",
+        kind="gauge",
+        labels=("service",),
+        help="1 if the last round of this service of the monitor succeeded.",
+    ),
+    Metric(
+        name="gradiometer_service_failures_total",
+        kind="counter",
+        labels=("service",),
+        help="Rounds of this service of the monitor that failed and were tried again.",
+    ),
+    Metric(
+        name="gradiometer_log_messages_dropped_total",
+        kind="counter",
+        help="Messages that the monitor did not log because it had said them often enough within a minute.",
+    ),
 )
 
 CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in _METRICS}

@@ -22,11 +22,9 @@ import errno
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
 from importlib.metadata import PackageNotFoundError, version
-from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +32,8 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradiometer.rank_files import RunFormatError, open_file, pread_all, read_bounded
 
 __all__ = [
     "FORMAT_VERSION",
@@ -73,6 +73,10 @@ STATS = ("grad_norm_preclip", "grad_norm_postclip", "microbatch_norm")
 reduction between ranks; it is negative zero in steps whose backward hooks were not armed."""
 MANIFEST_BYTES = 64 * 2**20
 """A manifest is refused beyond this: it is read at once. A parameter takes some 150 bytes."""
+MAX_ROW_BYTES = 2**28
+"""A ring of larger rows is refused: a row is read at once. It has room for 22 million parameter tensors."""
+EVENT_BYTES = 32 * 2**20
+"""Of ``events.jsonl`` so much is read at once. An agent writes half of it at most; a longer line is passed over."""
 CHECKSUM_FACTOR = 0x9E3779B97F4A7C15
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ACTIONS = ("event", "callback", "raise")
@@ -82,10 +86,6 @@ ACTION_SLOTS = 64
 and action by action."""
 Word = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.void]
-
-
-class RunFormatError(ValueError):
-    """A file is not what the format says: foreign, truncated, or of another version."""
 
 
 class Flag(IntFlag):
@@ -334,24 +334,6 @@ def own_clipping(rows: Rows, status: np.void) -> set[str]:
     return {name for name, slot in OWN_CLIPPING.items() if events[slot] or (thresholds[:, slot] > 0).any()}
 
 
-def _open_file(path: Path) -> FileIO:
-    """Open a regular file for reading; raises RunFormatError for a pipe or a device, which could block for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise RunFormatError(f"{path} is not a regular file: it was put there by something else than gradiometer")
-    return FileIO(descriptor)
-
-
-def read_bounded(path: Path, limit: int, what: str) -> bytes:
-    """Read a regular file whole; raises RunFormatError if it has more than ``limit`` bytes and so is no ``what``."""
-    with _open_file(path) as file:
-        content = _pread_all(file.fileno(), limit + 1, 0)
-    if len(content) > limit:
-        raise RunFormatError(f"{path} has more than {limit} bytes: it is not a gradiometer {what}")
-    return content
-
-
 def read_manifest(path: Path) -> Manifest:
     """Read and validate a ``manifest.json``; raises :class:`RunFormatError` that says what is wrong with it."""
     content = read_bounded(path, MANIFEST_BYTES, "manifest")
@@ -383,7 +365,9 @@ class RingReader:
     def __init__(self, path: Path, geometry: RingGeometry) -> None:
         self.path, self.geometry = path, geometry
         self._dtype = geometry.dtype
-        self._file = _open_file(path)
+        if self._dtype.itemsize > MAX_ROW_BYTES:
+            raise RunFormatError(f"{path} has rows of {self._dtype.itemsize} bytes, expected at most {MAX_ROW_BYTES}")
+        self._file = open_file(path)
         try:
             self._check_header()
         except RunFormatError:
@@ -441,7 +425,7 @@ class RingReader:
         """Copy those of the adjacent rows first..last that are complete and not overtaken by the writer."""
         size = self._dtype.itemsize
         offset = HEADER_BYTES + (first - 1) % self.geometry.capacity * size
-        copied = _pread_all(self._file.fileno(), (last - first + 1) * size, offset)
+        copied = pread_all(self._file.fileno(), (last - first + 1) * size, offset)
         words: Word = np.frombuffer(copied, "<u8", len(copied) // size * (size // 8)).reshape(-1, size // 8)
         sequence = np.arange(first, first + len(words), dtype=np.uint64)
         whole = (words[:, 0] == sequence) & (words[:, -1] == sequence) & (words[:, 1] == checksum(words))
@@ -458,28 +442,20 @@ class RingReader:
         self._file.close()
 
 
-def _pread_all(descriptor: int, count: int, offset: int) -> bytes:
-    """Read ``count`` bytes or up to the end of the file: one read returns at most 2 GiB."""
-    parts = []
-    while count > 0 and (part := os.pread(descriptor, count, offset)):
-        parts.append(part)
-        count, offset = count - len(part), offset + len(part)
-    return b"".join(parts)
-
-
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Read ``events.jsonl`` from byte ``offset``: the complete events and the offset after the last of them.
 
     A last line without its newline is still being written and is left for the next call. A line that is not JSON
-    becomes an event of kind ``unreadable``. A missing file has no events.
+    becomes an event of kind ``unreadable``. A missing file has no events. At most EVENT_BYTES are read.
     """
     try:
-        with _open_file(path) as file:
-            file.seek(offset)
-            text = file.read()
+        with open_file(path) as file:
+            text = pread_all(file.fileno(), EVENT_BYTES, offset)
     except FileNotFoundError:
         return [], offset
     end = text.rfind(b"\n") + 1
+    if not end and len(text) == EVENT_BYTES:
+        return [{"kind": "unreadable", "message": f"a line of more than {EVENT_BYTES} bytes"}], offset + EVENT_BYTES
     return list(_parse_events(text[:end].splitlines())), offset + end
 
 

@@ -273,6 +273,8 @@ def open_run(path: str | os.PathLike[str], rank: int = 0) -> Run:
     ``rank``. Raises FileNotFoundError if there is no such run and :class:`RunFormatError` if it cannot be read.
     """
     directory = Path(path)
+    if directory.is_symlink() or directory.parent.is_symlink():  # the user's own, of which files are opened by no other
+        directory = directory.resolve()
     if not (directory / "manifest.json").is_file():
         directory = directory / f"rank-{rank:05d}"
     if not (directory / "manifest.json").is_file():

@@ -1,48 +1,58 @@
-"""The monitor as a process: threads, the HTTP server, signals, and an orderly end.
+"""The monitor as a process: threads, the HTTP server, signals, reloads, and an orderly end.
 
-One thread polls the run directories, each service has one of its own, and uvicorn serves in the main thread.
-:class:`gradiometer_monitor.runs.Runs` holds the lock that orders polls and scrapes.
+One thread polls the run directories, one reloads the config and answers to systemd's watchdog, each service has one of
+its own, and uvicorn serves in the main thread. :class:`gradiometer_monitor.runs.Runs` holds the lock that orders polls
+and scrapes.
 """
 
 from __future__ import annotations
 
+import os
 import signal
-import socket
 import threading
-from collections.abc import Callable
-from ipaddress import ip_address
+import time
+from collections.abc import Callable, Iterator
 from logging import getLogger
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
-import uvicorn
-
+from gradiometer.tail import Sample
+from gradiometer_monitor import logs, reloading
 from gradiometer_monitor.events import Events
 from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.incidents import Incidents
+from gradiometer_monitor.notify import notify, watchdog_seconds
+from gradiometer_monitor.resolving import Resolved
 from gradiometer_monitor.runs import Runs
-from gradiometer_monitor.services import Context, Service
+from gradiometer_monitor.server import GRACE_SECONDS, Server, Switch
+from gradiometer_monitor.services import Context, Service, stop_all
 from gradiometer_monitor.settings import Settings, SettingsError
 from gradiometer_monitor.store import Store
 from gradiometer_monitor.web.app import app
+from gradiometer_monitor.web.connections import server_config
+from gradiometer_monitor.web.listen import Listener, listen
+from gradiometer_monitor.web.scrape import HEALTHY_POLLS, HEALTHY_SECONDS
 
-__all__ = ["serve"]
+__all__ = ["Daemon", "serve"]
 
 log = getLogger(__name__)
 
-CONNECTIONS = 64
-"""Connections served at once; one more is told 503."""
-GRACE_SECONDS = 5
 CATCH_UP_SECONDS = 0.05
 """Pause between two polls while there is more to read, so that scrapes come in between."""
 
+Reread = Callable[[], Resolved[Settings]]
 
-def serve(settings: Settings) -> int:
+
+def serve(settings: Settings, reread: Reread | None = None) -> int:
     """Serve until SIGTERM or SIGINT and return the exit code: 0, or 1 after one line that says what was refused.
 
-    Must be called from the main thread, which alone receives signals.
+    ``reread`` reads the settings again at SIGHUP. Must be called from the main thread, which alone receives signals.
     """
+    logs.configure(settings.log)
+    hangups: SimpleQueue[None] = SimpleQueue()  # whose put may interrupt itself, as that of an Event may not
+    signal.signal(signal.SIGHUP, lambda *_: hangups.put(None))
     try:
-        listener = _listen(settings.host, settings.port)
+        listener = listen(settings)
         port = listener.getsockname()[1]
         if settings.port_file:
             _write_port(settings.port_file, port)
@@ -51,26 +61,169 @@ def serve(settings: Settings) -> int:
         return 1
     if not settings.root.exists():
         log.warning("%s does not exist yet: runs are served as soon as there are some", settings.root)
-    store = Store.open(settings.state)
-    runs = Runs(settings.root, retention_seconds=settings.retention_seconds, store=store)
-    context = Context(runs=runs, events=Events(runs, store), store=store)
-    services = _services(settings, context)
-    stop = threading.Event()
-    poller = threading.Thread(target=_poll, args=(context, settings.poll_seconds, stop), name="gradiometer-poll")
-    poller.start()
-    for service in services:
-        service.start()
-    try:
-        _serve_http(context, services, settings, listener)
-    finally:
-        stop.set()
-        for service in services:
-            service.stop(GRACE_SECONDS)
-        poller.join(GRACE_SECONDS)
-        runs.close()
-        store.close()
-        listener.close()
+    Daemon(settings, listener, hangups, reread).run()
     return 0
+
+
+class Daemon:
+    """One monitor, from its start to its end: the settings in force, and what was made from them."""
+
+    def __init__(
+        self, settings: Settings, listener: Listener, hangups: SimpleQueue[None], reread: Reread | None = None
+    ) -> None:
+        self.settings = settings
+        store = Store.open(settings.state)
+        runs = Runs(settings.root, retention_seconds=settings.retention_seconds, store=store)
+        self.context = Context(runs=runs, events=Events(runs, store), store=store)
+        self.exposition = Exposition(runs, series_budget=settings.series_budget)
+        self.services = _services(settings, self.context)
+        self._listener, self._hangups, self._reread = listener, hangups, reread
+        self._stop, self._poll_now = threading.Event(), threading.Event()
+        self._reloaded, self._reloaded_at = True, time.time()
+        self._app = app(self.context, self.exposition, settings)
+        self._switch = Switch(self._app)
+        self._server = Server(
+            server_config(self._switch, settings, listener), serving=self._serving, stopping=self._stopping
+        )
+        self._threads = [
+            threading.Thread(target=work, name=f"gradiometer-{name}", daemon=True)
+            for name, work in (("poll", self._poll), ("keep", self._keep))
+        ]
+
+    def run(self) -> None:
+        """Serve until the server ends; then end everything else, within some seconds, whatever it is doing."""
+        self._collect()
+        for thread in self._threads:
+            thread.start()
+        for service in self.services:
+            service.start()
+        try:
+            self._server.take_signals()
+            self._server.run(sockets=[self._listener])
+        finally:
+            self._end()
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield what the monitor tells of itself."""
+        yield "gradiometer_config_last_reload_successful", (), int(self._reloaded)
+        yield "gradiometer_config_last_reload_success_timestamp_seconds", (), self._reloaded_at
+        yield "gradiometer_log_messages_dropped_total", (), logs.dropped()
+        for service in self.services:
+            yield "gradiometer_service_up", (service.name,), int(service.healthy)
+            yield "gradiometer_service_failures_total", (service.name,), service.failures
+
+    @property
+    def healthy(self) -> bool:
+        """Whether polls are done, and requests served, as often as they should be."""
+        oldest = min(self.context.runs.polled_at, self._server.ticked_at)
+        return time.monotonic() - oldest <= max(HEALTHY_SECONDS, HEALTHY_POLLS * self.settings.poll_seconds)
+
+    def apply(self, wanted: Settings) -> None:
+        """Change to other settings, as far as that can be done now. Raises what building from them raises."""
+        new = reloading.keep_fixed(self.settings, wanted)
+        changed = reloading.changed(self.settings, new)
+        if not changed:
+            log.info("the settings were read again: none has changed")
+            return
+        # All is built before anything is replaced: what cannot be built leaves the monitor as it was.
+        made, served = _services(new, self.context), app(self.context, self.exposition, new)
+        self._app.state.streams.close()  # their clients come again, and are asked who they are
+        self._app = served
+        logs.configure(new.log)
+        self.settings, self._switch.app, self._listener.gate.limits = new, served, new.limits
+        self.context.runs.retention_seconds = new.retention_seconds
+        self.exposition.change_budget(new.series_budget)
+        self.services = reloading.replace(self.services, made, changed)
+        self._collect()
+        self._poll_now.set()
+        log.info("the settings were read again: changed %s", ", ".join(sorted(changed)))
+
+    def _collect(self) -> None:
+        collectors = {service.name: service.samples for service in self.services}
+        self.exposition.collect_from({"monitor": self.samples} | collectors)
+
+    def _serving(self) -> None:
+        scheme = "https" if self.settings.auth.tls_certificate else "http"
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        url = f"{scheme}://{host}:{self._listener.getsockname()[1]}"
+        log.info("serving on %s", url)
+        log.info("metrics at %s/metrics, runs of %s at %s/api/v1/runs", url, self.settings.root, url)
+        notify("READY=1", f"STATUS=serving on {url}")
+
+    def _stopping(self) -> None:
+        notify("STOPPING=1")
+        self._app.state.streams.close()
+        self._stop.set()
+        self._poll_now.set()
+        self._hangups.put(None)
+        for service in self.services:
+            service.ask_to_stop()
+
+    def _end(self) -> None:
+        """Wait for the threads; the process goes without those that do not end."""
+        self._stopping()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        stop_all(self.services, max(0.5, deadline - time.monotonic()))
+        self._listener.close()
+        left = {thread.name for thread in self._threads if thread.is_alive()}
+        left |= {f"gradiometer-{service.name}" for service in self.services if service.alive}
+        left |= {each.name for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()}
+        if left:
+            log.warning("ended without waiting longer for %s", ", ".join(sorted(left)))
+            os._exit(0)  # what they use stays open under them, and none holds the interpreter up
+        self.context.runs.close()
+        self.context.store.close()
+
+    def _keep(self) -> None:
+        """Reload when asked to, and tell systemd's watchdog that all is well as long as it is."""
+        interval = watchdog_seconds()
+        while not self._stop.is_set():
+            try:
+                self._hangups.get(timeout=interval)
+                while not self._hangups.empty():  # asked to several times, once is enough
+                    self._hangups.get_nowait()
+                if not self._stop.is_set():
+                    self._reload()
+            except Empty:
+                pass
+            if interval is not None and self.healthy:
+                notify("WATCHDOG=1")
+
+    def _reload(self) -> None:
+        notify("RELOADING=1")
+        succeeded = False
+        try:
+            if self._reread is not None:
+                resolved = self._reread()
+                for warning in resolved.warnings:
+                    log.warning("%s", warning)
+                self.apply(resolved.settings)
+            succeeded, self._reloaded_at = True, time.time()
+        except SettingsError as error:
+            said = "; ".join(str(error).splitlines())
+            log.error("reload refused, all settings stay as they were: %s", said)  # noqa: TRY400 - as in serve()
+        except Exception:  # whatever a wrong setting leads to, the monitor goes on with the old ones
+            log.exception("reload failed, all settings stay as they were")
+        self._reloaded = succeeded
+        notify("READY=1")
+
+    def _poll(self) -> None:
+        pause, runs, incidents = 0.0, self.context.runs, Incidents(self.context.runs, self.context.events)
+        while not self._stop.is_set():
+            self._poll_now.wait(pause)
+            self._poll_now.clear()
+            pause = self.settings.poll_seconds
+            try:
+                if runs.poll():
+                    pause = min(CATCH_UP_SECONDS, pause)
+                if self.context.events.follow():
+                    pause = min(CATCH_UP_SECONDS, pause)
+                incidents.follow()
+            except Exception:  # the thread must outlive whatever one poll met
+                runs.poll_succeeded = False
+                log.exception("a poll of %s failed and will be tried again", runs.root)
 
 
 def _services(settings: Settings, context: Context) -> list[Service]:
@@ -79,84 +232,8 @@ def _services(settings: Settings, context: Context) -> list[Service]:
     return []
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind ``host``, which must be loopback. Raises SettingsError or OSError, with the remedy."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise SettingsError(f"host {host!r} cannot be resolved ({error.strerror}): try --host 127.0.0.1") from error
-    if not ip_address(str(address[0]).partition("%")[0]).is_loopback:
-        raise SettingsError(
-            f"host {host!r} is not a loopback address: the monitor has no authentication yet, so it serves this host "
-            "only; use --host 127.0.0.1 and put an authenticating proxy in front of it"
-        )
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(CONNECTIONS)
-    except OSError as error:
-        listener.close()
-        raise OSError(
-            f"port {port} of {host} cannot be bound ({error.strerror}): stop the process that uses it, or choose "
-            "another with --port (0 takes a free one)"
-        ) from error
-    return listener
-
-
 def _write_port(path: Path, port: int) -> None:
     """Write atomically: whoever waits for the file finds a whole number in it."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(f"{port}\n")
     temporary.replace(path)
-
-
-class _Server(uvicorn.Server):
-    """Ends what would last for ever before it waits for the requests that are being answered."""
-
-    before_shutdown: Callable[[], None]
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.before_shutdown()
-        await super().shutdown(sockets)
-
-
-def _serve_http(context: Context, services: list[Service], settings: Settings, listener: socket.socket) -> None:
-    exposition = Exposition(context.runs, series_budget=settings.series_budget)
-    exposition.collect_from({service.name: service.samples for service in services})
-    application = app(context, exposition, settings)
-    config = uvicorn.Config(
-        application,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        ws="none",
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    server = _Server(config)
-    server.before_shutdown = application.state.streams.close
-    # uvicorn raises the signal again once it has stopped: it must find this handler, not the default that kills.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.handle_exit)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    log.info("serving on %s", url)
-    log.info("metrics at %s/metrics, runs of %s at %s/api/v1/runs", url, settings.root, url)
-    server.run(sockets=[listener])
-
-
-def _poll(context: Context, poll_seconds: float, stop: threading.Event) -> None:
-    pause, runs, incidents = 0.0, context.runs, Incidents(context.runs, context.events)
-    while not stop.wait(pause):
-        pause = poll_seconds
-        try:
-            if runs.poll():
-                pause = min(CATCH_UP_SECONDS, poll_seconds)
-            if context.events.follow():
-                pause = min(CATCH_UP_SECONDS, poll_seconds)
-            incidents.follow()
-        except Exception:  # the thread must outlive whatever one poll met
-            runs.poll_succeeded = False
-            log.exception("a poll of %s failed and will be tried again", runs.root)

@@ -82,6 +82,12 @@ class Exposition:
         """Take also the samples that these give, by name, at each scrape; another call replaces them."""
         self._collectors = dict(collectors)
 
+    def change_budget(self, series_budget: int) -> None:
+        """Keep each run to another budget, from the next scrape on."""
+        with self._lock:
+            if series_budget != self._budget:
+                self._budget, self._layers = series_budget, {}
+
     def render(self, content_type: str = TEXT) -> bytes:
         """Render one scrape in ``content_type``, :data:`TEXT` or :data:`OPENMETRICS`."""
         openmetrics = content_type == OPENMETRICS

@@ -1,26 +1,88 @@
-"""What sections of the monitor's settings are made of: models that say what they expected."""
+"""What sections of the monitor's settings are made of: models that name what they expected, units, paths."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo, field_validator
+from pydantic_core import CoreSchema, core_schema
 
-__all__ = ["Section", "between"]
+__all__ = ["BASE", "UNITS", "Range", "Section", "between", "kinds"]
+
+BASE = "base"
+"""In the context of a validation: the directory that relative paths, given as texts, begin at."""
+UNITS: dict[str, dict[str, float]] = {
+    "seconds": {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400},
+    "bytes": {unit + "B": 1000**power for power, unit in enumerate(("", "k", "M", "G", "T"))}
+    | {unit + "iB": 1024**power for power, unit in enumerate(("K", "M", "G", "T"), start=1)},
+    "days": {"d": 1, "w": 7},
+}
+"""What a number may be followed by, in settings whose names end so."""
+_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
 
 
 class Section(BaseModel):
     """Settings that belong together: immutable, and a name that does not exist is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, validate_default=True, use_attribute_docstrings=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take the unit off a number, and put the directory of the config file before a relative path."""
+        if not isinstance(value, str) or info.field_name is None:
+            return value
+        if Path in kinds(cls.model_fields[info.field_name].annotation):
+            path = Path(value).expanduser()
+            return info.context[BASE] / path if info.context and BASE in info.context else path
+        units = UNITS.get(info.field_name.rpartition("_")[2], {})
+        found = _AMOUNT.fullmatch(value) if units else None
+        if found is None:
+            return value
+        if found[2] not in units:
+            raise ValueError(f"expected a number, or one with a unit of {', '.join(units)}")
+        amount = float(found[1]) * units[found[2]]
+        return int(amount) if amount.is_integer() else amount
+
+
+def kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation is made of."""
+    arguments = get_args(annotation)
+    if not arguments:
+        yield annotation
+    for argument in arguments:
+        yield from kinds(argument)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The bounds of a number, which are in the error, in the schema and in the documentation; None is passed over."""
+
+    low: float
+    high: float
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        made = handler(schema)
+        for kind in made.get("anyOf", [made]):
+            if kind.get("type") in ("integer", "number"):
+                kind.update(minimum=self.low, maximum=self.high)
+        return made
+
+    def _check(self, value: float | None) -> float | None:
+        if value is not None and not self.low <= value <= self.high:
+            raise ValueError(f"expected a number from {self.low} to {self.high}")
+        return value
 
 
 def between(low: float, high: float) -> Any:
     """Make the annotation of a number that must lie from ``low`` to ``high``."""
-
-    def check(value: float) -> float:
-        if not low <= value <= high:
-            raise ValueError(f"expected a number from {low} to {high}")
-        return value
-
-    return AfterValidator(check)
+    return Range(low, high)

@@ -1,12 +1,14 @@
 """What a monitor does besides following and serving: services, each in a thread of its own, none in another's way.
 
 A service is built from its section of the settings. When a reload changes that section, the service is stopped and
-built anew: whatever must outlive that is in the store.
+built anew: whatever must outlive that is in the store. A reload may build one and not start it, so building has no
+effect that must be undone: what a service opens, it opens in its first round.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from gradiometer_monitor.events import Events
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.store import Store
 
-__all__ = ["Context", "Service"]
+__all__ = ["Context", "Service", "stop_all"]
 
 log = getLogger(__name__)
 
@@ -41,7 +43,10 @@ class Service(ABC):
     """
 
     name: str
-    """In metrics, logs and the thread's name."""
+    """In metrics, logs and the thread's name; no two services of a monitor have the same."""
+    sections: tuple[str, ...] = ()
+    """Settings that it is built from, by their names in Settings: a reload that changes one of them builds it anew. One
+    that names none is built anew whenever any setting changes."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -75,10 +80,19 @@ class Service(ABC):
         """Begin the next round now."""
         self._wake.set()
 
-    def stop(self, seconds: float = JOIN_SECONDS) -> None:
-        """End the thread and wait for it; a service that does not end in time is left behind with a warning."""
+    def ask_to_stop(self) -> None:
+        """Have the thread end after the round that it is in, without waiting for it."""
         self._stop.set()
         self._wake.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def stop(self, seconds: float = JOIN_SECONDS) -> None:
+        """End the thread and wait for it; a service that does not end in time is left behind with a warning."""
+        self.ask_to_stop()
         if self._thread is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():
@@ -106,3 +120,12 @@ class Service(ABC):
             log.info("%s succeeds again", self.name)
         self.healthy = True
         return seconds
+
+
+def stop_all(services: Iterable[Service], seconds: float = JOIN_SECONDS) -> None:
+    """End several services at the same time, which together have ``seconds`` for it."""
+    ending, deadline = list(services), time.monotonic() + seconds
+    for service in ending:
+        service.ask_to_stop()
+    for service in ending:
+        service.stop(max(0.0, deadline - time.monotonic()))

@@ -101,7 +101,7 @@ def _path(run: str, directory: Path | None) -> Path:
     path = root / run if (root / run).exists() else Path(run)
     if not path.is_dir():
         raise FileNotFoundError(f"no run {run!r} in {root}: 'gradiometer runs' lists those there are")
-    return path
+    return path.resolve() if path.is_symlink() else path
 
 
 def _as_yaml(revision: Revision) -> str:

@@ -22,11 +22,11 @@ from gradiometer.policy.audit import Coverage, cover, describe, scope_of
 from gradiometer.policy.kinds import NonFiniteSpec, SkipSpec
 from gradiometer.policy.problems import PolicyError, Problem
 from gradiometer.policy.schema import policy_schema
-from gradiometer.policy.source import read_source
 from gradiometer.policy.spec import PolicySpec, load_policy
 from gradiometer.records import default_root
 from gradiometer.run import Run
 from gradiometer.runs import find_run
+from gradiometer.yaml_source import read_source
 
 __all__ = ["app"]
 
@@ -103,7 +103,7 @@ def _cover(spec: PolicySpec, file: Path, run: Run) -> list[Coverage]:
     parameters = run.manifest.parameters
     covered, problems = cover(spec, str(file), [p.name for p in parameters], [p.layer for p in parameters])
     if problems:
-        source = read_source(file)
+        source = read_source(file, "policy", PolicyError)
         raise PolicyError.of([_placed(problem, source.place(problem.path)) for problem in problems])
     return covered
 

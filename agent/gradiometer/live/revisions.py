@@ -15,12 +15,14 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradiometer.policy.spec import PolicySpec
+from gradiometer.rank_files import open_rank
 from gradiometer.records import PIPELINE_SLOTS, Manifest, RunFormatError, read_bounded
 
 __all__ = [
@@ -157,19 +159,25 @@ class SlotTable:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file of the user's alone (0600): a reader sees none, the old one, or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    owner = path.parent.stat()
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            if os.geteuid() == 0 and owner.st_uid != 0:  # a request of the administrator's, for the job to read
-                os.fchown(descriptor, owner.st_uid, owner.st_gid)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write a file of a rank directory, for its owner alone (0600): a reader sees none, the old one, or the new one.
+
+    A link is replaced and never followed. Raises RunFormatError if the directory is reached by one, or OSError.
+    """
+    temporary = f".{path.name}.{secrets.token_hex(6)}.tmp"
+    with open_rank(path.parent) as rank:
+        owner = os.fstat(rank)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(temporary, flags, 0o600, dir_fd=rank)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                if os.geteuid() == 0 and owner.st_uid != 0:  # a request of the administrator's, for the job to read
+                    os.fchown(descriptor, owner.st_uid, owner.st_gid)
+            os.replace(temporary, path.name, src_dir_fd=rank, dst_dir_fd=rank)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=rank)
+            raise
 
 
 def write_history(directory: Path, history: History) -> History:

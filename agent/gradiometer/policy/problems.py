@@ -1,101 +1,30 @@
-"""What is wrong with a policy: where, what is there, and what was expected instead. Needs no torch."""
+"""What is wrong with a policy, in the words of policies. Needs no torch."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gradiometer import problems
+from gradiometer.problems import Path, Problem, ProblemsError, guess, shorten, show_path
 
 __all__ = ["Path", "PolicyError", "Problem", "explain", "guess", "shorten", "show_path"]
 
-Path: TypeAlias = tuple[str | int, ...]
-"""Keys and places that lead to a value in a policy, from the top."""
-LONGEST = 80
-OF_PYDANTIC = ("<", "[")
-"""How the parts begin that pydantic puts into a path for itself: branches of a union, and keys of a mapping."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """One thing that is wrong; as a string one line, which editors can follow where line and column are known."""
-
-    source: str
-    """The file, or ``policy`` where there is none."""
-    path: Path = ()
-    value: str = ""
-    """What is there, as Python would write it; empty where nothing is, or too much."""
-    expected: str
-    line: int | None = None
-    """Counted from 1, as :attr:`column` is."""
-    column: int | None = None
-
-    def __str__(self) -> str:
-        place = "" if self.line is None else f":{self.line}:{self.column}"
-        got = f" is {self.value}" if self.value else ""
-        return f"{self.source}{place}: {show_path(self.path)}{got}: {self.expected}"
-
-
-class PolicyError(ValueError):
+class PolicyError(ProblemsError):
     """A policy that cannot be used; the message names the source, the path in it, the value and what was expected."""
-
-    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
-        super().__init__(message)
-        self.problems = tuple(problems)
-        """Everything that is wrong, one by one, where the policy could be read at all."""
-
-    @classmethod
-    def of(cls, problems: Sequence[Problem]) -> PolicyError:
-        """Return the error that says all of these, a line each."""
-        return cls("\n".join(map(str, problems)), problems)
-
-
-def show_path(path: Path) -> str:
-    """Write a path as one would in Python: ``pipeline[0].global_norm.max_norm``."""
-    shown = ""
-    for part in path:
-        shown += f"[{part}]" if isinstance(part, int) else f".{part}" if shown else part
-    return shown or "the policy"
-
-
-def guess(word: object, known: Iterable[str]) -> str:
-    """Return ``, did you mean '…'?`` for a word that is nearly one of the known, else nothing."""
-    close = get_close_matches(str(word), list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def explain(source: str, item: Mapping[str, Any], settings_at: Callable[[Path], Sequence[str]]) -> Problem:
     """Put an error of pydantic in words; ``settings_at`` gives the names of the settings that there are at a path."""
-    path = tuple(part for part in item["loc"] if not (isinstance(part, str) and part.startswith(OF_PYDANTIC)))
-    silent = item["type"] == "missing" or isinstance(item["input"], Mapping)
-    return Problem(
-        source=source,
-        path=path,
-        value="" if silent else shorten(item["input"]),
-        expected=_expected(item, path, settings_at),
-    )
-
-
-def _expected(item: Mapping[str, Any], path: Path, settings_at: Callable[[Path], Sequence[str]]) -> str:
-    if item["type"] == "extra_forbidden":
-        if path[0] == "groups" and len(path) == 2 and isinstance(item["input"], str | Sequence):
-            return f"no such setting; named groups stand under 'by': groups: {{by: {{{path[1]}: ...}}}}"
-        known = settings_at(path[:-1])
-        return f"no such setting; there are {', '.join(known)}{guess(path[-1], known)}"
-    if item["type"] == "tuple_type":
-        return "expected a text or a list of texts"
-    if item["type"] == "too_short":
-        return "expected at least one"
-    if item["type"] == "model_type":
-        return "expected a mapping such as 'pipeline: [{global_norm: {max_norm: 1.0}}]'"
-    said = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "literal_error":
-        return said + guess(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
-    return said
-
-
-def shorten(value: object) -> str:
-    """Return what Python writes for a value, cut to some eighty characters."""
-    shown = repr(value)
-    return shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + "..."
+    said = problems.explain(source, item, settings_at)
+    path = said.path
+    misplaced = item["type"] == "extra_forbidden" and path[0] == "groups" and len(path) == 2
+    if misplaced and isinstance(item["input"], str | Sequence):
+        hint = f"no such setting; named groups stand under 'by': groups: {{by: {{{path[1]}: ...}}}}"
+    elif item["type"] == "model_type":
+        hint = "expected a mapping such as 'pipeline: [{global_norm: {max_norm: 1.0}}]'"
+    else:
+        return said
+    return replace(said, expected=hint)

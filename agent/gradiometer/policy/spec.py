@@ -35,7 +35,7 @@ from gradiometer.policy.actions import ActionSpec, known_settings
 from gradiometer.policy.kinds import KINDS, AnySpec, GroupsSpec, Spec
 from gradiometer.policy.order import MOST_ENTRIES, check_order
 from gradiometer.policy.problems import PolicyError, Problem, explain, guess, shorten
-from gradiometer.policy.source import Source, read_source
+from gradiometer.yaml_source import Source, read_source
 
 __all__ = ["MOST_ACTIONS", "PolicyError", "PolicySource", "PolicySpec", "load_policy"]
 
@@ -160,7 +160,7 @@ def load_policy(source: PolicySource) -> PolicySpec:
     if isinstance(source, PolicySpec):
         return source
     if isinstance(source, str | os.PathLike):
-        read = read_source(Path(source))
+        read = read_source(Path(source), "policy", PolicyError)
     else:
         raw: object = source if isinstance(source, Mapping) or not isinstance(source, Sequence) else [*source]
         read = Source(name="policy", raw={"pipeline": raw} if isinstance(raw, list) else raw)

@@ -2,40 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from gradiometer_monitor.runs import Run
+from gradiometer.records import RingReader, RunFormatError
+from gradiometer.tail import RankTail
+from gradiometer_monitor.runs import MAX_RANKS, Run
 from gradiometer_monitor.services import Context
-from gradiometer_monitor.web.schemas import EventList, EventOut, RunList, RunSummary
+from gradiometer_monitor.store import Event
+from gradiometer_monitor.web.lookup import MAX_NUMBER, RunId, RunIdQuery, chosen, no_such_run
+from gradiometer_monitor.web.schemas import (
+    EventList,
+    EventOut,
+    PolicyNames,
+    RingOut,
+    RunDetail,
+    RunList,
+    RunSummary,
+    State,
+    Windows,
+)
 
 __all__ = ["describe", "router"]
 
 MAX_EVENTS = 1000
+MAX_KINDS = 32
+Kinds = Annotated[
+    list[Annotated[str, Query(max_length=64)]] | None,
+    Query(max_length=MAX_KINDS, description="Of these kinds only.", examples=[["nonfinite"]]),
+]
+Place = Annotated[int | None, Query(ge=0, le=MAX_NUMBER)]
+Limit = Annotated[int, Query(ge=1, le=MAX_EVENTS)]
 
 
 def router(context: Context) -> APIRouter:
     """Make the routes of the API."""
     made = APIRouter(prefix="/api/v1")
 
-    @made.get("/runs")
-    def list_runs() -> RunList:
+    @made.get("/runs", tags=["runs"])
+    def list_runs(
+        state: Annotated[list[State], Query(max_length=3, description="Of these states only.")] = [],  # noqa: B006
+        sort: Annotated[
+            Literal["run_id", "newest"], Query(description="By name, or by the newest step, the newest first.")
+        ] = "run_id",
+        limit: Annotated[int, Query(ge=1, le=MAX_RANKS)] = MAX_RANKS,
+        offset: Annotated[int, Query(ge=0, le=MAX_NUMBER)] = 0,
+    ) -> RunList:
         """List the runs that are followed."""
-        with context.runs.snapshot() as found:
-            return RunList(runs=[describe(run) for run in found], unreadable=context.runs.unreadable())
+        with context.runs.snapshot() as followed:
+            found = [describe(run) for run in followed if not state or run.state in state]
+        if sort == "newest":
+            found.sort(key=lambda run: run.last_step_timestamp_seconds or 0.0, reverse=True)
+        return RunList(runs=found[offset : offset + limit], total=len(found), unreadable=context.runs.unreadable())
 
-    @made.get("/events")
+    @made.get("/runs/{run_id}", tags=["runs"])
+    def get_run(run_id: RunId) -> RunDetail:
+        """Describe one run."""
+        with context.runs.snapshot() as followed:
+            return _detail(chosen(run_id, followed))
+
+    @made.get("/events", tags=["events"])
     def list_events(
-        run_id: str | None = None,
-        kind: Annotated[list[str] | None, Query()] = None,
-        after: Annotated[int | None, Query(ge=0)] = None,
-        before: Annotated[int | None, Query(ge=0)] = None,
-        limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 100,
+        run_id: RunIdQuery = None,
+        kind: Kinds = None,
+        after: Place = None,
+        before: Place = None,
+        limit: Limit = 100,
     ) -> EventList:
-        """List events, oldest first: the first ones after a number, or else the newest."""
+        """List events of all runs, oldest first: the first ones after a number, or else the newest."""
+        return _listed(context.store.events(run_id=run_id, kinds=kind or (), after=after, before=before, limit=limit))
+
+    @made.get("/runs/{run_id}/events", tags=["events"])
+    def list_events_of_run(
+        run_id: RunId,
+        kind: Kinds = None,
+        after: Place = None,
+        before: Place = None,
+        limit: Limit = 100,
+    ) -> EventList:
+        """List events of one run, oldest first; also of one that is not followed any more."""
         found = context.store.events(run_id=run_id, kinds=kind or (), after=after, before=before, limit=limit)
-        return EventList(events=[EventOut.model_validate(event, from_attributes=True) for event in found])
+        if not found and not context.store.events(run_id=run_id, limit=1):
+            with context.runs.snapshot() as followed:
+                known = [run.run_id for run in followed]
+            if run_id not in known:
+                raise no_such_run(run_id, known)
+        return _listed(found)
 
     return made
 
@@ -46,7 +99,7 @@ def describe(run: Run) -> RunSummary:
     row, status = summary.newest, summary.status
     return RunSummary(
         run_id=run.run_id,
-        state=run.state,
+        state=_state(run.state),
         ranks=[tail.rank for tail in run.ranks],
         steps=int(status["steps"]),
         last_step=None if row is None else int(row["step"]),
@@ -58,3 +111,58 @@ def describe(run: Run) -> RunSummary:
         nonfinite_steps=int(status["nonfinite_steps"]),
         skipped_steps=int(status["skipped_steps"]),
     )
+
+
+def _state(state: str) -> State:
+    return "running" if state == "running" else "finished" if state == "finished" else "lost"
+
+
+def _detail(run: Run) -> RunDetail:
+    lead = run.ranks[0]
+    manifest, revision, summary = lead.manifest, lead.revision, lead.summary
+    named = [] if revision is None else [slot for _, slot in revision.named]
+    return RunDetail(
+        **dict(describe(run)),
+        job=manifest.job,
+        host=manifest.host,
+        device=manifest.device,
+        torch_version=manifest.torch_version,
+        gradiometer_version=manifest.gradiometer_version,
+        world_size=manifest.world_size,
+        labels=manifest.labels,
+        created=manifest.created_ns / 1e9,
+        parameters=len(manifest.parameters),
+        layers=list(manifest.layers),
+        ring=_ring(lead),
+        policy=PolicyNames(
+            revision=None if revision is None else revision.revision,
+            acting=[slot.name for slot in named if slot.mode == "act"],
+            shadow=[slot.name for slot in named if slot.mode == "shadow"],
+        ),
+        windows=Windows(
+            grad_norm_baseline=summary.grad_norm_baseline, grad_norm_window_max=summary.grad_norm_window_max
+        ),
+    )
+
+
+def _ring(tail: RankTail) -> RingOut:
+    """Say which steps the ring holds; none where it cannot be read just now."""
+    geometry, steps = tail.manifest.ring, []
+    try:
+        reader = RingReader(tail.path / "steps.ring", geometry)
+        try:
+            steps = reader.read(limit=2)["step"].tolist()  # the oldest may be about to be overwritten
+        finally:
+            reader.close()
+    except (OSError, RunFormatError):
+        pass  # the run goes, and its summary is what is known of it
+    last = tail.summary.newest
+    return RingOut(
+        capacity=geometry.capacity,
+        first_step=min(steps, default=None),
+        last_step=None if last is None else int(last["step"]),
+    )
+
+
+def _listed(events: list[Event]) -> EventList:
+    return EventList(events=[EventOut.model_validate(event, from_attributes=True) for event in events])

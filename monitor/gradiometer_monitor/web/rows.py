@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import APIRouter, HTTPException, Path, Query, Response
-from pydantic import BaseModel
+from fastapi import APIRouter, HTTPException, Query, Response
 
 from gradiometer.live.revisions import History as PolicyHistory
 from gradiometer.live.revisions import read_history
@@ -19,25 +18,26 @@ from gradiometer_monitor.runs import Run
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.web.buckets import Buckets
 from gradiometer_monitor.web.history import HistoryCache, Selection, Source, Window
-from gradiometer_monitor.web.schemas import Number
+from gradiometer_monitor.web.lookup import MAX_NUMBER, MAX_RANK, RunId, chosen
+from gradiometer_monitor.web.schemas import Model, Number
 
-__all__ = ["Rows", "answer", "router", "source_of"]
+__all__ = ["Rank", "Rows", "answer", "router", "source_of"]
 
 MAX_POINTS = 10_000
 """Buckets that an answer may have; where the policy changes one more begins."""
 MAX_CELLS = 1_000_000
 """Values of layers that an answer may have: with more layers it has fewer buckets."""
-MAX_STEP = 2**63 - 1
 
 Column = Literal[
     "grad_norm_preclip", "grad_norm_postclip", "grad_norm_baseline", "coefficient", "loss", "loss_max",
     "learning_rate", "loss_scale", "step_seconds",
 ]  # fmt: skip
 Stat = Literal["grad_norm_preclip", "grad_norm_postclip", "microbatch_norm"]
-Whole = Annotated[int | None, Query(ge=0, le=MAX_STEP)]
+Rank = Annotated[int, Query(ge=0, le=MAX_RANK, description="Of this rank.")]
+Whole = Annotated[int | None, Query(ge=0, le=MAX_NUMBER)]
 
 
-class PolicyColumn(BaseModel):
+class PolicyColumn(Model):
     """What one policy, or the loop's own clipping, decided."""
 
     name: str
@@ -48,7 +48,7 @@ class PolicyColumn(BaseModel):
     """Whether it changed the gradients in a step of the bucket, or in shadow would have."""
 
 
-class LayerColumn(BaseModel):
+class LayerColumn(Model):
     """Norms of one layer."""
 
     name: str
@@ -58,7 +58,7 @@ class LayerColumn(BaseModel):
     """Places of the buckets in which the layer was NaN or Inf in some step."""
 
 
-class Rows(BaseModel):
+class Rows(Model):
     """Rows of one rank in buckets, oldest first: every list has one value for each bucket."""
 
     run_id: str
@@ -101,7 +101,7 @@ class Rows(BaseModel):
     layers: list[LayerColumn]
 
 
-class LayerRow(BaseModel):
+class LayerRow(Model):
     """One layer, as it is now."""
 
     name: str
@@ -113,19 +113,21 @@ class LayerRow(BaseModel):
     share: Number
     """Of the squared norm of the newest step, 0 to 1."""
     anomaly: Number
-    """How many times its usual norm the window's largest is, as a natural logarithm."""
+    """By how many robust deviations the log of the window's largest norm is above its usual."""
     weight_norm: Number
     update_ratio: Number
     """Norm of the update over that of the weights; as the weights' norm, of the newest step that was sampled."""
-    median: Number = None
-    """Usual norm."""
-    mad: Number = None
-    """Median absolute deviation from it."""
-    vanishing: bool | None = None
-    exploding: bool | None = None
+    median: Number
+    """Usual norm; null until there is one."""
+    mad: Number
+    """Median absolute deviation of the log norm from that of the usual one."""
+    vanishing: bool
+    """Its gradient has been vanishing up to the newest step."""
+    exploding: bool
+    """Its gradient has been exploding up to the newest step."""
 
 
-class LayerTable(BaseModel):
+class LayerTable(Model):
     """The layers of a run in the order of the model, those that can have a gradient."""
 
     run_id: str
@@ -138,10 +140,10 @@ def router(context: Context, cache: HistoryCache) -> APIRouter:
     """Make the routes of rows and layers."""
     made = APIRouter(prefix="/api/v1")
 
-    @made.get("/runs/{run_id}/rows", response_model=Rows, responses=NOT_FOUND)
+    @made.get("/runs/{run_id}/rows", tags=["runs"], response_model=Rows)
     def rows(
         run_id: RunId,
-        rank: Annotated[int, Query(ge=0, le=99_999)] = 0,
+        rank: Rank = 0,
         from_step: Whole = None,
         to_step: Whole = None,
         after_step: Whole = None,
@@ -158,23 +160,23 @@ def router(context: Context, cache: HistoryCache) -> APIRouter:
         replace the last of that one and continue it. ``layers=*`` gives all of them.
         """
         if after_step is not None:
-            from_step = min(MAX_STEP, max(from_step or 0, after_step + 1))
+            from_step = min(MAX_NUMBER, max(from_step or 0, after_step + 1))
         if from_step is not None and to_step is not None and from_step > to_step:
             raise HTTPException(422, f"to_step {to_step} is before {from_step}, the first step asked for: swap them")
         source = source_of(context, run_id, rank)
-        chosen = _places(source, layers or [])
+        places = _places(source, layers or [])
         selection = Selection(
             from_step=from_step,
             to_step=to_step,
             after_sequence=after_sequence,
-            points=min(points, max(1, MAX_CELLS // max(1, len(chosen)))),
+            points=min(points, max(1, MAX_CELLS // max(1, len(places)))),
             level=(bucket_steps - 1).bit_length(),
         )
-        found = answer(cache, source, stat, selection, columns or get_args(Column), chosen)
+        found = answer(cache, source, stat, selection, columns or get_args(Column), places)
         return Response(found.model_dump_json(), media_type="application/json")
 
-    @made.get("/runs/{run_id}/layers", responses=NOT_FOUND)
-    def layer_table(run_id: RunId, rank: Annotated[int, Query(ge=0, le=99_999)] = 0) -> LayerTable:
+    @made.get("/runs/{run_id}/layers", tags=["runs"])
+    def layer_table(run_id: RunId, rank: Rank = 0) -> LayerTable:
         """List the layers of a run with what is known of each."""
         with context.runs.snapshot() as runs:
             tail = _tail(runs, run_id, rank)
@@ -187,13 +189,6 @@ def router(context: Context, cache: HistoryCache) -> APIRouter:
     return made
 
 
-RunId = Annotated[str, Path(max_length=128)]
-NOT_FOUND: dict[int | str, dict[str, Any]] = {
-    404: {"description": "The run is not followed, or has no such rank."},
-    503: {"description": "The run's ring cannot be read."},
-}
-
-
 def source_of(context: Context, run_id: str, rank: int) -> Source:
     """Find the ring of a rank that is followed. Raises HTTPException."""
     with context.runs.snapshot() as runs:
@@ -202,9 +197,7 @@ def source_of(context: Context, run_id: str, rank: int) -> Source:
 
 
 def _tail(runs: Iterable[Run], run_id: str, rank: int) -> RankTail:
-    run = next((run for run in runs if run.run_id == run_id), None)
-    if run is None:
-        raise HTTPException(404, f"run_id {run_id!r} is not followed: /api/v1/runs lists the runs that are")
+    run = chosen(run_id, list(runs))
     for tail in run.ranks:
         if tail.rank == rank:
             return tail
@@ -325,7 +318,8 @@ def _layer_rows(summary: LayerSummary) -> Iterator[LayerRow]:
     last = none if summary.last is None else summary.last
     total = float(np.square(last[np.isfinite(last)]).sum())
     columns = summary.columns()
-    peak, anomaly = summary.window_max(), summary.anomaly()
+    peak, anomaly, median, mad = summary.window_max(), summary.anomaly(), summary.median, summary.mad
+    vanishing, exploding = summary.vanishing, summary.exploding
     weight, ratio = (columns.get(f"gradiometer_layer_{name}", (none,))[0] for name in ("weight_norm", "update_ratio"))
     for place in np.flatnonzero(summary.exported):
         yield LayerRow(
@@ -337,4 +331,8 @@ def _layer_rows(summary: LayerSummary) -> Iterator[LayerRow]:
             anomaly=float(anomaly[place]),
             weight_norm=float(weight[place]),
             update_ratio=float(ratio[place]),
+            median=float(median[place]),
+            mad=float(mad[place]),
+            vanishing=bool(vanishing[place]),
+            exploding=bool(exploding[place]),
         )

@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import Annotated
 
-from fastapi import APIRouter, Header, HTTPException, Query, Response
+from fastapi import APIRouter, Header, HTTPException, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.web.api import describe
 from gradiometer_monitor.web.history import HistoryCache, Selection
-from gradiometer_monitor.web.rows import answer, source_of
+from gradiometer_monitor.web.lookup import RunIdQuery
+from gradiometer_monitor.web.rows import Rank, answer, source_of
 from gradiometer_monitor.web.schemas import EventOut, RunList
 
 __all__ = ["Streams", "router"]
@@ -38,6 +39,8 @@ HEARTBEAT_SECONDS = 5.0
 """A comment is sent after so long without news, so that a client knows that the monitor is there."""
 SEND_SECONDS = 20.0
 """A client that takes nothing for so long is dropped."""
+STREAM_SECONDS = 900.0
+"""A stream ends after this, so that who asks is looked at again; a client comes again with its cursor."""
 RETRY_MILLISECONDS = 2000
 ROW_POINTS = 500
 """Buckets of one ``rows`` event: of more rows than this it is a down-sampled one."""
@@ -75,7 +78,7 @@ class Streams:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open = 0
-        self._closing = asyncio.Event()
+        self._closing = threading.Event()
         self._listed: tuple[float, str] = (0.0, "")
 
     def take(self) -> None:
@@ -94,16 +97,12 @@ class Streams:
         return self._open
 
     def close(self) -> None:
-        """End every stream; to be called in the event loop, when the server stops."""
+        """End every stream at its next look; from any thread, when the server stops or begins to serve otherwise."""
         self._closing.set()
 
-    async def pause(self) -> bool:
-        """Wait for the next look; tell whether the server stops."""
-        try:
-            await asyncio.wait_for(self._closing.wait(), TICK_SECONDS)
-        except TimeoutError:
-            return False
-        return True
+    @property
+    def closing(self) -> bool:
+        return self._closing.is_set()
 
     def runs(self, context: Context) -> str:
         """List the runs as JSON, once a tick for all clients."""
@@ -111,7 +110,8 @@ class Streams:
             made_at, text = self._listed
             if time.monotonic() - made_at >= TICK_SECONDS:
                 with context.runs.snapshot() as found:
-                    listed = RunList(runs=[describe(run) for run in found], unreadable=context.runs.unreadable())
+                    runs = [describe(run) for run in found]
+                listed = RunList(runs=runs, total=len(runs), unreadable=context.runs.unreadable())
                 text = listed.model_dump_json()
                 self._listed = time.monotonic(), text
             return text
@@ -121,10 +121,10 @@ def router(context: Context, cache: HistoryCache, streams: Streams) -> APIRouter
     """Make the route of the stream."""
     made = APIRouter(prefix="/api/v1")
 
-    @made.get("/stream", response_class=Response, responses=RESPONSES)
+    @made.get("/stream", tags=["runs"], response_class=Response, responses=RESPONSES)
     def stream(
-        run_id: Annotated[str | None, Query(max_length=128)] = None,
-        rank: Annotated[int, Query(ge=0, le=99_999)] = 0,
+        run_id: RunIdQuery = None,
+        rank: Rank = 0,
         last_event_id: Annotated[str | None, Header(max_length=64)] = None,
     ) -> Response:
         """Stream what happens, as server-sent events.
@@ -140,7 +140,6 @@ def router(context: Context, cache: HistoryCache, streams: Streams) -> APIRouter
 
 RESPONSES: dict[int | str, dict[str, object]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
-    404: {"description": "The run is not followed, or has no such rank."},
     503: {"description": "Too many streams are open."},
 }
 
@@ -224,16 +223,15 @@ class _EventStream(Response):
 
     async def _last(self, tell: Callable[[str], Awaitable[None]], gone: asyncio.Future[None]) -> None:
         await tell(f"retry: {RETRY_MILLISECONDS}\n\n")
-        told_at = time.monotonic()
-        while not gone.done():
+        begun_at = told_at = time.monotonic()
+        while not gone.done() and not self._streams.closing and time.monotonic() - begun_at < STREAM_SECONDS:
             found = await run_in_threadpool(self._client.news)
             if not found and time.monotonic() - told_at >= HEARTBEAT_SECONDS:
                 found = [": still here\n\n"]
             if found:
                 await tell("".join(found))
                 told_at = time.monotonic()
-            if await self._streams.pause():
-                return
+            await asyncio.sleep(TICK_SECONDS)
 
 
 def _sender(send: Send) -> Callable[[str], Awaitable[None]]:

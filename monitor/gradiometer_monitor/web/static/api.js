@@ -81,6 +81,7 @@ async function follow(state, query, on, told) {
         on.gone?.();
       } else if (response.ok) {
         await read(response, state, on, () => told("live"));
+        if (!state.closed && state.heard > Date.now() - SILENCE_MS) continue; // it ended in order, as it does now and then
       }
     } catch {
       // The monitor is gone, or silent: said below, and tried again.

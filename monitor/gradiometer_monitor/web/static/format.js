@@ -6,8 +6,8 @@ export function number(value, digits = 4) {
   if (value === null || value === undefined || Number.isNaN(value)) return NONE;
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 1e-3) return value.toExponential(Math.max(0, digits - 2)).replace("e+", "e");
-  return String(Number(value.toPrecision(digits)));
+  const rounded = Number(value.toPrecision(digits));
+  return size >= 1e6 || size < 1e-4 ? rounded.toExponential().replace("e+", "e") : String(rounded);
 }
 
 export function whole(value) {
@@ -44,4 +44,12 @@ export function clock(seconds) {
 
 export function steps(first, last) {
   return last > first ? `steps ${whole(first)}–${whole(last)}` : `step ${whole(first)}`;
+}
+
+// The ticks of an axis, with as many digits as tell them apart.
+export function ticks(values) {
+  const known = values.filter((value) => value !== null);
+  let digits = 2;
+  while (digits < 8 && new Set(known.map((value) => number(value, digits))).size < known.length) digits += 1;
+  return values.map((value) => (value === null ? "" : number(value, digits)));
 }

@@ -5,7 +5,7 @@ import { colour, h, put, say } from "./dom.js";
 import { number, steps as said, whole } from "./format.js";
 
 const AXIS = 26;
-const MIN_ROW = 4, MAX_ROW = 22, IDEAL = 360;
+const MIN_ROW = 4, MAX_ROW = 22, IDEAL = 400, READABLE = 13; // pixels
 
 export class Heatmap {
   constructor({ on }) {
@@ -99,14 +99,15 @@ export class Heatmap {
   layout() {
     const width = this.box.clientWidth;
     const rows = Math.max(1, this.doc.layers.length);
-    const row = Math.max(MIN_ROW, Math.min(MAX_ROW, IDEAL / rows));
-    const label = row >= 11 ? Math.min(200, Math.round(width * 0.26)) : 0;
+    const row = rows <= 48 ? Math.max(READABLE, Math.min(MAX_ROW, IDEAL / rows)) : Math.max(MIN_ROW, IDEAL / rows);
+    const label = Math.min(190, Math.round(width * 0.27));
     return { width, label, row, plot: Math.max(1, width - label), height: rows * row };
   }
 
   render() {
     if (!this.doc || !this.box.clientWidth) return;
     const { width, label, row, plot, height } = this.layout();
+    const rows = this.doc.layers.length;
     const scale = devicePixelRatio;
     const [w, t] = [Math.round(width * scale), Math.round((height + AXIS) * scale)];
     if (this.canvas.width !== w || this.canvas.height !== t) [this.canvas.width, this.canvas.height] = [w, t];
@@ -123,7 +124,10 @@ export class Heatmap {
     ctx.font = "12px system-ui, sans-serif";
     ctx.fillStyle = colour("muted");
     ctx.textBaseline = "middle";
-    if (label) this.doc.layers.forEach((layer, place) => ctx.fillText(cut(ctx, layer.name, label - 10), 0, (place + 0.5) * row));
+    const every = Math.ceil(READABLE / row);
+    this.doc.layers.forEach((layer, place) => {
+      if (place % every === 0) ctx.fillText(cut(ctx, layer.name, label - 10), 0, (place + Math.min(every, rows - place) / 2) * row);
+    });
     this.axis(ctx, label, plot, height);
     this.cursor(ctx, label, plot, row, height);
   }

@@ -1,7 +1,7 @@
 // The layers that stand out, as a table with a line of its recent norms for each.
 
 import { h, put, svg } from "./dom.js";
-import { number, percent, whole } from "./format.js";
+import { number, percent, times, whole } from "./format.js";
 
 const FEW = 12;
 const SPARK = [120, 24];
@@ -20,7 +20,7 @@ export class LayerTable {
       h("button", { type: "button", "aria-pressed": String(key === this.order), onclick: () => this.choose(key) }, text));
     this.body = h("tbody", { role: "rowgroup" });
     this.more = h("button", { type: "button", class: "more", hidden: true, onclick: () => { this.all = !this.all; this.draw(); } });
-    this.section = h("section", { class: "card" },
+    this.section = h("section", { class: "card layers-card" },
       h("div", { class: "cardhead" }, h("h2", {}, "Top layers"), h("div", { class: "segments", role: "group", "aria-label": "Order of the layers" }, ...this.choices)),
       h("table", { class: "layers", role: "table", "aria-label": "Layers" },
         h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...COLUMNS.map((title, place) => h("th", { role: "columnheader", scope: "col", class: place > 1 ? "number" : null }, title)))), this.body),
@@ -51,7 +51,7 @@ export class LayerTable {
 }
 
 function row(layer, series, places) {
-  const often = layer.anomaly === null ? null : Math.exp(layer.anomaly);
+  const often = layer.median > 0 && layer.window_max !== null ? layer.window_max / layer.median : null;
   const marks = [layer.vanishing && "vanishing", layer.exploding && "exploding"].filter(Boolean).map((text) => h("span", { class: "chip", "data-kind": text }, text));
   const cell = (title, content, level) => h("td", { role: "cell", class: "number", "data-label": title, "data-level": level }, content);
   return h("tr", { role: "row" },
@@ -59,7 +59,7 @@ function row(layer, series, places) {
     h("td", { role: "cell", class: "sparkcell" }, series ? spark(series, places) : null),
     cell("Norm", number(layer.last)),
     cell("Largest", number(layer.window_max)),
-    cell("Against usual", often === null ? "–" : `${number(often, 3)}×`, often > 10 ? "high" : often > 3 ? "raised" : null),
+    cell("Against usual", often === null ? "–" : times(layer.window_max, layer.median), often > 10 ? "high" : often > 3 ? "raised" : null),
     cell("Share", percent(layer.share)),
     cell("Update ratio", number(layer.update_ratio, 3)),
     cell("Non-finite", whole(layer.nonfinite_steps), layer.nonfinite_steps ? "high" : null));

@@ -1,7 +1,7 @@
 // Line charts over the step, by uPlot: marks for what happened, zoom by dragging, a cursor that the keyboard moves too.
 
 import { colour, h, put, say } from "./dom.js";
-import { number, whole } from "./format.js";
+import { number, ticks, whole } from "./format.js";
 
 const uPlot = globalThis.uPlot;
 const sync = uPlot.sync("steps");
@@ -30,6 +30,7 @@ export class Plot {
     put(this.caption, text);
     if (!this.plot) this.make();
     else this.plot.setData(this.data);
+    if (this.plot) newest(this.plot);
   }
 
   make() {
@@ -49,8 +50,8 @@ export class Plot {
       width, height: narrow ? Math.min(this.height, 200) : this.height, padding: [12, 10, 0, 0], series: [{ label: "step", value: (_, value) => whole(value) }, ...series],
       scales: { x: { time: false }, y: this.log ? { distr: 3 } : { range: around } },
       axes: [
-        { ...axis, size: 30, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")) },
-        { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : number(tick, 3))) },
+        { ...axis, size: 30, values: (_, found) => found.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")) },
+        { ...axis, size: 58, values: (_, found) => ticks(found) },
       ],
       legend: { markers: { width: 2 } },
       cursor: {
@@ -59,9 +60,11 @@ export class Plot {
       },
       hooks: {
         draw: [(plot) => this.marks?.(plot, this.context)],
+        setCursor: [(plot) => newest(plot)],
         setSelect: [(plot) => this.selected(plot)],
       },
     }, this.data, this.box);
+    newest(this.plot);
   }
 
   selected(plot) {
@@ -105,6 +108,11 @@ export class Plot {
     this.observer.disconnect();
     this.plot?.destroy();
   }
+}
+
+// Without a cursor the legend tells of the newest step.
+function newest(plot) {
+  if (plot.cursor.idx === null || plot.cursor.idx === undefined) plot.setLegend({ idx: plot.data[0].length ? plot.data[0].length - 1 : null }, false);
 }
 
 // Room around what is drawn; a line that is constant is in the middle.

@@ -1,16 +1,16 @@
-"""A policy file as YAML, with the line and column of everything in it. Needs no torch."""
+"""A file that a user wrote in YAML, with the line and column of everything in it. Needs no torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as File
 from typing import Any
 
 import yaml
 
-from gradiometer.policy.problems import Path, PolicyError, Problem, shorten
+from gradiometer.problems import Path, Problem, ProblemsError, shorten
 
 __all__ = ["Source", "read_source"]
 
@@ -55,8 +55,8 @@ class Source:
         return (None, None) if found is None else _line_column(found.start_mark)
 
 
-def read_source(path: File) -> Source:
-    """Read a YAML file; raises PolicyError that says where, if it cannot be read or is not YAML."""
+def read_source(path: File, what: str, error: type[ProblemsError]) -> Source:
+    """Read a YAML file that holds a ``what``; raises ``error`` that says where, if it cannot be read or is not YAML."""
     try:
         text = path.read_text(encoding="utf-8")
         loader = _Loader(text)
@@ -65,22 +65,22 @@ def read_source(path: File) -> Source:
             raw = None if root is None else loader.construct_document(root)
         finally:
             loader.dispose()
-    except FileNotFoundError as error:
-        raise PolicyError(f"policy file {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"policy file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise PolicyError.of([_not_yaml(path, error)]) from error
+    except FileNotFoundError as missing:
+        raise error(f"{what} file {path} does not exist") from missing
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise error(f"{what} file {path} cannot be read: {unreadable}") from unreadable
+    except yaml.YAMLError as wrong:
+        raise error.of([_not_yaml(path, what, wrong)]) from wrong
     source = Source(name=str(path), raw=raw, root=root)
-    source.problems += _doubles(source.name, root, ())
+    source.problems += [replace(problem, whole=f"the {what}") for problem in _doubles(source.name, root, ())]
     return source
 
 
-def _not_yaml(path: File, error: yaml.YAMLError) -> Problem:
+def _not_yaml(path: File, what: str, error: yaml.YAMLError) -> Problem:
     mark = getattr(error, "problem_mark", None)
     line, column = (None, None) if mark is None else _line_column(mark)
     said = getattr(error, "problem", None) or str(error)
-    return Problem(source=str(path), value="not YAML", expected=said, line=line, column=column)
+    return Problem(source=str(path), value="not YAML", expected=said, line=line, column=column, whole=f"the {what}")
 
 
 def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node | None, yaml.Node] | None:

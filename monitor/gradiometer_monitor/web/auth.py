@@ -1,0 +1,153 @@
+"""Who asks: bearer tokens of requests, and what each may do.
+
+Without tokens the monitor serves loopback, where everyone may read and nobody may change anything. With tokens every
+path but the probes and the files of the page needs one. After the middleware ``request.state.principal`` is the name
+of who asks, None where no tokens are, and ``request.state.role`` what he may do.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from ipaddress import IPv6Address, ip_address
+from logging import getLogger
+from typing import Annotated
+
+from fastapi import Depends, HTTPException, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gradiometer_monitor.web.tokens import Tokens
+
+__all__ = ["AuthMiddleware", "Writer", "requester", "require_write"]
+
+log = getLogger(__name__)
+
+OPEN_PATHS = ("/", "/-/healthy", "/-/ready")
+OPEN_PREFIX = "/static/"
+"""The page's own files, which tell nothing of the runs."""
+CHALLENGE = 'Bearer realm="gradiometer"'
+FAILURES, REFILL_SECONDS = 10, 6.0
+"""Failed authentications that one address is told of at once, and in which time it gets another."""
+MAX_CLIENTS = 1024
+"""Addresses whose failures are remembered; the longest silent one is forgotten beyond."""
+READ_ONLY = (
+    "nothing can be changed through this monitor, because it has no tokens: set auth.tokens_file to a file of them and "
+    "send 'Authorization: Bearer <token>'"
+)
+
+
+class AuthMiddleware:
+    """Lets through what has a token, or needs none; 401 for the rest, and 429 for an address that fails too often.
+
+    A valid token is never refused for the failures of others at the same address: a proxy has one address for all.
+    """
+
+    def __init__(self, app: ASGIApp, tokens: Tokens | None) -> None:
+        self._app, self._tokens, self._failures = app, tokens, Failures()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["principal"], state["role"] = None, "read"
+        if self._tokens is None or _open(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        token = _bearer(scope)
+        found = None if token is None else self._tokens.find(token)
+        if found is None:
+            await self._refuse(scope, token)(scope, receive, send)
+            return
+        state["principal"], state["role"] = found.name, found.role
+        await self._app(scope, receive, send)
+
+    def _refuse(self, scope: Scope, token: bytes | None) -> JSONResponse:
+        address = client_address(scope)
+        wait = self._failures.count(address)
+        if wait > 0:
+            seconds = math.ceil(wait)
+            return JSONResponse(
+                {"detail": f"too many requests from {address} without a valid token: try again in {seconds} s"},
+                status_code=429,
+                headers={"retry-after": str(seconds)},
+            )
+        reason = "needs 'Authorization: Bearer <token>'" if token is None else "the token is not one of this monitor's"
+        if token is not None:
+            log.warning("refused %s from %s: its token is not one of auth.tokens_file", scope["method"], address)
+        more = "" if token is None else ', error="invalid_token"'
+        return JSONResponse({"detail": reason}, status_code=401, headers={"www-authenticate": CHALLENGE + more})
+
+
+class Failures:
+    """Counts failed authentications by address: as many as :data:`FAILURES` at once, then one in a while."""
+
+    def __init__(self) -> None:
+        self._full_at: OrderedDict[str, float] = OrderedDict()
+        """When (monotonic) each address has all its failures again."""
+
+    def count(self, address: str) -> float:
+        """Count one more; return 0, or for how many seconds the address has none left."""
+        now = time.monotonic()
+        full_at = max(now, self._full_at.pop(address, now))
+        over = full_at + REFILL_SECONDS - now - FAILURES * REFILL_SECONDS
+        self._full_at[address] = full_at if over > 0 else full_at + REFILL_SECONDS
+        while len(self._full_at) > MAX_CLIENTS:
+            self._full_at.popitem(last=False)
+        return max(0.0, over)
+
+    def __len__(self) -> int:
+        return len(self._full_at)
+
+
+def require_write(request: Request) -> str:
+    """Let only those through who may change something; return who asks, as :func:`requester` says it.
+
+    For handlers, as ``Depends(require_write)`` or :data:`Writer`.
+    """
+    if request.state.role != "write":
+        name = request.state.principal
+        detail = READ_ONLY if name is None else f"the token of {name} has the role 'read': this needs one with 'write'"
+        raise HTTPException(403, detail)
+    return requester(request)
+
+
+Writer = Annotated[str, Depends(require_write)]
+"""Who asks for a change, and may."""
+
+
+def requester(request: Request) -> str:
+    """Say who asks: name of the token, and address."""
+    return f"{request.state.principal or 'anonymous'} ({client_address(request.scope)})"
+
+
+def client_address(scope: Scope) -> str:
+    """Return the address of the client; of IPv6 the network of 64 bits, of which a client has all addresses."""
+    client = scope.get("client")
+    if client is None:
+        return "unknown"
+    try:
+        address = ip_address(client[0])
+    except ValueError:
+        return "unknown"
+    if isinstance(address, IPv6Address):
+        mapped = address.ipv4_mapped
+        if mapped is not None:
+            return str(mapped)
+        return str(address) if address.is_loopback else f"{IPv6Address(int(address) >> 64 << 64)}/64"
+    return str(address)
+
+
+def _open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
+
+
+def _bearer(scope: Scope) -> bytes | None:
+    """Return the token of the one Authorization header, None if there is none, or more than one."""
+    found = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(found) != 1:
+        return None
+    kind, _, token = found[0].partition(b" ")
+    return token.strip() if kind.lower() == b"bearer" else None

@@ -1,0 +1,101 @@
+"""Tokens, raw connections and a job that trains, for tests of the HTTP server."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests._monitor import Monitor
+
+READ, WRITE = "a-token-of-a-reader-0123456789-ABCDEF", "a-token-of-a-writer-9876543210-FEDCBA"
+AS_READER, AS_WRITER = ({"Authorization": f"Bearer {token}"} for token in (READ, WRITE))
+
+
+def write_tokens(path: Path, *lines: str) -> Path:
+    """Write a file of tokens with mode 600, of a reader and a writer unless told otherwise; return its path."""
+    text = "\n".join(lines or (f"read prometheus {READ}", f"write oncall {WRITE}")) + "\n"
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.touch(0o600)
+    temporary.write_text(text)
+    temporary.replace(path)
+    return path
+
+
+def write_config(path: Path, **settings: Any) -> str:
+    """Write settings as YAML; return the path as text."""
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def send(
+    monitor: Monitor, method: str, path: str, body: Any = None, **headers: str
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Send a request with a JSON body: status, body and headers of the answer."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    given = {name.replace("_", "-").lower(): value for name, value in headers.items()}
+    if data is not None:
+        given.setdefault("content-type", "application/json")
+    request = urllib.request.Request(monitor.url + path, data=data, headers=given, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=40) as response:
+            return response.status, json.loads(response.read() or b"{}"), dict(response.headers)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read() or b"{}"), dict(error.headers)
+
+
+def connect(monitor: Monitor) -> socket.socket:
+    """Open a connection and say nothing."""
+    host, port = monitor.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """Read until the other side closes, in order or not."""
+    parts = []
+    try:
+        while part := connection.recv(65536):
+            parts.append(part)
+    except ConnectionError:
+        pass
+    return b"".join(parts)
+
+
+def logged(monitor: Monitor, text: str) -> Callable[[], bool]:
+    """Make a check whether the monitor has logged ``text`` by now; what it reads is not in its output at the end."""
+    assert monitor.process.stderr is not None
+    descriptor, seen = monitor.process.stderr.fileno(), bytearray()
+    os.set_blocking(descriptor, False)
+
+    def check() -> bool:
+        with suppress(BlockingIOError):
+            seen.extend(os.read(descriptor, 2**20))
+        return text.encode() in seen
+
+    return check
+
+
+JOB = """
+import sys, time, torch, gradiometer
+
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+policy = [{"nonfinite": {}}, {"global_norm": {"max_norm": 5.0}}]
+with gradiometer.attach(model, optimizer, policy=policy, dir=sys.argv[1], run_id="job", ring_bytes=2**20):
+    print("attached", flush=True)
+    while True:
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        time.sleep(0.01)
+"""
+"""Trains under a policy until it is killed."""
