@@ -268,9 +268,9 @@ def test_policies_are_named_by_the_revision_of_the_row(
         recorder.commit(_header(step, revision=step // 3))
     found = rows(start(), query="points=2")
     assert found["rows"] == [3, 1, 2]
-    assert {p["name"]: (p["threshold"], p["clipped"]) for p in found["policies"]} == {
-        "a": ([3.0, None, None], [True, False, False]),
-        "b": ([None, 4.0, 6.0], [False, True, True]),
+    assert {p["name"]: (p["threshold"], p["clipped_steps"]) for p in found["policies"]} == {
+        "a": ([3.0, None, None], [3, 0, 0]),
+        "b": ([None, 4.0, 6.0], [0, 1, 2]),
     }
 
 

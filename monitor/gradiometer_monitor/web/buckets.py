@@ -28,7 +28,7 @@ BUCKET = np.dtype(
         ("last_step", "<i8"),
         ("time_ns", "<i8"),  # of the last row, as everything that is said to be the last
         ("flags", "<u4"),  # any of the rows' flags
-        ("clipped", "<u4"),  # any of the rows' bits
+        ("clipped", "<i4", (POLICY_SLOTS,)),  # rows in which the policy of each slot clipped, or would have
         ("policy_revision", "<u4"),
         ("nonfinite_steps", "<i8"),
         ("skipped_steps", "<i8"),
@@ -48,7 +48,7 @@ BUCKET = np.dtype(
 )
 """What is kept of a bucket, beside its layers."""
 _LARGEST = ("grad_norm_preclip", "grad_norm_postclip", "loss_max", "step_seconds")
-_SUMMED = ("rows", "nonfinite_steps", "skipped_steps", "clipped_steps", "loss_sum", "loss_count", "loss_nonfinite")
+_SUMMED = ("rows", "nonfinite_steps", "skipped_steps", "clipped_steps", "clipped", "loss_sum", "loss_count", "loss_nonfinite")
 _LAST = ("last", "time_ns", "policy_revision", "learning_rate", "loss_scale", "thresholds")
 
 
@@ -108,11 +108,12 @@ def bucket_rows(rows: Rows, norms: LayerNorms, level: int) -> Buckets:
     single = np.zeros(len(rows), BUCKET)
     for name, column in (("first", "begin"), ("last", "begin"), ("step", "step"), ("last_step", "step")):
         single[name] = rows[column]
-    for name in ("time_ns", "flags", "clipped", "policy_revision", "learning_rate", "loss_scale"):
+    for name in ("time_ns", "flags", "policy_revision", "learning_rate", "loss_scale"):
         single[name] = rows[name]
     for name in ("grad_norm_preclip", "grad_norm_postclip", "coefficient", "step_seconds"):
         single[name] = _finite(rows[name])
     single["rows"], single["thresholds"] = 1, rows["policy_threshold"]
+    single["clipped"] = rows["clipped"][:, None] >> np.arange(POLICY_SLOTS, dtype=np.uint32) & np.uint32(1)
     flagged = ("nonfinite_steps", Flag.NONFINITE), ("skipped_steps", Flag.SKIPPED), ("clipped_steps", Flag.CLIPPED)
     for name, flag in flagged:
         single[name] = (rows["flags"] & np.uint32(flag)) != 0
@@ -144,8 +145,7 @@ def merge(parts: Sequence[Buckets], level: int) -> Buckets:
     merged["first"], merged["coefficient"] = scalars["first"][starts], np.fmin.reduceat(scalars["coefficient"], starts)
     merged["step"] = np.minimum.reduceat(scalars["step"], starts)
     merged["last_step"] = np.maximum.reduceat(scalars["last_step"], starts)
-    for name in ("flags", "clipped"):
-        merged[name] = np.bitwise_or.reduceat(scalars[name], starts)
+    merged["flags"] = np.bitwise_or.reduceat(scalars["flags"], starts)
     return Buckets(merged, _largest(layers, starts), np.logical_or.reduceat(bad, starts, axis=0))
 
 

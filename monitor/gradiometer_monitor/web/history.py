@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiometer.records import Manifest, RingReader
-from gradiometer.summary import BASELINE_STEPS
+from gradiometer.windows import BASELINE_STEPS
 from gradiometer_monitor.web.buckets import Buckets, LayerNorms, bucket_rows, merge, newer
 
 __all__ = ["History", "HistoryCache", "Selection", "Source"]

@@ -44,8 +44,8 @@ class PolicyColumn(Model):
     mode: Literal["act", "shadow"]
     threshold: list[Number]
     """Of the last step of each bucket; null where it did not decide or has none."""
-    clipped: list[bool]
-    """Whether it changed the gradients in a step of the bucket, or in shadow would have."""
+    clipped_steps: list[int]
+    """Steps of each bucket in which it changed the gradients, or in shadow would have."""
 
 
 class LayerColumn(Model):
@@ -279,15 +279,15 @@ def _policies(buckets: Buckets, history: PolicyHistory) -> Iterator[PolicyColumn
             for slot, owner in revision.named:
                 places.setdefault((owner.name, owner.mode), []).append((slot, decided))
     for name, slot in OWN_CLIPPING.items():
-        if (scalars["thresholds"][:, slot] > 0).any() or (scalars["clipped"] >> np.uint32(slot) & 1).any():
+        if (scalars["thresholds"][:, slot] > 0).any() or scalars["clipped"][:, slot].any():
             places.setdefault((name, "act"), []).append((slot, np.ones(len(scalars), np.bool_)))
     for (name, mode), parts in places.items():
-        threshold, clipped = np.full(len(scalars), np.nan), np.zeros(len(scalars), np.bool_)
+        threshold, clipped = np.full(len(scalars), np.nan), np.zeros(len(scalars), np.int64)
         for slot, decided in parts:
             threshold[decided] = scalars["thresholds"][decided, slot]
-            clipped[decided] = scalars["clipped"][decided] >> np.uint32(slot) & 1
+            clipped[decided] = scalars["clipped"][decided, slot]
         yield PolicyColumn.model_construct(
-            name=name, mode=mode, threshold=_short(threshold).tolist(), clipped=clipped.tolist()
+            name=name, mode=mode, threshold=_short(threshold).tolist(), clipped_steps=clipped.tolist()
         )
 
 

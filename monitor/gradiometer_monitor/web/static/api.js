@@ -73,6 +73,7 @@ export function stream(query, on, told) {
 async function follow(state, query, on, told) {
   while (!state.closed) {
     state.abort = new AbortController();
+    const begun = Date.now();
     try {
       const more = state.id ? { "Last-Event-ID": state.id } : {};
       const response = await request(`stream?${new URLSearchParams(query)}`, { headers: more, signal: state.abort.signal });
@@ -81,7 +82,7 @@ async function follow(state, query, on, told) {
         on.gone?.();
       } else if (response.ok) {
         await read(response, state, on, () => told("live"));
-        if (!state.closed && state.heard > Date.now() - SILENCE_MS) continue; // it ended in order, as it does now and then
+        if (!state.closed && Date.now() - begun > 2000) continue; // it ended in order, as it does now and then
       }
     } catch {
       // The monitor is gone, or silent: said below, and tried again.

@@ -5,6 +5,7 @@ import { number, percent, times, whole } from "./format.js";
 
 const FEW = 12;
 const SPARK = [120, 24];
+const POINTS = 60;
 const ORDERS = {
   anomaly: ["Unusual", (layer) => -(layer.anomaly ?? -Infinity)],
   share: ["Largest share", (layer) => -(layer.share ?? -1)],
@@ -59,7 +60,7 @@ function row(layer, series, places) {
     h("td", { role: "cell", class: "sparkcell" }, series ? spark(series, places) : null),
     cell("Norm", number(layer.last)),
     cell("Largest", number(layer.window_max)),
-    cell("Against usual", often === null ? "–" : times(layer.window_max, layer.median), often > 10 ? "high" : often > 3 ? "raised" : null),
+    cell("Against usual", often === null ? "–" : times(layer.window_max, layer.median), layer.exploding ? "high" : often > 10 ? "raised" : null),
     cell("Share", percent(layer.share)),
     cell("Update ratio", number(layer.update_ratio, 3)),
     cell("Non-finite", whole(layer.nonfinite_steps), layer.nonfinite_steps ? "high" : null));
@@ -68,18 +69,28 @@ function row(layer, series, places) {
 // Logarithmic, like the picture of all layers; a step that was not finite is a dot on top.
 function spark(series, places) {
   const [width, height] = SPARK;
-  const known = places.map((place) => series.values[place]).filter((value) => value > 0).map(Math.log);
+  const points = thin(places, series);
+  const known = points.filter((value) => value > 0).map(Math.log);
   const [low, high] = [Math.min(...known), Math.max(...known)];
-  const x = (at) => ((at / Math.max(1, places.length - 1)) * (width - 4) + 2).toFixed(1);
+  const x = (at, count = points.length) => ((at / Math.max(1, count - 1)) * (width - 4) + 2).toFixed(1);
   const y = (value) => (high > low ? 3 + (1 - (Math.log(value) - low) / (high - low)) * (height - 6) : height / 2).toFixed(1);
   let path = "";
   let pen = "M";
-  places.forEach((place, at) => {
-    const value = series.values[place];
+  points.forEach((value, at) => {
     if (value > 0) path += `${pen}${x(at)} ${y(value)}`;
     pen = value > 0 ? "L" : "M";
   });
   const columns = new Map(places.map((place, at) => [place, at]));
-  const bad = series.nonfinite.filter((place) => columns.has(place)).map((place) => svg("circle", { cx: x(columns.get(place)), cy: 3, r: 2, class: "bad" }));
+  const bad = series.nonfinite.filter((place) => columns.has(place)).map((place) => svg("circle", { cx: x(columns.get(place), places.length), cy: 3, r: 2, class: "bad" }));
   return svg("svg", { class: "spark", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, svg("path", { d: path }), ...bad);
+}
+
+// At most POINTS values, the largest of each few.
+function thin(places, series) {
+  const each = Math.ceil(places.length / POINTS);
+  const found = [];
+  for (let at = 0; at < places.length; at += each) {
+    found.push(places.slice(at, at + each).reduce((top, place) => (series.values[place] > top ? series.values[place] : top), 0));
+  }
+  return found;
 }

@@ -65,8 +65,8 @@ export class PolicyPanel {
       const found = stage ?? { name: each.name, mode: each.mode, settings: {} };
       if (!stage && (!force || newest !== null)) stages.push(found);
       found.threshold = newest;
-      found.share = each.clipped.filter(Boolean).length / Math.max(1, each.clipped.length);
-      found.exact = doc.bucket_steps === 1;
+      const rows = doc.rows.filter((_, place) => each.threshold[place] !== null || each.clipped_steps[place] || found.kind === "nonfinite");
+      found.share = sum(each.clipped_steps) / Math.max(1, sum(rows));
     }
     const text = JSON.stringify(stages);
     if (text === this.text) return;
@@ -74,6 +74,8 @@ export class PolicyPanel {
     this.body.replaceChildren(stages.length ? h("ol", { class: "stages" }, ...stages.map(item)) : h("p", { class: "none" }, "None: the run is only observed."));
   }
 }
+
+const sum = (values) => values.reduce((total, value) => total + value, 0);
 
 function written(stages, mode) {
   return (stages ?? []).map((stage) => {
@@ -87,7 +89,7 @@ function item(stage) {
   const settings = Object.entries(stage.settings).map(([name, value]) => h("span", { class: "setting" }, `${name} `, h("b", {}, typeof value === "number" ? number(value) : typeof value === "string" ? value : JSON.stringify(value))));
   const facts = [];
   if (stage.threshold > 0) facts.push(`threshold ${number(stage.threshold)}`);
-  if (stage.share !== undefined) facts.push(`${stage.mode === "shadow" ? "would have acted" : "acted"} in ${percent(stage.share)} of the ${stage.exact ? "steps" : "points"} shown`);
+  if (stage.share !== undefined) facts.push(`${stage.mode === "shadow" ? "would have acted" : "acted"} in ${percent(stage.share)} of the steps shown`);
   return h("li", {},
     h("p", { class: "stage" }, h("b", {}, stage.name), stage.kind && stage.kind !== stage.name ? ` ${stage.kind}` : "", stage.mode === "shadow" ? h("span", { class: "chip" }, "shadow") : null),
     settings.length ? h("p", { class: "settings" }, ...settings) : null,

@@ -47,13 +47,13 @@ export class Plot {
       value: (_, value) => number(value),
     }));
     this.plot = new uPlot({
-      width, height: narrow ? Math.min(this.height, 200) : this.height, padding: [12, 10, 0, 0], series: [{ label: "step", value: (_, value) => whole(value) }, ...series],
+      width, height: narrow ? Math.min(this.height, 200) : this.height, padding: [12, 24, 0, 0], series: [{ label: "step", value: (_, value) => whole(value) }, ...series],
       scales: { x: { time: false }, y: this.log ? { distr: 3 } : { range: around } },
       axes: [
         { ...axis, size: 30, values: (_, found) => found.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")) },
-        { ...axis, size: 58, values: (_, found) => ticks(found) },
+        { ...axis, size: (_, found) => 22 + 6.8 * Math.max(3, ...(found ?? []).map((text) => text.length)), values: (_, found) => ticks(found) },
       ],
-      legend: { markers: { width: 2 } },
+      legend: { markers: { width: 0, fill: (_, place) => (place ? colour(this.lines[place - 1].colour) : "transparent") } },
       cursor: {
         sync: { key: sync.key, setSeries: false }, drag: { x: true, y: false, setScale: false }, points: { size: 6 },
         focus: { prox: -1 },

@@ -94,7 +94,7 @@ export class RunView {
   async reload() {
     const width = this.main.clientWidth;
     const newest = this.summary?.last_step ?? this.detail?.last_step ?? (await this.newestStep());
-    const wide = Math.max(300, Math.min(1000, Math.round(width / 1.4)));
+    const wide = Math.max(500, Math.min(1000, Math.round(width / 1.4)));
     const range = this.range;
     const docs = await Promise.all([
       this.scalars.load(range, wide, newest), this.cells.load(range, Math.max(100, Math.min(360, Math.round(width / 3.5))), newest),
@@ -320,7 +320,7 @@ function readRange(query) {
 // The threshold that binds, and where anything that acts has clipped.
 function acting(doc) {
   const found = doc.policies.filter((policy) => policy.mode === "act");
-  const lowest = (place) => found.reduce((low, { threshold }) => (threshold[place] > 0 && !(low <= threshold[place]) ? threshold[place] : low), null);
+  const lowest = (place) => found.reduce((low, { threshold }) => (threshold[place] > 0 && (low === null || threshold[place] < low) ? threshold[place] : low), null);
   return { threshold: doc.steps.map((_, place) => lowest(place)), clipped: doc.clipped_steps };
 }
 

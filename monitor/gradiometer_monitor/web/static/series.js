@@ -49,7 +49,7 @@ function join(doc, more) {
   for (const policy of doc.policies) {
     const tail = sought(more, policy);
     append(policy.threshold, tail?.threshold ?? more.steps.map(() => null));
-    append(policy.clipped, tail?.clipped ?? more.steps.map(() => false));
+    append(policy.clipped_steps, tail?.clipped_steps ?? more.steps.map(() => 0));
   }
   doc.layers.forEach((layer, place) => {
     append(layer.values, more.layers[place].values);
@@ -65,7 +65,7 @@ function trim(doc, step) {
   if (gone <= 0) return;
   for (const name of LISTS) doc[name].splice(0, gone);
   for (const list of Object.values(doc.columns)) list.splice(0, gone);
-  for (const policy of doc.policies) [policy.threshold, policy.clipped].forEach((list) => list.splice(0, gone));
+  for (const policy of doc.policies) [policy.threshold, policy.clipped_steps].forEach((list) => list.splice(0, gone));
   for (const layer of doc.layers) {
     layer.values.splice(0, gone);
     layer.nonfinite = layer.nonfinite.map((at) => at - gone).filter((at) => at >= 0);
