@@ -121,7 +121,7 @@ class History:
                 level=level,
                 baseline=self._baseline(found, newest),
                 complete=_complete(found, selection, oldest),
-                head=head,
+                head=max(head, int(newest.scalars["last"][-1])) if len(newest) else head,
             )
 
     @contextmanager
@@ -157,10 +157,10 @@ class History:
         return head
 
     def _newest(self, ring: RingReader, head: int) -> Buckets:
-        """Read the row at the head as it is now, or, where the writer died, the rows after the last that was read."""
+        """Read the row at the head as it is now, and the one after it, which a writer that died left without a word."""
         if not head:
             return Buckets.empty(self._norms.count)
-        return bucket_rows(ring.read(max(self._read, head - 1)), self._norms, 0)
+        return bucket_rows(ring.read(max(self._read, head - 1), 2), self._norms, 0)
 
     def _level(self, found: Buckets, selection: Selection) -> int:
         """Choose the finest level that gives at most as many buckets as asked for."""

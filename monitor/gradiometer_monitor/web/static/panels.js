@@ -65,8 +65,7 @@ export class PolicyPanel {
       const found = stage ?? { name: each.name, mode: each.mode, settings: {} };
       if (!stage && (!force || newest !== null)) stages.push(found);
       found.threshold = newest;
-      const rows = doc.rows.filter((_, place) => each.threshold[place] !== null || each.clipped_steps[place] || found.kind === "nonfinite");
-      found.share = sum(each.clipped_steps) / Math.max(1, sum(rows));
+      found.share = sum(each.clipped_steps) / Math.max(1, sum(doc.rows));
     }
     const text = JSON.stringify(stages);
     if (text === this.text) return;
