@@ -32,8 +32,9 @@ Kinds = Annotated[
     list[Annotated[str, Query(max_length=64)]] | None,
     Query(max_length=MAX_KINDS, description="Of these kinds only.", examples=[["nonfinite"]]),
 ]
-Place = Annotated[int | None, Query(ge=0, le=MAX_NUMBER)]
-Limit = Annotated[int, Query(ge=1, le=MAX_EVENTS)]
+After = Annotated[int | None, Query(ge=0, le=MAX_NUMBER, description="The first events above this number.")]
+Before = Annotated[int | None, Query(ge=0, le=MAX_NUMBER, description="Events below this number only.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_EVENTS, description="At most so many events.")]
 
 
 def router(context: Context) -> APIRouter:
@@ -46,10 +47,13 @@ def router(context: Context) -> APIRouter:
         sort: Annotated[
             Literal["run_id", "newest"], Query(description="By name, or by the newest step, the newest first.")
         ] = "run_id",
-        limit: Annotated[int, Query(ge=1, le=MAX_RANKS)] = MAX_RANKS,
-        offset: Annotated[int, Query(ge=0, le=MAX_NUMBER)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_RANKS, description="At most so many runs.")] = MAX_RANKS,
+        offset: Annotated[int, Query(ge=0, le=MAX_NUMBER, description="Runs to pass over, in this order.")] = 0,
     ) -> RunList:
-        """List the runs that are followed."""
+        """List the runs that are followed.
+
+        A run leaves some while after its end, once two scrapes have shown that.
+        """
         with context.runs.snapshot() as followed:
             found = [describe(run) for run in followed if not state or run.state in state]
         if sort == "newest":
@@ -66,8 +70,8 @@ def router(context: Context) -> APIRouter:
     def list_events(
         run_id: RunIdQuery = None,
         kind: Kinds = None,
-        after: Place = None,
-        before: Place = None,
+        after: After = None,
+        before: Before = None,
         limit: Limit = 100,
     ) -> EventList:
         """List events of all runs, oldest first: the first ones after a number, or else the newest."""
@@ -77,8 +81,8 @@ def router(context: Context) -> APIRouter:
     def list_events_of_run(
         run_id: RunId,
         kind: Kinds = None,
-        after: Place = None,
-        before: Place = None,
+        after: After = None,
+        before: Before = None,
         limit: Limit = 100,
     ) -> EventList:
         """List events of one run, oldest first; also of one that is not followed any more."""

@@ -14,6 +14,7 @@ from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import Settings
 from gradiometer_monitor.web import api, page, policy, rows, scrape, stream
 from gradiometer_monitor.web.auth import AuthMiddleware
+from gradiometer_monitor.web.errors import handle_errors
 from gradiometer_monitor.web.guards import BodyGuard, FrontGuard, TimeGuard
 from gradiometer_monitor.web.history import HistoryCache
 from gradiometer_monitor.web.openapi import documented
@@ -34,6 +35,7 @@ def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI
     made.include_router(stream.router(context, cache, streams))
     made.routes.extend(scrape.routes(context, exposition, settings))
     made.routes.extend(page.routes())
+    handle_errors(made)
     made.add_middleware(TimeGuard, limits=settings.limits)
     made.add_middleware(BodyGuard, limits=settings.limits)
     made.add_middleware(AuthMiddleware, tokens=tokens)

@@ -48,7 +48,16 @@ BUCKET = np.dtype(
 )
 """What is kept of a bucket, beside its layers."""
 _LARGEST = ("grad_norm_preclip", "grad_norm_postclip", "loss_max", "step_seconds")
-_SUMMED = ("rows", "nonfinite_steps", "skipped_steps", "clipped_steps", "clipped", "loss_sum", "loss_count", "loss_nonfinite")
+_SUMMED = (
+    "rows",
+    "nonfinite_steps",
+    "skipped_steps",
+    "clipped_steps",
+    "clipped",
+    "loss_sum",
+    "loss_count",
+    "loss_nonfinite",
+)
 _LAST = ("last", "time_ns", "policy_revision", "learning_rate", "loss_scale", "thresholds")
 
 

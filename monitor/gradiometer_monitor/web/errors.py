@@ -1,0 +1,34 @@
+"""What is answered when no handler answers: as JSON, like everything else of the API."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
+
+from gradiometer_monitor.web.guards import HEADERS
+
+__all__ = ["handle_errors"]
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Answer methods that a path has not, and handlers that fail."""
+
+    def not_allowed(request: Request, _: Exception) -> Response:
+        """Name all methods of the path: each of its routes knows but its own."""
+        methods: set[str] = set()
+        for route in app.routes:
+            if route.matches(request.scope)[0] is not Match.NONE:
+                methods |= getattr(route, "methods", None) or set()
+        headers = {"allow": ", ".join(sorted(methods))}
+        return JSONResponse({"detail": "Method Not Allowed"}, status_code=405, headers=headers)
+
+    def failed(_: Request, __: Exception) -> Response:
+        """Tell nothing of what went wrong, which is in the log."""
+        return JSONResponse(
+            {"detail": "the monitor failed to answer: its log says why"}, status_code=500, headers=HEADERS
+        )
+
+    app.add_exception_handler(405, not_allowed)
+    app.add_exception_handler(Exception, failed)

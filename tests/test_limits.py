@@ -1,0 +1,250 @@
+"""What a request may cost: sizes, time, connections; and what a page of the web may not do."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests._monitor import Monitor
+from tests._web import connect, read_to_end, send, write_config, write_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.conftest import Start, WaitUntil
+
+POLICY = "/api/v1/runs/run/policy"
+HEAD = b"GET /-/ready HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture
+def limited(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Monitor]:
+    """Give a function that starts a daemon with these limits."""
+
+    def launch(**limits: Any) -> Monitor:
+        directory = tmp_path_factory.mktemp("config")
+        return start("--config", write_config(directory / "monitor.yaml", limits=limits))
+
+    return launch
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1]) if answer else 0
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_long_body_is_413(limited: Callable[..., Monitor], tmp_path_factory: pytest.TempPathFactory,
+                            start: Start, chunked: bool) -> None:  # fmt: skip
+    """A body beyond the limit is refused, said by its length or found while it comes, and one within it is not."""
+    monitor = limited(max_body_bytes=2048)
+    for size, expected in ((2049, 413), (2000, 403)):
+        head = "PUT /api/v1/runs/run/policy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        body = json.dumps({"policy": None, "note": ""}).encode().ljust(size)
+        with connect(monitor) as connection:
+            if chunked:
+                chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:1000], body[1000:]))
+                connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + b"0\r\n\r\n")
+            else:
+                connection.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode() + body)
+            assert status(connection.recv(4096)) == expected
+
+
+@pytest.mark.parametrize("parts", [1, 40], ids=["at once", "in parts"])
+def test_long_headers_are_431(limited: Callable[..., Monitor], parts: int) -> None:
+    """Headers beyond the limit are refused however they come, as JSON that names the limit."""
+    monitor = limited(max_header_bytes=4096)
+    with connect(monitor) as connection:
+        text = HEAD + b"X-Long: " + b"a" * 8000 + b"\r\n\r\n"
+        size = -(-len(text) // parts)
+        try:
+            for place in range(0, len(text), size):
+                connection.sendall(text[place : place + size])
+                time.sleep(0.002)  # so that they are not put together on the way
+        except ConnectionError:
+            pass  # refused before the last part
+        answer = connection.recv(4096)
+    assert status(answer) == 431
+    assert b"the headers are longer than 4096 bytes" in answer
+
+
+def test_a_long_query_is_414(limited: Callable[..., Monitor]) -> None:
+    """A query beyond the limit is refused."""
+    monitor = limited(max_query_bytes=300)
+    assert monitor.get("/api/v1/runs?" + "a" * 301)[0] == 414
+    assert monitor.get("/api/v1/runs?" + "a" * 300)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (b"", 0),
+        (b"GET /-/ready HT", 408),
+        (HEAD, 408),
+        (b"PUT /api/v1/runs/run/policy HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{", 408),
+        (HEAD + b"Content-Length: 1000000\r\n\r\n", 408),
+    ],
+    ids=["nothing", "part of a line", "part of the headers", "part of a body", "no body"],
+)
+def test_a_slow_client_is_cut_off(limited: Callable[..., Monitor], said: bytes, expected: int) -> None:
+    """A request that does not arrive whole in time is 408 or just closed, though bytes of it keep coming."""
+    monitor = limited(request_seconds=0.6)
+    with connect(monitor) as connection:
+        connection.sendall(said)
+        connection.settimeout(0.1)
+        answer, began = b"", time.monotonic()
+        while time.monotonic() - began < 30:
+            try:
+                if said:
+                    connection.sendall(b"a")
+                part = connection.recv(4096)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+            if not part:
+                break
+            answer += part
+        else:
+            pytest.fail("the connection is still open after 30 s")
+    assert status(answer) == expected
+
+
+def test_what_is_no_request_is_400(start: Start) -> None:
+    """Bytes that are no HTTP are answered and closed, in the middle of a connection too, and logged seldom."""
+    monitor = start()
+    for before in (b"", HEAD + b"\r\n"):
+        with connect(monitor) as connection:
+            connection.sendall(before + b"\x16\x03\x01 nonsense\r\n\r\n")
+            answer = read_to_end(connection)
+        assert status(answer.split(b"healthy")[-1].split(b"ready\n")[-1]) == 400
+    for _ in range(50):
+        with connect(monitor) as connection:
+            connection.sendall(b"\0\r\n\r\n")
+            read_to_end(connection)
+    monitor.process.terminate()
+    log = monitor.process.communicate(timeout=20)[1]
+    assert 1 <= log.count("Invalid HTTP request") <= 12
+    assert "Traceback" not in log
+
+
+def test_who_takes_nothing_is_cut_off(limited: Callable[..., Monitor], wait_until: WaitUntil) -> None:
+    """A client that asks again and again and reads nothing is cut off; nobody else notices."""
+    monitor = limited(answer_seconds=1)
+    with connect(monitor) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(0.2)
+
+        def cut() -> bool:
+            try:
+                connection.sendall(b"GET /api/v1/openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
+            except TimeoutError:
+                return False
+            except ConnectionError:
+                return True
+            return False
+
+        wait_until(cut)
+    assert monitor.get("/metrics")[0] == 200
+
+
+@pytest.mark.parametrize("said", [b"", HEAD, HEAD + b"\r\n"], ids=["silent", "slow", "idle"])
+def test_who_holds_connections_keeps_nobody_out(limited: Callable[..., Monitor], said: bytes) -> None:
+    """With every connection taken by clients that are waited for, a scrape is served at once."""
+    monitor = limited(max_connections=16, max_connections_per_client=12, request_seconds=60)
+    with ExitStack() as stack:
+        held = [stack.enter_context(connect(monitor)) for _ in range(12)]
+        for connection in held:
+            connection.sendall(said)
+        for _ in range(20):
+            assert monitor.get("/metrics")[0] == 200
+        held[0].settimeout(20)
+        assert b"HTTP/1.1 200" not in read_to_end(held[0])[20:] or said  # the longest waiting made room
+
+
+def test_a_slow_answer_is_given_up(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """An answer of the API that does not begin in time is 504, and what comes after it reaches nobody."""
+    import anyio
+
+    from gradiometer_monitor.web.guards import TimeGuard
+    from gradiometer_monitor.web.settings import LimitSettings
+
+    sent: list[Any] = []
+    release = anyio.Event
+
+    async def main() -> None:
+        gate = release()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            await gate.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def collect(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            return {"type": "http.request"}
+
+        guard = TimeGuard(slow, LimitSettings(answer_seconds=1.0))
+        await guard({"type": "http", "path": "/api/v1/runs", "method": "GET", "headers": []}, receive, collect)
+        gate.set()
+        await anyio.sleep(0.05)
+
+    anyio.run(main)
+    assert [message.get("status") for message in sent] == [504, None]
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({}, 404),
+    ],
+)
+def test_a_page_of_the_web_cannot_write(
+    start: Start, tmp_path_factory: pytest.TempPathFactory, headers: dict[str, str], expected: int
+) -> None:
+    """A write that a foreign page could make a browser send is refused, even if it had a token."""
+    from tests._web import AS_WRITER
+
+    directory = tmp_path_factory.mktemp("config")
+    tokens = write_tokens(directory / "tokens")
+    monitor = start("--config", write_config(directory / "monitor.yaml", auth={"tokens_file": str(tokens)}))
+    found, body, _ = send(monitor, "PUT", POLICY, {"policy": None}, **AS_WRITER, **headers)
+    assert found == expected, body
+
+
+def test_the_own_page_may_write(start: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The page that the monitor itself serves sends its own Origin, and is let through."""
+    from tests._web import AS_WRITER
+
+    directory = tmp_path_factory.mktemp("config")
+    tokens = write_tokens(directory / "tokens")
+    monitor = start("--config", write_config(directory / "monitor.yaml", auth={"tokens_file": str(tokens)}))
+    headers = {"Origin": monitor.url, "Sec-Fetch-Site": "same-origin"}
+    assert send(monitor, "PUT", POLICY, {"policy": None}, **AS_WRITER, **headers)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/api/v1/runs", "/-/ready", "/nothing", "/api/v1/runs?limit=x"])
+def test_every_answer_has_the_headers_that_guard_a_browser(start: Start, path: str) -> None:
+    """No type is guessed, no frame and no foreign page may show it, no script of elsewhere runs, nothing is shared."""
+    monitor = start()
+    headers = monitor.get(path, Origin="https://evil.example")[2]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["cross-origin-resource-policy"] == "same-origin"
+    policy = headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert "cache-control" in headers
+    assert not [name for name in headers if name.lower().startswith("access-control-")]
