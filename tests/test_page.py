@@ -211,7 +211,7 @@ def test_keys_alone_lead_to_a_run_and_back(two_runs: Monitor, visit: Open) -> No
     page.locator(".plot").first.focus()
     page.keyboard.press("End")
     page.keyboard.press("ArrowLeft")
-    assert page.locator("#say").inner_text().startswith("step 398: norm 1")
+    assert page.locator("#say").inner_text().startswith("step 398: norm 2.143, usual")
     page.go_back()
     page.wait_for_selector("h1:text('Runs')")
     page.go_forward()
