@@ -104,7 +104,10 @@ def two_runs(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> 
     norms = np.random.default_rng(0).random((400, 4)) + 0.5
     norms[250, 2], norms[300, 1] = 5000.0, NAN
     norms[:, 3] = -0.0
-    policies = {"policies": ("global_norm",), "policy": {"pipeline": [{"global_norm": {"max_norm": 1.0}}]}}
+    policies: dict[str, Any] = {
+        "policies": ("global_norm",),
+        "policy": {"pipeline": [{"global_norm": {"max_norm": 1.0}}]},
+    }
     recorder = write_run(make_manifest(capacity=512, created_ns=time.time_ns(), **policies), np.empty((0, 4)))
     recorder.policies[:, 0] = 1.0
     now = time.time_ns()
@@ -112,6 +115,7 @@ def two_runs(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> 
         recorder.stats[:] = row
         recorder.commit(_header(step, row, now + step * 10**6))
     recorder.event("nonfinite", "blocks.0.1 is not finite", step=300)
+    recorder.event("backward_order", "of less weight", step=301)
     write_run(make_manifest("another", created_ns=time.time_ns()), np.ones((3, 4)), close=True)
     return start()
 
@@ -141,7 +145,8 @@ def test_a_training_run_is_live(start: Start, spawn: Spawn, visit: Open, tmp_pat
     took = []
     for _ in range(5):
         newest, asked_at = int(open_run(tmp_path / "live").steps[-1]), time.monotonic()
-        wait_until(lambda newest=newest: shown_step(page) >= newest)
+        while shown_step(page) < newest:
+            assert time.monotonic() - asked_at < 30
         took.append(time.monotonic() - asked_at)
     assert min(took) < 2, took
     drawn = page.locator(".toolbar .span").inner_text()
@@ -165,7 +170,7 @@ def test_the_heatmap_names_what_is_under_the_cursor(two_runs: Monitor, visit: Op
     heat.scroll_into_view_if_needed()
     box = heat.locator("canvas").bounding_box()
     assert box is not None
-    label = min(190, round(box["width"] * 0.27))
+    label = int(heat.locator("canvas").get_attribute("data-label") or 0)
     tip = page.locator(".tip")
 
     def over(layer: int, share: float) -> str:
@@ -323,7 +328,7 @@ def test_hostile_names_are_text(
     start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open, tmp_path: Path
 ) -> None:
     """What a job calls its layers, labels and incidents is shown as it is, and never becomes markup."""
-    fields = {"labels": {"team": HOSTILE}, "job": HOSTILE, "device": HOSTILE}
+    fields: dict[str, Any] = {"labels": {"team": HOSTILE}, "job": HOSTILE, "device": HOSTILE}
     recorder = write_run(make_manifest(layers=[HOSTILE, "b"], created_ns=time.time_ns(), **fields), np.ones((5, 2)))
     recorder.event(HOSTILE, HOSTILE, step=1)
     (tmp_path / "broken" / "rank-00000").mkdir(parents=True)

@@ -5,6 +5,7 @@ import { colour, h, put, say } from "./dom.js";
 import { number, steps as said, whole } from "./format.js";
 
 const AXIS = 26;
+const FONT = "12px system-ui, sans-serif";
 const MIN_ROW = 4, MAX_ROW = 22, IDEAL = 400, READABLE = 13; // pixels
 
 export class Heatmap {
@@ -35,6 +36,9 @@ export class Heatmap {
 
   draw(doc, keep, focus) {
     Object.assign(this, { doc, keep, focus });
+    const pen = this.canvas.getContext("2d");
+    pen.font = FONT;
+    this.widest = doc.layers.reduce((most, layer) => Math.max(most, pen.measureText(layer.name).width), 0);
     this.scale();
     this.picture();
     this.render();
@@ -100,13 +104,14 @@ export class Heatmap {
     const width = this.box.clientWidth;
     const rows = Math.max(1, this.doc.layers.length);
     const row = rows <= 48 ? Math.max(READABLE, Math.min(MAX_ROW, IDEAL / rows)) : Math.max(MIN_ROW, IDEAL / rows);
-    const label = Math.min(190, Math.round(width * 0.27));
+    const label = Math.min(Math.ceil(this.widest) + 12, 210, Math.round(width * 0.34));
     return { width, label, row, plot: Math.max(1, width - label), height: rows * row };
   }
 
   render() {
     if (!this.doc || !this.box.clientWidth) return;
     const { width, label, row, plot, height } = this.layout();
+    this.canvas.dataset.label = label;
     const rows = this.doc.layers.length;
     const scale = devicePixelRatio;
     const [w, t] = [Math.round(width * scale), Math.round((height + AXIS) * scale)];
@@ -121,7 +126,7 @@ export class Heatmap {
     if (this.keep.length) ctx.drawImage(this.image, label, 0, plot, height);
     ctx.fillStyle = colour("card");
     if (row >= 8) for (let place = 1; place < this.doc.layers.length; place++) ctx.fillRect(label, place * row - 0.5, plot, 1);
-    ctx.font = "12px system-ui, sans-serif";
+    ctx.font = FONT;
     ctx.fillStyle = colour("muted");
     ctx.textBaseline = "middle";
     const every = Math.ceil(READABLE / row);
