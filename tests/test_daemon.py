@@ -166,6 +166,7 @@ from starlette.routing import Route
 import gradiometer_monitor.daemon as daemon
 from gradiometer_monitor.services import Service
 from gradiometer_monitor.settings import resolve
+from gradiometer_monitor.web.stream import Streams
 
 class Stuck(Service):
     name = "stuck"
@@ -183,7 +184,9 @@ def hang(request):
 
 daemon._services = lambda settings, context: [Stuck()]
 routes = [Route("/stream", lambda request: StreamingResponse(endless())), Route("/hang", hang)]
-daemon.app = lambda context, exposition, settings: Starlette(routes=routes)
+served = Starlette(routes=routes)
+served.state.streams = Streams()
+daemon.app = lambda context, exposition, settings: served
 sys.exit(daemon.serve(resolve(Path(sys.argv[1]), port=0, port_file=Path(sys.argv[2]))))
 """
 """A monitor with a stream without end, a request that never returns, and a service that does not heed its end."""

@@ -87,7 +87,8 @@ class Daemon:
         self._listener, self._hangups, self._reread = listener, hangups, reread
         self._stop, self._poll_now = threading.Event(), threading.Event()
         self._reloaded, self._reloaded_at = True, time.time()
-        self._switch = Switch(app(self.context, self.exposition, settings))
+        self._app = app(self.context, self.exposition, settings)
+        self._switch = Switch(self._app)
         self._server = Server(
             server_config(self._switch, settings, listener), serving=self._serving, stopping=self._stopping
         )
@@ -130,6 +131,8 @@ class Daemon:
             return
         # All is built before anything is replaced: what cannot be built leaves the monitor as it was.
         made, served = _services(new, self.context), app(self.context, self.exposition, new)
+        self._app.state.streams.close()  # their clients come again, and are asked who they are
+        self._app = served
         logs.configure(new.log)
         self.settings, self._switch.app, self._listener.gate.limits = new, served, new.limits
         self.context.runs.retention_seconds = new.retention_seconds
@@ -152,6 +155,7 @@ class Daemon:
 
     def _stopping(self) -> None:
         notify("STOPPING=1")
+        self._app.state.streams.close()
         self._stop.set()
         self._poll_now.set()
         self._hangups.put(None)

@@ -15,10 +15,11 @@ from gradiometer_monitor.exposition import Exposition
 from gradiometer_monitor.health import store_samples
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import Settings
-from gradiometer_monitor.web import alerts, api, page, policy, scrape
+from gradiometer_monitor.web import alerts, api, page, policy, rows, scrape, stream
 from gradiometer_monitor.web.auth import AuthMiddleware
 from gradiometer_monitor.web.errors import handle_errors
 from gradiometer_monitor.web.guards import BodyGuard, FrontGuard, TimeGuard
+from gradiometer_monitor.web.history import HistoryCache
 from gradiometer_monitor.web.openapi import documented
 from gradiometer_monitor.web.requests import CountRequests, RequestCounts
 from gradiometer_monitor.web.tokens import Tokens
@@ -33,8 +34,12 @@ def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI
     made.include_router(api.router(context))
     made.include_router(policy.router(context))
     made.include_router(alerts.router(context, enabled=settings.alerts is not None))
+    cache, streams = HistoryCache(), stream.Streams()
+    made.state.streams = streams
+    made.include_router(rows.router(context, cache))
+    made.include_router(stream.router(context, cache, streams))
     made.routes.extend(scrape.routes(context, exposition, settings))
-    made.routes.extend(page.routes(context))
+    made.routes.extend(page.routes())
     requests = RequestCounts()
     exposition.watch("requests", requests.samples)
     exposition.watch("store", partial(store_samples, context.store))

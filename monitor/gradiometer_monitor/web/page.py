@@ -1,44 +1,54 @@
-"""The page at ``/``."""
+"""The live page at ``/`` and the files it is made of, which are told to load nothing from elsewhere."""
 
 from __future__ import annotations
 
-import html
-from typing import Any
+import hashlib
+from importlib.resources import files
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-
-from gradiometer_monitor.services import Context
-from gradiometer_monitor.web.api import describe
-from gradiometer_monitor.web.schemas import RunSummary
 
 __all__ = ["routes"]
 
-
-def routes(context: Context) -> list[BaseRoute]:
-    """Make the routes of the page."""
-
-    def index(_: Request) -> Response:
-        with context.runs.snapshot() as found:
-            described = [describe(run) for run in found]
-        return HTMLResponse(_index(described))
-
-    return [Route("/", index)]
-
-
-def _index(described: list[RunSummary]) -> str:
-    columns = ("run_id", "state", "last_step", "grad_norm", "grad_norm_baseline", "loss", "nonfinite_steps")
-    head = "".join(f"<th>{column.replace('_', ' ')}</th>" for column in columns)
-    rows = "".join(f"<tr>{''.join(_cell(getattr(run, column)) for column in columns)}</tr>\n" for run in described)
-    return (
-        "<!doctype html>\n<html lang=en><meta charset=utf-8><title>gradiometer</title>\n<h1>gradiometer</h1>\n"
-        f"<table border=1>\n<tr>{head}</tr>\n{rows}</table>\n"
-        f"<p>{'' if described else 'No runs yet. '}"
-        '<a href="/metrics">metrics</a>, <a href="/api/v1/runs">runs as JSON</a>, <a href="/-/ready">ready</a></p>\n'
-    )
+MEDIA_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+}
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-cache",
+}
+"""No script, style or request but from this server, and none that is written into a document."""
 
 
-def _cell(value: Any) -> str:
-    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return f"<td>{html.escape(text)}</td>"
+def routes() -> list[BaseRoute]:
+    """Read the files of the page, and make a route for each: a path is never made from a request's."""
+    found = (file for file in files("gradiometer_monitor.web").joinpath("static").iterdir())
+    made: list[BaseRoute] = []
+    for file in found:
+        suffix = file.name[file.name.rfind(".") :]
+        if suffix in MEDIA_TYPES:
+            path = "/" if file.name == "index.html" else f"/static/{file.name}"
+            made.append(_route(path, file.read_bytes(), MEDIA_TYPES[suffix]))
+    return made
+
+
+def _route(path: str, content: bytes, media_type: str) -> Route:
+    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+
+    async def serve(request: Request) -> Response:
+        headers = {**HEADERS, "etag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=media_type, headers=headers)
+
+    return Route(path, serve)
