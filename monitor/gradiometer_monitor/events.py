@@ -110,8 +110,8 @@ class Events:
         """
         now = time.time_ns()
         event = Event(
-            id=f"{run_id}/monitor/{once or f'{now:x}'}/{kind}", run_id=run_id, time_ns=time_ns or now, kind=kind,
-            message=message, step=step, data=data,
+            id=f"{run_id}/monitor/{once or f'{now:x}'}/{kind}", run_id=run_id, kind=kind, message=message,
+            time_ns=_count(time_ns) or now, step=_count(step), data=data,
         )  # fmt: skip
         log.info("run %s: %s: %s", run_id, kind, message)
         self._untold.append((event, notes or {}))
@@ -187,7 +187,7 @@ def _event(tail: RankTail, raw: dict[str, Any], place: str) -> Event:
         id=f"{tail.run_id}/{tail.rank}/{tail.manifest.created_ns:x}/{place}",
         run_id=tail.run_id,
         rank=tail.rank,
-        time_ns=_count(time_ns) or tail.manifest.created_ns,
+        time_ns=_count(time_ns) or _count(tail.manifest.created_ns) or 0,
         kind=str(raw.get("kind", "unreadable"))[:KIND_LENGTH],
         message=str(raw.get("message", ""))[:MESSAGE_LENGTH],
         step=_count(step),

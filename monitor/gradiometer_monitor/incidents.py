@@ -14,7 +14,6 @@ over restarts of the monitor.
 from __future__ import annotations
 
 import math
-import sqlite3
 import time
 from dataclasses import dataclass, field
 from logging import getLogger
@@ -65,6 +64,7 @@ class Incidents:
         self._starts: dict[str, _Start] = {}
         self._clean_at = time.monotonic() + CLEAN_SECONDS
         self._gone: set[str] = set()
+        self._failing: set[str] = set()
 
     def follow(self) -> None:
         """Look at every run once; for the thread that polls them, after a poll."""
@@ -74,8 +74,13 @@ class Incidents:
         for run in found:
             try:
                 self._judge(run)
-            except (OSError, ValueError, sqlite3.Error) as error:
-                log.debug("what became of run %s will be looked at again: %s", run.run_id, error)
+                self._failing.discard(run.run_id)
+            except Exception as error:  # whatever is wrong with one run, the others must be told of
+                if run.run_id not in self._failing:
+                    self._failing.add(run.run_id)
+                    log.warning(
+                        "what became of run %s cannot be told, and will be looked at again: %s", run.run_id, error
+                    )
         if time.monotonic() >= self._clean_at:
             self._clean_at = time.monotonic() + CLEAN_SECONDS
             self.clean()
