@@ -201,7 +201,7 @@ def test_notes_of_runs_that_are_gone_are_forgotten(
     monitor.incidents._events.follow()
     monitor.store.put("counts/stays/0/1", {"sequence": 1})
     monitor.store.put("grafana/goes", "not ours")
-    (tmp_path / "goes").rename(tmp_path.with_name("elsewhere"))
+    (tmp_path / "goes").rename(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
     monitor = daemon()
     monitor.look()
     before = set(monitor.store.notes(""))
