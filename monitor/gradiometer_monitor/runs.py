@@ -31,7 +31,7 @@ MAX_RANKS = 512
 ADOPTED_PER_POLL = 16
 DISCOVERY_SHARE = 0.05
 """Share of the time that looking for new directories may take: a root with many old runs is looked at less often."""
-TURN_SECONDS = 0.05
+TURN_SECONDS = 0.25
 """How long a poll stands back at most for those who asked for the lock."""
 RETRY_SECONDS = 30.0
 """An unreadable directory is tried again after this long, or at once when its manifest changes."""
