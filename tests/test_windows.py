@@ -67,6 +67,7 @@ def _noise(steps: int, seed: int = 0, deviation: float = 0.3) -> Floats:
     return np.exp(np.random.default_rng(seed).normal(np.log([1.0, 10.0, 100.0]), deviation, (steps, 3)))
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     values=st.lists(st.lists(st.floats(-50, 50, width=32) | st.just(NAN), min_size=40, max_size=40), min_size=1),
 )
@@ -247,6 +248,7 @@ def test_a_spike_scores_by_its_own_deviation(feed: Feed) -> None:
     assert silent.columns()["gradiometer_layer_anomaly_score"][1].tolist() == [False, False, True]
 
 
+@settings(deadline=None)
 @given(
     steps=st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=MINIMUM_SAMPLES, max_size=100),
     cut=st.integers(0, 100),
@@ -273,6 +275,7 @@ def test_clip_ratio_needs_some_steps_and_a_clock(feed: Feed) -> None:
     assert feed(_noise(1), flags=clipped).clip_ratio == 1.0
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=2), min_size=1, max_size=30),
     cut=st.integers(0, 30),
