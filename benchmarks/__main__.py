@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("step_overhead", "parallel", "policies", "ring", "exposition", "conditions", "remote_write")
+NAMES = ("step_overhead", "parallel", "policies", "ring", "exposition", "ingest", "conditions", "remote_write")
 NEED_CUDA = ("gpu",)
 LOCAL = Path(__file__).parent / "results" / "local"
 
@@ -18,7 +18,7 @@ LOCAL = Path(__file__).parent / "results" / "local"
 def command(name: str, folder: Path, *, rounds: int | None, quick: bool) -> list[str]:
     """Return the command that runs one benchmark; a quick one shows only that it runs."""
     parts = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(folder / f"{name}.json")]
-    if quick and name in ("step_overhead", "parallel"):
+    if quick and name in ("step_overhead", "parallel", "ingest"):
         parts.append("--quick")
     if rounds or quick:
         parts += ["--rounds", str(rounds or 1)]

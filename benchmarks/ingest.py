@@ -148,17 +148,14 @@ def measure(ranks: int, parameters: int, rate: float, *, rounds: int, seconds: f
         waits = Waits(runs)
         while runs.poll() or not runs.ready.is_set():
             pass
-        first = waits.close()
-        waits = Waits(runs)
-        worst_quiet = waits.close()
+        catch_up = waits.close()
         shares: list[list[float]] = [[], []]
-        locked = worst_quiet
         for _ in range(rounds):
             for place in range(2):
                 shares[place].append(poll_for(runs, seconds))
         waits = Waits(runs)
         poll_for(runs, seconds)
-        locked = max(locked, waits.close())
+        locked = waits.close()
         with runs.snapshot() as found:
             rows = sum(tail.summary.last_seen for run in found for tail in run.ranks)
         memory = psutil.Process().memory_info().rss - held
@@ -172,7 +169,7 @@ def measure(ranks: int, parameters: int, rate: float, *, rounds: int, seconds: f
         share=share,
         noise=abs(one - other) / share,
         lock_seconds=locked,
-        catch_up_lock_seconds=first,
+        catch_up_lock_seconds=catch_up,
         rows=rows,
         memory_bytes=memory,
     )

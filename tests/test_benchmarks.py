@@ -69,6 +69,20 @@ def test_policies_count_operators(tmp_path: Path) -> None:
         assert all(0 < count <= 100 for count in counts.values())
 
 
+def test_ingest_measures_time_waits_and_memory(tmp_path: Path) -> None:
+    """The benchmark of following runs says what polling took, how long a scrape waited, and what memory it held."""
+    path = tmp_path / "ingest.json"
+    done = run("benchmarks.ingest", "--quick", "--rounds", "1", "--json", path)
+    assert done.returncode == 0, done.stderr
+    for expected in ("A/A noise", "aim:", "of 10%", "peak memory", "a scrape waited"):
+        assert expected in done.stdout
+    results = json.loads(path.read_text())["results"]
+    assert [(each["ranks"], each["parameters"]) for each in results] == [(8, 1000), (1, 1000)]
+    for each in results:
+        assert each["share"] > 0
+        assert each["rows"] > each["ranks"] * 256
+
+
 def test_replay_times_each_kind(tmp_path: Path) -> None:
     """The replay benchmark writes a run, reads it and replays each kind of policy over it."""
     path = tmp_path / "replay.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +100,8 @@ def test_a_torn_last_line_waits(recorder: Recorder, follow: Follow) -> None:
         b'{"step": 99999999999999999999999}',
         b"\xff\xfe",
         b"[" * 100_000,
+        b'{"kind": "odd", "message": "\\ud800", "more": {"\\udfff": [NaN, -Infinity, 1e999, 1.5]}}',
+        b'{"kind": "deep", "more": ' + b"[" * 950 + b"]" * 950 + b"}",
         b'{"message": {"a": 1}, "kind": "' + b"k" * 300 + b'"}',
     ],
 )
@@ -111,6 +114,8 @@ def test_lines_of_any_kind_are_taken(recorder: Recorder, follow: Follow, line: b
     assert _steps(events) == [0, 1, 8]
     assert len(events.store.events(after=0)) == 4
     assert all(len(event.kind) <= 64 for event in events.store.events(after=0))
+    for event in events.store.events(after=0):
+        json.dumps([event.kind, event.message, event.data], allow_nan=False, ensure_ascii=False).encode()
 
 
 def test_long_lines_are_bounded(recorder: Recorder, follow: Follow, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +184,22 @@ def test_a_store_that_fails_is_waited_for(
     assert _steps(events) == [0, 1, 2]
     assert [event.id for event in events.store.events(kinds=["run_lost"])] == [told.id]
     assert heard
+
+
+def test_told_from_several_threads(follow: Follow) -> None:
+    """What several threads tell at once is all kept."""
+    events, _ = follow()
+    threads = [
+        threading.Thread(
+            target=lambda name=name: [events.tell("run", "note", "", once=f"{name}.{n}") for n in range(50)]
+        )
+        for name in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(events.store.events(limit=1000)) == 200
 
 
 def test_told_once(follow: Follow) -> None:

@@ -105,6 +105,32 @@ def test_a_lost_run_is_told_once_with_its_last_rows(
         assert daemon(crash=crash).kinds() == ["run_started", "run_lost"]
 
 
+@pytest.mark.parametrize("end", ["run_finished", "run_lost"])
+def test_what_ended_while_no_monitor_ran_is_told(
+    daemon: Callable[..., Daemon], make_manifest: MakeManifest, write_run: WriteRun, clock: list[float], end: str
+) -> None:
+    """A run that was seen to run and is over for too long to be shown is told to be over, when it was, once."""
+    manifest = make_manifest(created_ns=time.time_ns())
+    recorder = write_run(manifest, np.ones((3, 4)), time_ns=time.time_ns())
+    monitor = daemon()
+    assert monitor.kinds() == ["run_started"]
+    monitor.close()
+    if end == "run_finished":
+        recorder.close()
+    else:
+        gone = manifest.model_copy(update={"process_start": 1.0})
+        (recorder.path / "manifest.json").write_text(gone.model_dump_json())
+    clock[0] = 86_400
+    for _ in range(2):
+        monitor = daemon()
+        *_, told = monitor.look()
+        assert monitor.kinds() == ["run_started", end]
+        assert (told.kind, told.step) == (end, 2)
+        assert abs(told.time_ns - manifest.created_ns) < 60e9
+        with monitor.runs.snapshot() as found:
+            assert list(found) == []
+
+
 def test_a_run_that_comes_back_is_a_new_start(
     daemon: Callable[..., Daemon], make_manifest: MakeManifest, write_run: WriteRun
 ) -> None:
@@ -175,7 +201,7 @@ def test_notes_of_runs_that_are_gone_are_forgotten(
     monitor.incidents._events.follow()
     monitor.store.put("counts/stays/0/1", {"sequence": 1})
     monitor.store.put("grafana/goes", "not ours")
-    (tmp_path / "goes").rename(tmp_path.with_name("elsewhere"))
+    (tmp_path / "goes").rename(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
     monitor = daemon()
     monitor.look()
     before = set(monitor.store.notes(""))

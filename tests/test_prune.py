@@ -26,10 +26,11 @@ from gradiometer_monitor.events import Events
 from gradiometer_monitor.retention import RetentionService, RetentionSettings
 from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context
+from gradiometer_monitor.settings import SettingsError, resolve
 from gradiometer_monitor.store import Store
 
 if TYPE_CHECKING:
-    from tests.conftest import MakeManifest, Spawn, WriteRun
+    from tests.conftest import MakeManifest, Spawn, Start, WaitUntil, WriteRun
 
 Old = Callable[..., Recorder]
 DAY_NS = int(DAY_SECONDS * 1e9)
@@ -348,3 +349,26 @@ def test_the_monitor_prunes_tells_and_counts(tmp_path: Path, old: Old) -> None:
     assert values["gradiometer_pruned_runs_total"] == 3
     assert values["gradiometer_run_directories_bytes"] == 0
     _end(context)
+
+
+def test_the_daemon_prunes_when_its_config_says_so(
+    tmp_path: Path, old: Old, start: Start, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
+) -> None:
+    """A run that is past its age goes while the daemon runs, which counts it; one that runs stays."""
+    old("over", 30)
+    write_run(make_manifest("live", created_ns=time.time_ns()), np.ones((3, 4)))
+    config = tmp_path.with_name(f"{tmp_path.name}.yaml")
+    config.write_text("retention: {max_age_days: 10, interval_seconds: 1}\n")
+    monitor = start("--config", str(config))
+    wait_until(lambda: _names(tmp_path) == ["live"])
+    wait_until(lambda: monitor.samples().get(("gradiometer_pruned_runs_total", ())) == 1)
+    assert monitor.samples()["gradiometer_run_directories_bytes", ()] > 0
+
+
+@pytest.mark.parametrize("setting", ["max_age_days: -1", "max_bytes: many", "interval_seconds: 0", "older: 3"])
+def test_wrong_settings_are_refused(tmp_path: Path, setting: str) -> None:
+    """A setting out of range, or of no such name, is named."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"retention: {{{setting}}}\n")
+    with pytest.raises(SettingsError, match=f"retention.{setting.split(':')[0]}"):
+        resolve(tmp_path, config)

@@ -130,7 +130,7 @@ def test_replaced_and_removed_runs(
         pass
     with runs.snapshot() as (run,):
         assert run.ranks[0].summary.grad_norm.cumulative[-1] == 2
-    again.path.parent.rename(tmp_path.with_name("elsewhere"))
+    again.path.parent.rename(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
     assert _names(runs) == []
     runs.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from gradiometer.windows import (
     LayerBaseline,
     Streak,
     WindowRatio,
+    _sampled,
     median_and_mad,
 )
 
@@ -65,6 +67,7 @@ def _noise(steps: int, seed: int = 0, deviation: float = 0.3) -> Floats:
     return np.exp(np.random.default_rng(seed).normal(np.log([1.0, 10.0, 100.0]), deviation, (steps, 3)))
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     values=st.lists(st.lists(st.floats(-50, 50, width=32) | st.just(NAN), min_size=40, max_size=40), min_size=1),
 )
@@ -112,6 +115,50 @@ def test_batches_do_not_matter(make_manifest: MakeManifest, cuts: list[int], see
     for name in ("median", "mad", "vanishing", "exploding"):
         np.testing.assert_array_equal(getattr(one.layers, name), getattr(other.layers, name))
     np.testing.assert_allclose(one.layers.anomaly(), other.layers.anomaly())
+
+
+def _usual_of(norms: list[float]) -> tuple[float, float] | None:
+    """Walk one layer's norms: its median and MAD of logs, as they were last computed, or None."""
+    last = len(norms) // 64 * 64
+    if last < WARMUP_STEPS:
+        return None
+    steps = [step for step in range(last) if _sampled(np.array([step]))[0]][-128:]
+    logs = [math.log(norms[step]) for step in steps if math.isfinite(norms[step]) and norms[step] > 0]
+    if len(logs) < MINIMUM_SAMPLES:
+        return None
+    median = statistics.median(logs)
+    return median, statistics.median(abs(log - median) for log in logs)
+
+
+values = st.floats(0.5, 4.0, width=32) | st.sampled_from([NAN, INF, 0.0, -0.0])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None)
+@given(
+    start=st.lists(values, max_size=60), seed=st.integers(0, 100), steps=st.integers(0, 900), broken=st.floats(0, 0.9)
+)
+def test_a_layer_is_judged_like_in_a_loop(
+    make_manifest: MakeManifest, start: list[float], seed: int, steps: int, broken: float
+) -> None:
+    """Medians, deviations and streaks are those of a walk over float64 norms, whatever is among them."""
+    rng = np.random.default_rng(seed)
+    norms = rng.lognormal(0, 0.3, steps).astype(np.float32)
+    norms[rng.random(steps) < broken] = rng.choice([NAN, INF, 0.0, -0.0])
+    found = [*start, *norms.tolist()]
+    if not found:
+        return
+    feed = Feed(make_manifest(layers=("a",)))
+    layers = feed(np.array(found)[:, None]).layers
+    usual = _usual_of(found)
+    assert (usual is None) == bool(np.isnan(layers.median[0]))
+    if usual is not None:
+        assert np.log(layers.median[0]) == pytest.approx(usual[0], abs=1e-6)
+        assert layers.mad[0] == pytest.approx(usual[1], abs=1e-6)
+    zeros = 0
+    for norm in found:
+        absent = norm == 0 and math.copysign(1, norm) < 0
+        zeros = zeros if absent else zeros + 1 if norm == 0 else 0
+    assert layers.vanishing[0] == (zeros >= 64 and len(found) >= WARMUP_STEPS)
 
 
 def test_alternating_steps_are_all_sampled() -> None:
@@ -201,6 +248,7 @@ def test_a_spike_scores_by_its_own_deviation(feed: Feed) -> None:
     assert silent.columns()["gradiometer_layer_anomaly_score"][1].tolist() == [False, False, True]
 
 
+@settings(deadline=None)
 @given(
     steps=st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=MINIMUM_SAMPLES, max_size=100),
     cut=st.integers(0, 100),
@@ -227,6 +275,7 @@ def test_clip_ratio_needs_some_steps_and_a_clock(feed: Feed) -> None:
     assert feed(_noise(1), flags=clipped).clip_ratio == 1.0
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=2), min_size=1, max_size=30),
     cut=st.integers(0, 30),

@@ -22,7 +22,7 @@ from pathlib import Path
 from gradiometer.process import process_alive
 from gradiometer.records import RUN_ID, Manifest, RingReader, RunFormatError, State, read_manifest
 
-__all__ = ["DAY_SECONDS", "Pruned", "Stored", "choose", "find_stored", "remove"]
+__all__ = ["DAY_SECONDS", "Pruned", "Stored", "choose", "disk_bytes", "find_stored", "remove"]
 
 DAY_SECONDS = 86_400.0
 UNSEEN_SECONDS = DAY_SECONDS
@@ -80,15 +80,27 @@ class Pruned:
 def find_stored(root: Path) -> list[Stored]:
     """List what is recorded below ``root``, oldest first: earlier starts by themselves, and each run without them."""
     found: list[Stored] = []
-    for run in (Path(entry) for entry in os.scandir(root) if RUN_ID.fullmatch(entry.name)) if root.is_dir() else ():
+    for run in _runs(root):
         try:
-            if run.is_dir() and not run.is_symlink():
-                found += _look(run)
+            found += _look(run)
         except FileNotFoundError:
             continue  # it went meanwhile
         except OSError as error:
             found.append(_unreadable(run, run, "", error))
     return sorted(found, key=lambda each: (each.ended, each.name))
+
+
+def disk_bytes(root: Path) -> int:
+    """Sum the disk space of all runs below ``root``, without looking at what they are."""
+    return sum(_disk_bytes(run, ()) for run in _runs(root))
+
+
+def _runs(root: Path) -> list[Path]:
+    """List the directories whose name a run can have; a missing root has none."""
+    if not root.is_dir():
+        return []
+    entries = [entry for entry in os.scandir(root) if RUN_ID.fullmatch(entry.name)]
+    return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _look(run: Path) -> Iterator[Stored]:

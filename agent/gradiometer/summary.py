@@ -104,6 +104,7 @@ class LayerSummary:
         """Norms of the newest row, float64[L]; None before the first."""
         self.nonfinite: Integers = np.zeros(count, np.int64)
         self._window, self._baseline = WindowMax(count), LayerBaseline(count)
+        self._peak: Floats | None = None
         self._below, self._above = Streak(count), Streak(count)
         self._log_sum, self._log_weight = np.zeros(count), np.zeros(count)
         self._held: Integers = np.zeros(count, np.int64)
@@ -127,6 +128,7 @@ class LayerSummary:
         self.last = norms[-1]
         self.nonfinite += np.count_nonzero(~np.isfinite(norms[len(norms) - fresh :]), axis=0)
         self._window.add(time_ns, norms)
+        self._peak = None
         while len(norms):
             room = self._baseline.room
             self._judge(norms[:room], ~absent[:room])
@@ -195,7 +197,9 @@ class LayerSummary:
 
     def window_max(self) -> Floats:
         """Largest norm of each layer in the window, float64[L]; NaN where there was none but NaN."""
-        return self._window.max()
+        if self._peak is None:
+            self._peak = self._window.max()
+        return self._peak
 
     @property
     def score(self) -> Floats:

@@ -8,8 +8,10 @@ tells the last :data:`MAX_UNTOLD` wait.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -45,6 +47,7 @@ class Events:
         self._offsets: dict[str, int] = {}
         self._warned: set[str] = set()
         self._untold: deque[tuple[Event, dict[str, Any]]] = deque(maxlen=MAX_UNTOLD)
+        self._telling = threading.Lock()
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Have ``listener`` called, from any thread, when there may be new events; it must be quick and not raise."""
@@ -110,11 +113,12 @@ class Events:
         """
         now = time.time_ns()
         event = Event(
-            id=f"{run_id}/monitor/{once or f'{now:x}'}/{kind}", run_id=run_id, time_ns=time_ns or now, kind=kind,
-            message=message, step=step, data=data,
+            id=f"{run_id}/monitor/{once or f'{now:x}'}/{kind}", run_id=run_id, kind=kind, message=message,
+            time_ns=_count(time_ns) or now, step=_count(step), data=data,
         )  # fmt: skip
         log.info("run %s: %s: %s", run_id, kind, message)
-        self._untold.append((event, notes or {}))
+        with self._telling:
+            self._untold.append((event, notes or {}))
         if self._retry():
             self._announce()
         return event
@@ -122,18 +126,17 @@ class Events:
     def _retry(self) -> bool:
         """Keep what was told and is not kept yet; tell whether there was any."""
         kept = False
-        while self._untold:
-            try:
+        with self._telling:
+            while self._untold:
                 event, notes = self._untold[0]
-                self.store.add([event], notes)
+                try:
+                    self.store.add([event], notes)
+                except sqlite3.Error as error:
+                    self._warn("", "events cannot be kept, and will be tried again: %s", error)
+                    break
                 self._untold.popleft()
-            except IndexError:  # another thread did it
-                break
-            except sqlite3.Error as error:
-                self._warn("", "events cannot be kept, and will be tried again: %s", error)
-                break
-            kept = True
-            self._warned.discard("")
+                kept = True
+                self._warned.discard("")
         return kept
 
     def _announce(self) -> None:
@@ -169,8 +172,10 @@ def _lines(text: bytes, offset: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
+    """Read a line as values that any JSON can hold: None for a number that is not finite, '?' for half a surrogate."""
     try:
-        event = json.loads(line)
+        event = json.loads(line, parse_constant=lambda _: None, parse_float=_finite)
+        event = json.loads(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         event = None
     if not isinstance(event, dict):
@@ -180,6 +185,11 @@ def _parse(line: bytes) -> dict[str, Any]:
     return event
 
 
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
 def _event(tail: RankTail, raw: dict[str, Any], place: str) -> Event:
     """Make an event of a line that a job wrote, of which nothing can be relied upon."""
     step, time_ns = raw.get("step"), raw.get("time_ns")
@@ -187,7 +197,7 @@ def _event(tail: RankTail, raw: dict[str, Any], place: str) -> Event:
         id=f"{tail.run_id}/{tail.rank}/{tail.manifest.created_ns:x}/{place}",
         run_id=tail.run_id,
         rank=tail.rank,
-        time_ns=_count(time_ns) or tail.manifest.created_ns,
+        time_ns=_count(time_ns) or _count(tail.manifest.created_ns) or 0,
         kind=str(raw.get("kind", "unreadable"))[:KIND_LENGTH],
         message=str(raw.get("message", ""))[:MESSAGE_LENGTH],
         step=_count(step),

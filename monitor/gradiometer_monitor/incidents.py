@@ -14,19 +14,21 @@ over restarts of the monitor.
 from __future__ import annotations
 
 import math
-import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gradiometer.process import process_alive
-from gradiometer.records import STATS, Flag, Rows
+from gradiometer.records import STATS, Flag, Rows, find_ranks
 from gradiometer.tail import RankTail
 from gradiometer_monitor.events import Events
-from gradiometer_monitor.runs import Run, Runs
+from gradiometer_monitor.runs import HEARTBEAT_SECONDS, Run, Runs
 
 __all__ = ["LAST_ROWS", "Incidents"]
 
@@ -65,20 +67,45 @@ class Incidents:
         self._starts: dict[str, _Start] = {}
         self._clean_at = time.monotonic() + CLEAN_SECONDS
         self._gone: set[str] = set()
+        self._failing: set[str] = set()
+        self._recalled = False
 
     def follow(self) -> None:
         """Look at every run once; for the thread that polls them, after a poll."""
         with self._runs.snapshot() as runs:
             found = list(runs)
         self._starts = {run.run_id: start for run in found if (start := self._starts.get(run.run_id))}
+        if not self._recalled and self._runs.ready.is_set():
+            self._recalled = True
+            self._recall({run.run_id for run in found})
         for run in found:
             try:
                 self._judge(run)
-            except (OSError, ValueError, sqlite3.Error) as error:
-                log.debug("what became of run %s will be looked at again: %s", run.run_id, error)
+                self._failing.discard(run.run_id)
+            except Exception as error:  # whatever is wrong with one run, the others must be told of
+                if run.run_id not in self._failing:
+                    self._failing.add(run.run_id)
+                    log.warning(
+                        "what became of run %s cannot be told, and will be looked at again: %s", run.run_id, error
+                    )
         if time.monotonic() >= self._clean_at:
             self._clean_at = time.monotonic() + CLEAN_SECONDS
             self.clean()
+
+    def _recall(self, followed: set[str]) -> None:
+        """Tell what became, while no monitor ran, of runs that are over for too long to be shown."""
+        for key, note in self._store.notes("told/").items():
+            run_id = key.partition("/")[2]
+            told = note.get("told", ()) if isinstance(note, dict) else ()
+            if run_id in followed or not told or {"run_finished", "run_lost"}.intersection(told):
+                continue
+            try:
+                with _opened(self._runs.root / run_id) as run:
+                    if run is not None and "running" not in run.states:
+                        self._judge(run)
+            except Exception as error:  # as in follow
+                log.warning("what became of run %s cannot be told: %s", run_id, error)
+            self._starts.pop(run_id, None)
 
     def _judge(self, run: Run) -> None:
         start = self._start(run)
@@ -138,6 +165,27 @@ class Incidents:
                 gone.add(key)
         self._store.add((), dict.fromkeys(gone & self._gone))
         self._gone = gone - self._gone
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Run | None]:
+    """Open a run that is not followed, as far as its newest rows; None if nothing of it is left."""
+    tails: list[RankTail] = []
+    try:
+        for rank in find_ranks(path)[:RANKS_NAMED]:
+            tails.append(RankTail(rank))
+            tails[-1].summary.newest = tails[-1].newest()
+        states = tuple("finished" if tail.finished else "lost" if _silent(tail) else "running" for tail in tails)
+        state = "lost" if "lost" in states else "finished"
+        yield Run(run_id=path.name, state=state, ranks=tails, states=states) if tails else None
+    finally:
+        for tail in tails:
+            tail.close()
+
+
+def _silent(tail: RankTail) -> bool:
+    alive = process_alive(tail.manifest)
+    return time.time() - tail.heartbeat > HEARTBEAT_SECONDS if alive is None else not alive
 
 
 def _newest_step(tail: RankTail) -> int | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from logging import getLogger
+from pathlib import Path
 from typing import Annotated
 
-from gradiometer.prune import DAY_SECONDS, Stored, choose, find_stored, remove
+from gradiometer.prune import DAY_SECONDS, Stored, choose, disk_bytes, find_stored, remove
 from gradiometer.tail import Sample
 from gradiometer_monitor.section import Section, between
 from gradiometer_monitor.services import Context, Service
@@ -56,20 +57,26 @@ class RetentionService(Service):
     def work(self) -> float:
         """Measure, and prune if it is configured."""
         started = time.monotonic()
-        root, stored = self._context.runs.root, find_stored(self._context.runs.root)
+        root, settings = self._context.runs.root, self._settings
+        if settings.max_age_days is None and settings.max_bytes is None:
+            self._bytes = disk_bytes(root)
+        else:
+            self._prune(root)
+        return max(self._settings.interval_seconds, (time.monotonic() - started) / SHARE)
+
+    def _prune(self, root: Path) -> None:
+        stored = find_stored(root)
         self._bytes = sum(each.bytes for each in stored)
         chosen = self._chosen(stored)
-        if chosen:
-            result = remove(root, chosen, self._removed)
-            self._bytes -= result.bytes
-            for name, reason in result.kept.items():
-                self._warn(name, reason)
-        return max(self._settings.interval_seconds, (time.monotonic() - started) / SHARE)
+        if not chosen:
+            return
+        result = remove(root, chosen, self._removed)
+        self._bytes -= result.bytes
+        for name, reason in result.kept.items():
+            self._warn(name, reason)
 
     def _chosen(self, stored: Sequence[Stored]) -> list[Stored]:
         settings = self._settings
-        if settings.max_age_days is None and settings.max_bytes is None:
-            return []
         with self._context.runs.snapshot() as runs:
             served = {run.run_id for run in runs}
         late = time.time() - SERVED_SECONDS

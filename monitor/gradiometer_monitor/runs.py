@@ -31,7 +31,7 @@ MAX_RANKS = 512
 ADOPTED_PER_POLL = 16
 DISCOVERY_SHARE = 0.05
 """Share of the time that looking for new directories may take: a root with many old runs is looked at less often."""
-TURN_SECONDS = 0.05
+TURN_SECONDS = 0.25
 """How long a poll stands back at most for those who asked for the lock."""
 RETRY_SECONDS = 30.0
 """An unreadable directory is tried again after this long, or at once when its manifest changes."""
@@ -227,9 +227,8 @@ class Runs:
         if not self._waiting and time.monotonic() >= self._discover_at:
             self._look()
         for path in self._waiting[:ADOPTED_PER_POLL]:
-            with self._lock:
-                if self._unknown(path) is not None:
-                    self._adopt(path)
+            if self._unknown(path) is not None:
+                self._adopt(path)
         del self._waiting[:ADOPTED_PER_POLL]
         return bool(self._waiting)
 
@@ -275,33 +274,36 @@ class Runs:
         return None if found == known else (found[1], path)
 
     def _adopt(self, path: Path) -> None:
-        self._drop(path)
-        self._archived.pop(path, None)
+        """Begin to follow a directory. It is opened without the lock, for a large manifest takes its time."""
         try:
-            rank = self._open(path)
+            with self._lock:
+                self._drop(path)
+                self._archived.pop(path, None)
+                self._make_room()
+            rank = _Rank(RankTail(path, self._counts.recall))
+            rank.judge(process_alive(rank.tail.manifest), time.time())
         except Exception as error:  # whatever is wrong with one run, the others must be followed
             self._fail(path, _identity(path), error)
             return
-        self._unreadable.pop(path, None)
-        self._warned.pop(path, None)
-        self._ranks[path] = rank
-        if rank.expired(self._started, self.retention_seconds):
-            self._archive(path)
+        with self._lock:
+            self._unreadable.pop(path, None)
+            self._warned.pop(path, None)
+            self._ranks[path] = rank
+            if rank.expired(self._started, self.retention_seconds):
+                self._archive(path)
 
-    def _open(self, path: Path) -> _Rank:
+    def _make_room(self) -> None:
         if len(self._ranks) >= MAX_RANKS:
             over = [rank for rank in self._ranks.values() if rank.state != "running"]
             if not over:
                 raise _TooManyRunsError(f"{MAX_RANKS} ranks of running jobs are followed already")
             self._archive(min(over, key=lambda rank: rank.tail.heartbeat).tail.path)
-        rank = _Rank(RankTail(path, self._counts.recall))
-        rank.judge(process_alive(rank.tail.manifest), time.time())
-        return rank
 
     def _poll_rank(self, path: Path, rank: _Rank) -> bool:
         try:
             if identity(path) != rank.tail.identity:
-                self._adopt(path)
+                self._drop(path)
+                self._waiting.insert(0, path)
                 return True
             caught_up = rank.tail.caught_up
             behind = rank.poll()
