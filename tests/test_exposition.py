@@ -418,6 +418,7 @@ def test_run_that_starts_again_serves_its_own_layers(
     exposition.render()
     time.sleep(0.01)
     write_run(make_manifest(layers=("new",)), [[2.0]])
-    runs.poll()
+    while runs.poll():
+        pass
     layers = {labels[1] for name, labels in _samples(exposition.render().decode()) if "layer_grad_norm_last" in name}
     assert layers == {"new"}

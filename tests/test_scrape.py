@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -216,8 +217,29 @@ def test_the_budget_of_all_runs_is_a_setting(
     assert found["gradiometer_series_omitted", ("run",)] > 0
     assert sum(labels[:1] == ("run",) for _, labels in found) <= 200
     monkeypatch.setenv("GRADIOMETER_MONITOR_TOTAL_SERIES", "1")
-    with pytest.raises(SettingsError, match=r"GRADIOMETER_MONITOR_TOTAL_SERIES '1': expected a number from 100"):
+    with pytest.raises(SettingsError, match=r"GRADIOMETER_MONITOR_TOTAL_SERIES.*'1': expected a number from 100"):
         resolve()
+
+
+def test_a_reload_changes_budgets_and_forgets_no_request(
+    start: Start,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    wait_until: WaitUntil,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """After SIGHUP scrapes keep to the new budget, and counters go on from where they were."""
+    write_run(make_manifest(layers=[f"layer{place}" for place in range(300)]), np.ones((2, 300)))
+    config = tmp_path_factory.mktemp("config") / "monitor.yaml"
+    config.write_text("total_series: 100000")
+    monitor = start("--config", str(config))
+    assert monitor.samples()["gradiometer_series_omitted", ("run",)] == 0
+    config.write_text("total_series: 200\ngpu: {enabled: false}")
+    monitor.process.send_signal(signal.SIGHUP)
+    found = wait_until(lambda: (s := monitor.samples())["gradiometer_series_omitted", ("run",)] and s)
+    assert found["gradiometer_http_requests_total", ("/metrics", "200")] >= 1
+    assert found["gradiometer_http_requests_total", ("/-/ready", "200")] >= 1
+    assert ("gradiometer_service_healthy", ("gpu",)) not in monitor.samples()
 
 
 def test_headers_in_several_lines_count(start: Start) -> None:

@@ -24,6 +24,7 @@ from gradiometer.metrics import CATALOGUE, SCRAPE_SECONDS_BUCKETS
 from gradiometer.summary import Histogram
 from gradiometer.tail import Frame, Sample
 from gradiometer_monitor.collectors import Answer, Asked
+from gradiometer_monitor.health import RequestCounts
 from gradiometer_monitor.layer_lines import RUN_SAMPLES, LayerLines, LayerValues, share
 from gradiometer_monitor.lines import Counts, Lines, add, add_histogram, header, line
 from gradiometer_monitor.runs import Run, Runs
@@ -60,7 +61,10 @@ class Exposition:
             collector(registry=self._registry)
         self._process = [Asked("process", partial(self._process_text, openmetrics)) for openmetrics in (False, True)]
         self._taking = Asked("runs", self._take)
+        self.requests = RequestCounts()
+        """Requests that were answered; kept here, as the application is made anew by a reload."""
         self._own: dict[str, Asked[list[Line]]] = {}
+        self.watch("requests", self.requests.samples)
         self._others: dict[str, Asked[list[Line]]] = {}
 
     def watch(self, name: str, collect: Collect) -> None:

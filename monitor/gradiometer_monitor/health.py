@@ -1,7 +1,9 @@
-"""How the monitor itself is: its services and its store, as samples."""
+"""How the monitor itself is: its services, its store and what it is asked, as samples."""
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -10,7 +12,7 @@ from gradiometer.tail import Sample
 from gradiometer_monitor.services import Service
 from gradiometer_monitor.store import Store
 
-__all__ = ["collectors", "store_samples"]
+__all__ = ["RequestCounts", "collectors", "store_samples"]
 
 
 def collectors(services: Sequence[Service]) -> dict[str, Callable[[], Iterable[Sample]]]:
@@ -37,3 +39,23 @@ def _health(named: dict[str, list[Service]]) -> Iterator[Sample]:
 def store_samples(store: Store) -> Iterator[Sample]:
     """Yield what is known of the store without asking its file."""
     yield "gradiometer_store_persistent", (), int(store.persistent)
+
+
+class RequestCounts:
+    """How many requests were answered; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, path: str, status: int) -> None:
+        """Count one request."""
+        with self._lock:
+            self._counts[path, str(status)] += 1
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield one sample for each route and status that there was."""
+        with self._lock:
+            counts = dict(self._counts)
+        for labels, count in counts.items():
+            yield "gradiometer_http_requests_total", labels, count

@@ -21,7 +21,7 @@ from gradiometer_monitor.web.errors import handle_errors
 from gradiometer_monitor.web.guards import BodyGuard, FrontGuard, TimeGuard
 from gradiometer_monitor.web.history import HistoryCache
 from gradiometer_monitor.web.openapi import documented
-from gradiometer_monitor.web.requests import CountRequests, RequestCounts
+from gradiometer_monitor.web.requests import CountRequests
 from gradiometer_monitor.web.tokens import Tokens
 
 __all__ = ["app"]
@@ -40,13 +40,11 @@ def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI
     made.include_router(stream.router(context, cache, streams))
     made.routes.extend(scrape.routes(context, exposition, settings))
     made.routes.extend(page.routes())
-    requests = RequestCounts()
-    exposition.watch("requests", requests.samples)
     exposition.watch("store", partial(store_samples, context.store))
     handle_errors(made)
     made.add_middleware(TimeGuard, limits=settings.limits)
     made.add_middleware(BodyGuard, limits=settings.limits)
     made.add_middleware(AuthMiddleware, tokens=tokens)
     made.add_middleware(FrontGuard, settings=settings)
-    made.add_middleware(CountRequests, counts=requests)  # last, so that it sees what the others refuse
+    made.add_middleware(CountRequests, counts=exposition.requests)  # last, so that it sees what the others refuse
     return made

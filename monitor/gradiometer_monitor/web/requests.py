@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Iterator
-
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gradiometer.tail import Sample
+from gradiometer_monitor.health import RequestCounts
 
-__all__ = ["CountRequests", "RequestCounts"]
+__all__ = ["CountRequests"]
 
 UNKNOWN = "other"
 """Path of a request that no route took."""
-
-
-class RequestCounts:
-    """How many requests were answered; safe to use from several threads."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._lock = threading.Lock()
-
-    def add(self, path: str, status: int) -> None:
-        """Count one request."""
-        with self._lock:
-            self._counts[path, str(status)] += 1
-
-    def samples(self) -> Iterator[Sample]:
-        """Yield one sample for each route and status that there was."""
-        with self._lock:
-            counts = dict(self._counts)
-        for labels, count in counts.items():
-            yield "gradiometer_http_requests_total", labels, count
 
 
 class CountRequests:
