@@ -401,7 +401,7 @@ def test_settings_that_are_refused(tmp_path: Path, section: Any, named: str) -> 
     """Each names the setting; no password is quoted, wherever it was written."""
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps({"grafana": section}))
-    with pytest.raises(SettingsError, match=f"(?m)^{named}") as caught:
+    with pytest.raises(SettingsError, match=rf"(?m)(^|: ){named}\b") as caught:
         resolve(tmp_path, config)
     assert ":hunter22" not in str(caught.value)
 

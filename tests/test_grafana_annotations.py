@@ -250,7 +250,7 @@ def test_killed_while_grafana_is_busy(
     """A request that Grafana still works on when its sender is killed and started again makes nothing twice."""
     context.store.add(happened(number) for number in range(3))
     context.store.close()
-    section = grafana.settings | {"timeout_seconds": 7, "annotations": {"per_second": 1000}}
+    section = grafana.settings | {"timeout_seconds": 60, "annotations": {"per_second": 1000}}
     line = (sys.executable, "-c", CHILD, str(tmp_path / "state"), json.dumps(section), "nowhere")
     arrived, go, done = threading.Event(), threading.Event(), threading.Event()
 

@@ -39,6 +39,10 @@ POISON_TRIES = 8
 """An event that a Grafana which is well answers so often with status 500 is passed over, lest it hold up all others."""
 UNSURE = (0, 408, 502, 503, 504)
 """After no answer, or one of a proxy, Grafana may still be busy with the request."""
+LOOK_SECONDS = 1.0
+"""Pause between two looks for an annotation that may be on its way."""
+STOPPED = ""
+"""What becomes of an event that is in doubt when the service is to end: the next one sees to it."""
 IDLE_SECONDS = 60.0
 """Longest pause while there is nothing to do; a new event ends it."""
 ONE_AT_A_TIME = threading.Lock()
@@ -156,6 +160,8 @@ class GrafanaService(Service):
                         raise GrafanaError(f"there is no dashboard {board} to annotate: apply it", status=404)
                     checked = True
                 result = "skipped" if old else self._handle(grafana, board, event)
+                if result == STOPPED:
+                    return
                 self._counts[result] += 1
                 self._move(event.number)
                 if result not in ("skipped", "echo") and self.stopping.wait(1 / annotations.per_second):
@@ -181,9 +187,10 @@ class GrafanaService(Service):
         began = opened_by(self._store, event) if event.kind == "finite_again" else None
         if began is not None and self._extend(grafana, told_first(self._store, began), event):
             return "extended"
-        self._await_answer(event)
-        if grafana.find_annotation(event_tag(event), event.time_ns // 10**6):
+        if self._find(grafana, event):
             return "present"
+        if self.stopping.is_set():
+            return STOPPED
         self._store.put(f"{self._key}/sent", {"id": event.id, "at": time.time()})
         try:
             grafana.add_annotation(board, event.time_ns // 10**6, tags_of(event), text_of(event, self._layer(event)))
@@ -204,12 +211,19 @@ class GrafanaService(Service):
         grafana.update_annotation(number, (start_ms, max(start_ms, end_ms)), tags_of(began), text)
         return True
 
-    def _await_answer(self, event: Event) -> None:
-        """Wait while Grafana may still be busy with this event, sent shortly before its answer or we were lost."""
+    def _find(self, grafana: Grafana, event: Event) -> bool:
+        """Tell whether an event is annotated; look for as long as Grafana may be busy with it.
+
+        That is so where it was sent shortly before the answer, or we, were lost.
+        """
         sent: Any = self._store.note(f"{self._key}/sent", {})
-        if sent.get("id") == event.id:
-            rest = float(sent["at"]) + self._settings.timeout_seconds - time.time()
-            self.stopping.wait(min(max(rest, 0.0), self._settings.timeout_seconds))
+        busy = float(sent["at"]) + self._settings.timeout_seconds - time.time() if sent.get("id") == event.id else 0.0
+        until = time.monotonic() + min(busy, self._settings.timeout_seconds)
+        while not grafana.find_annotation(event_tag(event), event.time_ns // 10**6):
+            rest = until - time.monotonic()
+            if rest <= 0 or self.stopping.wait(min(rest, LOOK_SECONDS)):
+                return False
+        return True
 
     def _poisoned(self, grafana: Grafana, event: Event, error: GrafanaError) -> bool:
         """Tell whether it is this event that fails, and not Grafana."""
