@@ -165,7 +165,12 @@ class RemoteWrite(Service):
                 blocks.append(kept)
             if room <= 0 or len(readings) >= MAX_REVISIONS_A_DELIVERY:
                 break
-        return _Underway(Delivery.of(blocks, repeated=repeated), readings) if readings else None
+        if not readings:
+            return None
+        # Noted before it is sent: after a crash it is known what the receiver may have had.
+        tried = {feed.key: replace(feed.cursor, attempted=each.cursor.sequence).to_json() for feed, each in readings}
+        self._context.store.add([], tried)
+        return _Underway(Delivery.of(blocks, repeated=repeated), readings)
 
     def _in_turn(self) -> Iterator[Feed]:
         """Yield the feeds, beginning after the one that was last; of the starts of a rank only the oldest."""
@@ -197,7 +202,7 @@ class RemoteWrite(Service):
         self._context.store.add([], notes)
         self._rewind.remember(readings)
         for feed, reading in readings:
-            feed.settled(reading, repeats=underway.delivery.found_before)
+            feed.settled(reading)
             self._rows_sent += reading.rows
             self._failed["invalid"] += reading.lost
             self._dropped += reading.dropped
@@ -291,7 +296,6 @@ class RemoteWrite(Service):
         new = feed.manifest.created_ns >= started
         oldest = time.time() - self._settings.max_age_seconds
         feed.begin(after=0.0 if new else oldest if self._settings.backfill else None)
-        feed.repeats = not new  # the receiver may know it from a monitor that has lost its store
         earlier = self._context.store.notes(f"remote_write/{self._settings.name}/{feed.run_id}/{feed.rank}/")
         newest = max((note["newest_ms"] for note in earlier.values()), default=0)
         feed.cursor = replace(feed.cursor, newest_ms=newest)
