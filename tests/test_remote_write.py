@@ -512,6 +512,17 @@ def test_a_run_started_again_goes_on_in_its_series(
     assert [time for time, _ in samples] == sorted(time for time, _ in samples)
 
 
+def test_a_clock_that_is_ahead(push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+    """A step of next year is counted and not sent, and those after it are not held up by it."""
+    times = recent(5)
+    times[2] += 365 * 86400 * 10**9
+    write_run(make_manifest("run"), np.ones((5, 4)), time_ns=times, close=True)
+    pusher = push(taking.url, backfill=True)
+    pusher.work()
+    assert values(taking, "gradiometer_step_number") == [0, 1, 3, 4]
+    assert pusher.count("rows_dropped_total", "future") == 1
+
+
 def test_layers_come_from_the_lowest_rank(
     push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun
 ) -> None:

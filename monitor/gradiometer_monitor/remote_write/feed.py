@@ -33,6 +33,8 @@ ALIVE_SECONDS = 1.0
 """Pause between two looks at whether the process lives."""
 SILENT_SECONDS = 900.0
 """Where the process cannot be seen, a run is over when it was silent for this long."""
+FUTURE_SECONDS = 600.0
+"""A row further ahead of this host's clock is not sent: one of next year makes Prometheus refuse all of today."""
 TORN_ROWS = 64
 """Rows in a row that may be unreadable where a run that was there before is begun."""
 STALE_AFTER_MS = 15_000
@@ -225,6 +227,9 @@ class Feed:
         """
         if len(rows):
             self.pending_since = int(rows["time_ns"][0]) / 1e9
+        sane = rows["time_ns"] <= (now + FUTURE_SECONDS) * 1e9
+        dropped["future"] += int(np.count_nonzero(~sane))
+        rows = rows[sane]
         window = int(self._settings.out_of_order_seconds * 1000)
         placed = place(rows["time_ns"].astype(np.int64), self.cursor.newest_ms, window_ms=window)
         fresh = rows["time_ns"] >= (now - self._settings.max_age_seconds) * 1e9

@@ -38,7 +38,7 @@ MAX_FEEDS = 1024
 """Rank directories that are pushed at once; each holds a file open. More wait until one is done."""
 MAX_REVISIONS_A_DELIVERY = 512
 """Feeds that one request carries at most."""
-DROP_REASONS = ("overtaken", "unreadable", "too_old", "out_of_order", "same_millisecond")
+DROP_REASONS = ("overtaken", "unreadable", "too_old", "out_of_order", "same_millisecond", "future")
 FAIL_REASONS = ("rejected", "invalid", "quarantined", "repeated")
 OPEN = "open_series/"
 """Before the key of a cursor: its open series."""
