@@ -154,7 +154,7 @@ class Feed:
 
     def rewind(self, cursor: Cursor) -> None:
         """Go back to an earlier cursor, to send again from there."""
-        self.cursor, self._provisional = cursor, None
+        self.cursor, self._provisional, self._attempted = cursor, None, 0
         self._count_pending()
 
     def close(self) -> None:
