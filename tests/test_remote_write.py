@@ -33,7 +33,7 @@ from gradiometer_monitor.store import Store
 from tests._receivers import Stub, Written, serve
 
 if TYPE_CHECKING:
-    from tests.conftest import Append, MakeManifest, WaitUntil, WriteRun
+    from tests.conftest import Append, MakeManifest, Start, Train, WaitUntil, WriteRun
 
 NAN = float("nan")
 STALE = 0x7FF0000000000002
@@ -689,6 +689,28 @@ def test_credentials_come_from_files_that_may_change(
     basic = push(taking.url, name="other", username="me", password_file=secrets / "key")
     basic.work()
     assert taking.headers[-1]["Authorization"] == "Basic " + base64.b64encode(b"me:first-secret").decode()
+
+
+def test_the_daemon_serves_and_ends_while_the_receiver_is_away(
+    start: Start, train: Train, make_manifest: MakeManifest, wait_until: WaitUntil, tmp_path: Path, free_port: int
+) -> None:
+    """A receiver that nobody runs costs the scrape nothing, is said once, and does not hold up the end."""
+    config = tmp_path.with_name(f"{tmp_path.name}-config.yaml")
+    config.write_text(f"remote_write: [{{name: away, url: 'http://127.0.0.1:{free_port}/', flush_seconds: 0.1}}]\n")
+    train(make_manifest("run"), 5)
+    monitor = start("--config", str(config))
+    prefix = "gradiometer_remote_write"
+    wait_until(lambda: monitor.samples()[f"{prefix}_requests_total", ("away", "later")] >= 2)
+    found = monitor.samples()
+    assert found[f"{prefix}_up", ("away",)] == 0
+    assert found[f"{prefix}_pending_rows", ("away",)] == 5
+    assert found["gradiometer_collector_success", ("remote_write_away",)] == 1
+    assert found["gradiometer_steps_total", ("run",)] == 5
+    monitor.process.terminate()
+    said = monitor.process.communicate(timeout=30)[1]
+    assert monitor.process.returncode == 0
+    assert said.count("receiver away takes no samples") == 1
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ GRACE_SECONDS = 3.0
 """What is there when the monitor stops is sent for this long."""
 TIDY_SECONDS = 3600.0
 """Pause between two looks at what the store says of runs that are not pushed now."""
+BROKEN_SECONDS = 30.0
+"""Pause before a ring that could not be read is looked at again."""
 MAX_FEEDS = 1024
 """Rank directories that are pushed at once; each holds a file open. More wait until one is done."""
 MAX_READINGS = 512
@@ -289,7 +291,7 @@ class RemoteWrite(Service):
         try:
             feed = Feed(path, manifest, self._settings, cursor)
         except (OSError, RunFormatError) as error:
-            self._broken[key] = time.monotonic() + 30.0
+            self._broken[key] = time.monotonic() + BROKEN_SECONDS
             log.warning("%s cannot be read and is not pushed to %s: %s", path, self._settings.name, error)
             return
         if note is None:
@@ -323,6 +325,7 @@ class RemoteWrite(Service):
     def _resume(self) -> None:
         """Take up what is not done, also of runs that are no longer shown, and forget runs that were removed."""
         self._started()
+        self._broken = {key: until for key, until in self._broken.items() if until > time.monotonic()}
         prefix = f"remote_write/{self._settings.name}/"
         for key, note in self._context.store.notes(prefix).items():
             run_id, rank, created = key.removeprefix(prefix).split("/")
@@ -336,7 +339,7 @@ class RemoteWrite(Service):
         log.warning("%s cannot be read and is not pushed to %s for now: %s", feed.path, self._settings.name, error)
         feed.close()
         self._feeds.pop(feed.key, None)
-        self._broken[feed.key] = time.monotonic() + 30.0
+        self._broken[feed.key] = time.monotonic() + BROKEN_SECONDS
 
 
 def _find(path: Path, created_ns: int) -> tuple[Path, Manifest] | None:
