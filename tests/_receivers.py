@@ -150,6 +150,7 @@ def serve(
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = 8192  # an answer in one packet
 
         def do_POST(self) -> None:
             written = read_request(self.rfile.read(int(self.headers["Content-Length"])))

@@ -1,15 +1,13 @@
-"""Remote write: what is sent of a run, when, and what becomes of it when the receiver is in a bad mood."""
+"""Remote write: what is sent of a run, when, and as what."""
 
 from __future__ import annotations
 
 import base64
 import math
-import socket
 import ssl
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,58 +19,15 @@ from gradiometer.live.revisions import History, Revision, Slot, write_history
 from gradiometer.metrics import CATALOGUE, PUSHED
 from gradiometer.records import Flag
 from gradiometer.run import open_run
-from gradiometer_monitor.events import Events
 from gradiometer_monitor.remote_write.clock import MAX_SHIFT_MS, place
 from gradiometer_monitor.remote_write.protocol import MAX_VALUE_BYTES, LabelError, make_series
-from gradiometer_monitor.remote_write.service import RemoteWrite
-from gradiometer_monitor.remote_write.settings import RemoteWriteSettings
-from gradiometer_monitor.runs import Runs
-from gradiometer_monitor.services import Context
 from gradiometer_monitor.settings import SettingsError, resolve
 from gradiometer_monitor.store import Store
-from tests._receivers import Stub, Written, serve
+from tests._push import NAN, OK, STALE, Push, Pusher, is_stale, recent, values
+from tests._receivers import Stub, serve
 
 if TYPE_CHECKING:
     from tests.conftest import Append, MakeManifest, WaitUntil, WriteRun
-
-NAN = float("nan")
-STALE = 0x7FF0000000000002
-OK = (204, b"", dict[str, str]())
-Push = Callable[..., "Pusher"]
-
-
-class Pusher:
-    """A service that is worked by hand, over the runs of a directory."""
-
-    def __init__(self, root: Path, store: Store, url: str, **settings: Any) -> None:
-        self.runs = Runs(root, retention_seconds=900)
-        self.context = Context(runs=self.runs, events=Events(self.runs, store), store=store)
-        chosen = {"name": "db", "url": url, "timeout_seconds": 5, "backoff_max_seconds": 0.1} | settings
-        self.service = RemoteWrite(RemoteWriteSettings.model_validate(chosen), self.context)
-
-    def work(self) -> None:
-        """Look at the runs and send what there is."""
-        self.runs.poll()
-        self.service.work()
-
-    def count(self, name: str, *labels: str) -> float:
-        """Return a metric of the service."""
-        found = {(each, values): value for each, values, value in self.service.samples()}
-        return found[f"gradiometer_remote_write_{name}", ("db", *labels)]
-
-    def until(self, wait_until: WaitUntil, check: Callable[[], Any]) -> None:
-        """Work until that is so."""
-
-        def worked() -> Any:
-            self.work()
-            return check()
-
-        wait_until(worked)
-
-    def close(self) -> None:
-        self.service.stopping.set()
-        self.service.close()
-        self.runs.close()
 
 
 @pytest.fixture
@@ -94,22 +49,6 @@ def taking() -> Iterator[Stub]:
     """Give a receiver that takes everything."""
     with serve(lambda _: OK) as stub:
         yield stub
-
-
-def recent(count: int, *, apart_ns: int = 10**9, ago: float = 600.0) -> list[int]:
-    """Return times of rows, in nanoseconds, evenly spaced and on whole milliseconds."""
-    first = int((time.time() - ago) * 1000) * 10**6
-    return [first + place * apart_ns for place in range(count)]
-
-
-def values(stub: Stub, name: str) -> list[float]:
-    """Return the values of the only series of a metric, without stale markers."""
-    (samples,) = stub.named(name)
-    return [value for _, value in samples if not _stale(value)]
-
-
-def _stale(value: float) -> bool:
-    return struct.pack("<d", value) == struct.pack("<Q", STALE)
 
 
 def test_every_step_with_its_own_time(
@@ -173,7 +112,7 @@ def test_a_run_that_is_over_is_marked_stale_once(
     probe = taking.taken.pop(next(each for each in taking.taken if "probe" in dict(each)["__name__"]))
     assert [value for _, value in probe] == [1.0]
     for samples in taking.taken.values():
-        assert [_stale(value) for _, value in samples] == [False] * (len(samples) - 1) + [True]
+        assert [is_stale(value) for _, value in samples] == [False] * (len(samples) - 1) + [True]
         assert samples[-1][0] - samples[-2][0] == 15_000
     assert [math.isnan(value) for _, value in taking.named("gradiometer_step_loss")[0]] == [True] * 4
 
@@ -217,78 +156,6 @@ def test_a_quiet_runs_newest_row_is_sent_and_again_if_amended(
     assert pusher.count("rows_sent_total") == 1
 
 
-def test_a_restart_goes_on_where_it_was(
-    push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun, append: Append
-) -> None:
-    """Another monitor with the same store sends what is new, and nothing again."""
-    store = Store(None)
-    recorder = write_run(make_manifest("run"), np.ones((3, 4)), time_ns=recent(3))
-    push(taking.url, store=store).work()
-    append(recorder, np.ones((2, 4)), time_ns=recent(5)[3:])
-    recorder.close()
-    pusher = push(taking.url, store=store)
-    pusher.work()
-    assert values(taking, "gradiometer_step_number") == [0, 1, 2, 3, 4]
-
-
-def test_what_was_sent_before_a_crash_is_sent_the_same(
-    push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the last cursor the same samples come again, with the same timestamps, those that were moved too."""
-    store = Store(None)
-    write_run(make_manifest("run"), np.ones((6, 4)), time_ns=recent(6, apart_ns=100_000), close=True)
-    pusher = push(taking.url, store=store)
-    monkeypatch.setattr(store, "add", lambda *_: None)  # killed between the answer and the note
-    pusher.work()
-    monkeypatch.undo()
-    first = dict(taking.taken)
-    taking.taken = {}
-    push(taking.url, store=store).work()
-    (before,), (after,) = (
-        [v for k, v in each.items() if "step_number" in dict(k)["__name__"]] for each in (first, taking.taken)
-    )
-    assert [time for time, _ in before[:6]] == list(range(before[0][0], before[0][0] + 6))
-    assert after[:6] == before[:6]
-
-
-def test_rows_that_the_ring_overtook_are_counted(
-    push: Push, make_manifest: MakeManifest, write_run: WriteRun, append: Append, wait_until: WaitUntil
-) -> None:
-    """What the ring lost while the receiver was away is counted and told once; what it holds arrives."""
-    away = True
-    with serve(lambda _: (503, b"", {}) if away else OK) as stub:
-        recorder = write_run(make_manifest("run", capacity=64), np.ones((1, 4)), time_ns=recent(1))
-        pusher = push(stub.url)
-        pusher.work()
-        append(recorder, np.ones((199, 4)), time_ns=recent(200)[1:])
-        pusher.work()
-        assert pusher.count("pending_rows") == 200
-        assert pusher.count("up") == 0
-        recorder.close()
-        away = False
-        pusher.until(wait_until, lambda: pusher.count("pending_rows") == 0)
-        sent, lost = pusher.count("rows_sent_total"), pusher.count("rows_dropped_total", "overtaken")
-        assert (sent, lost) == (64, 136)
-        assert values(stub, "gradiometer_step_number") == [float(step) for step in range(136, 200)]
-        told = [event for event in pusher.context.store.events() if event.kind == "rows_not_pushed"]
-        assert ["136 rows" in event.message for event in told] == [True]
-
-
-def test_torn_rows_are_counted_and_passed_over(
-    push: Push, taking: Stub, tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun
-) -> None:
-    """Rows that a crash destroyed stop nothing."""
-    manifest = make_manifest("run")
-    write_run(manifest, np.ones((9, 4)), time_ns=recent(9), close=True)
-    with (tmp_path / "run/rank-00000/steps.ring").open("r+b") as ring:
-        ring.seek(4096 + 2 * manifest.ring.dtype.itemsize)
-        ring.write(b"\0" * (3 * manifest.ring.dtype.itemsize))
-    pusher = push(taking.url)
-    pusher.work()
-    assert values(taking, "gradiometer_step_number") == [0, 1, 5, 6, 7, 8]
-    assert pusher.count("rows_dropped_total", "unreadable") == 3
-
-
 @pytest.mark.parametrize(("backfill", "expected"), [(True, [2, 3, 4]), (False, [4])])
 def test_where_a_run_that_was_there_begins(
     push: Push,
@@ -311,191 +178,6 @@ def test_where_a_run_that_was_there_begins(
     assert pusher.count("rows_dropped_total", "too_old") == 0
 
 
-def test_a_poisoned_sample_is_found_alone(
-    push: Push, make_manifest: MakeManifest, write_run: WriteRun, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of a batch that is refused for one sample the rest arrives, in order; the sample is counted and told of."""
-    times = recent(300)
-    bad = times[123] // 10**6
-
-    def answer(written: Written) -> tuple[int, bytes, dict[str, str]]:
-        poisoned = any(
-            ("layer", "head") in labels and bad in (time for time, _ in samples) for labels, samples in written.items()
-        )
-        return (400, b"no\x1b[31m\nsuch sample", {}) if poisoned else OK
-
-    with serve(answer) as stub:
-        pusher = push(stub.url)
-        pusher.work()
-        manifest = make_manifest("run", capacity=512, created_ns=time.time_ns())
-        write_run(manifest, np.ones((300, 4)), time_ns=times, close=True, step_seconds=1.0)
-        for _ in range(3):
-            pusher.work()
-        assert pusher.count("samples_failed_total", "rejected") == 1
-        assert pusher.count("rows_sent_total") == 300
-        assert values(stub, "gradiometer_step_number") == list(range(300))
-        for labels, samples in stub.taken.items():
-            expected = 300 - (("layer", "head") in labels)
-            if "probe" not in dict(labels)["__name__"]:
-                assert len([each for each in samples if not _stale(each[1])]) == expected
-                assert [time for time, _ in samples] == sorted(time for time, _ in samples)
-        assert len(stub.requests) < 60
-    (line,) = [each.getMessage() for each in caplog.records if "refused" in each.getMessage()]
-    assert f"at {bad} ms" in line
-    assert "400 no [31m such sample" in line
-
-
-def test_a_refused_series_does_not_make_every_batch_costly(
-    push: Push, make_manifest: MakeManifest, write_run: WriteRun, append: Append
-) -> None:
-    """A series that is refused in batch after batch is left out for a while, and its samples counted."""
-
-    def answer(written: Written) -> tuple[int, bytes, dict[str, str]]:
-        return (400, b"", {}) if any(("layer", "head") in labels for labels in written) else OK
-
-    with serve(answer) as stub:
-        recorder = write_run(make_manifest("run"), np.empty((0, 4)))
-        pusher = push(stub.url)
-        for step, time_ns in enumerate(recent(12)):
-            append(recorder, np.ones((1, 4)), time_ns=[time_ns])
-            pusher.work()
-            if step == 6:
-                before = len(stub.requests)
-        assert pusher.count("samples_failed_total", "rejected") == 3
-        assert pusher.count("samples_failed_total", "quarantined") == 8
-        assert len(stub.requests) - before == 5
-        assert values(stub, "gradiometer_step_number") == list(range(11))
-
-
-def test_a_receiver_that_refuses_everything_loses_nothing(
-    push: Push, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
-) -> None:
-    """While the probe is refused as well, the fault is not the samples': they wait, and arrive."""
-    refusing = True
-    with serve(lambda _: (500, b"disk full", {}) if refusing else OK) as stub:
-        write_run(make_manifest("run"), np.ones((5, 4)), time_ns=recent(5), close=True)
-        pusher = push(stub.url)
-        pusher.until(wait_until, lambda: len(stub.requests) > 8)
-        refusing = False
-        pusher.until(wait_until, lambda: pusher.count("rows_sent_total") == 5)
-        assert pusher.count("samples_failed_total", "rejected") == 0
-        assert values(stub, "gradiometer_step_number") == [0, 1, 2, 3, 4]
-
-
-def test_an_unanswered_batch_that_was_taken_is_not_lost(
-    push: Push, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
-) -> None:
-    """A receiver that keeps order refuses what it has had: that is counted as repeated, and the rest is sent."""
-    newest: dict[Any, int] = {}
-    lose = [False]
-
-    def answer(written: Written) -> tuple[int, bytes, dict[str, str]] | None:
-        if any(samples[0][0] < newest.get(labels, 0) for labels, samples in written.items()):
-            return 400, b"out of order", {}
-        newest.update({labels: samples[-1][0] for labels, samples in written.items()})
-        if any(dict(labels)["__name__"] == "gradiometer_step_number" for labels in written) and not lose[0]:
-            lose[0] = True
-            return None
-        return OK
-
-    with serve(answer) as stub:
-        write_run(make_manifest("run"), np.ones((20, 4)), time_ns=recent(20), close=True)
-        pusher = push(stub.url)
-        pusher.until(wait_until, lambda: pusher.count("rows_sent_total") == 20)
-        assert pusher.count("samples_failed_total", "rejected") == 0
-        assert pusher.count("samples_failed_total", "repeated") > 0
-        assert (
-            newest[next(each for each in newest if "step_number" in dict(each)["__name__"])] >= recent(20)[0] // 10**6
-        )
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        (429, b"slow down", {"Retry-After": "0"}),
-        (503, b"", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
-        (302, b"", {"Location": "http://elsewhere.invalid/"}),
-        (401, b"who are you", {}),
-        (404, b"x" * 100_000, {}),
-        None,
-    ],
-    ids=["429", "503", "redirect", "401", "404", "closes"],
-)
-def test_what_is_not_the_samples_fault_is_tried_again(
-    push: Push, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil, answer: Any
-) -> None:
-    """Rows wait while the receiver is busy, misconfigured or gone, and all arrive after it."""
-    failing = True
-    with serve(lambda _: answer if failing else OK) as stub:
-        write_run(make_manifest("run"), np.ones((5, 4)), time_ns=recent(5), close=True)
-        pusher = push(stub.url)
-        pusher.until(wait_until, lambda: pusher.count("requests_total", "later") >= 3)
-        assert stub.taken == {}
-        failing = False
-        pusher.until(wait_until, lambda: pusher.count("rows_sent_total") == 5)
-        assert values(stub, "gradiometer_step_number") == [0, 1, 2, 3, 4]
-        assert pusher.count("up") == 1
-
-
-def test_retry_after_is_honoured(push: Push, make_manifest: MakeManifest, write_run: WriteRun) -> None:
-    """A receiver that asks for a pause is not asked before it is over."""
-    with serve(lambda _: (429, b"", {"Retry-After": "600"})) as stub:
-        write_run(make_manifest("run"), np.ones((5, 4)), time_ns=recent(5))
-        pusher = push(stub.url)
-        for _ in range(5):
-            pusher.work()
-        assert len(stub.requests) == 1
-
-
-@pytest.mark.parametrize("reply", [b"", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nxx"])
-def test_a_receiver_that_hangs_or_talks_nonsense(
-    push: Push, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil, reply: bytes
-) -> None:
-    """It costs a timeout and nothing else; another receiver gets everything meanwhile."""
-    with socket.create_server(("127.0.0.1", 0)) as server, serve(lambda _: OK) as other:
-        connections: list[socket.socket] = []
-
-        def hang() -> None:
-            while True:
-                try:
-                    connection, _ = server.accept()
-                except OSError:
-                    return
-                connections.append(connection)
-                connection.sendall(reply)
-
-        thread = threading.Thread(target=hang)
-        thread.start()
-        write_run(make_manifest("run"), np.ones((5, 4)), time_ns=recent(5), close=True)
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        stuck = push(url, timeout_seconds=0.2, name="db")
-        well = push(other.url)
-        stuck.service.start()
-        well.until(wait_until, lambda: well.count("rows_sent_total") == 5)
-        wait_until(lambda: stuck.count("requests_total", "later") >= 2)
-        stuck.service.stop()
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
-        for connection in connections:
-            connection.close()
-    assert stuck.count("rows_sent_total") == 0
-
-
-def test_a_clean_stop_sends_what_is_there(
-    push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun, append: Append, wait_until: WaitUntil
-) -> None:
-    """Rows that came after the last look are sent before the end."""
-    recorder = write_run(make_manifest("run"), np.ones((3, 4)), time_ns=recent(3))
-    pusher = push(taking.url, flush_seconds=3600)
-    pusher.runs.poll()
-    pusher.service.start()
-    wait_until(lambda: pusher.count("rows_sent_total") == 2)
-    append(recorder, np.ones((2, 4)), time_ns=recent(5)[3:])
-    recorder.close()
-    pusher.service.stop()
-    assert values(taking, "gradiometer_step_number") == [0, 1, 2, 3, 4]
-
-
 def test_a_run_started_again_goes_on_in_its_series(
     push: Push, taking: Stub, tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun
 ) -> None:
@@ -511,6 +193,17 @@ def test_a_run_started_again_goes_on_in_its_series(
     assert values(taking, "gradiometer_step_number") == [0, 1, 2, 0, 1, 2]
     (samples,) = taking.named("gradiometer_step_number")
     assert [time for time, _ in samples] == sorted(time for time, _ in samples)
+
+
+def test_a_clock_that_is_ahead(push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+    """A step of next year is counted and not sent, and those after it are not held up by it."""
+    times = recent(5)
+    times[2] += 365 * 86400 * 10**9
+    write_run(make_manifest("run"), np.ones((5, 4)), time_ns=times, close=True)
+    pusher = push(taking.url, backfill=True)
+    pusher.work()
+    assert values(taking, "gradiometer_step_number") == [0, 1, 3, 4]
+    assert pusher.count("rows_dropped_total", "future") == 1
 
 
 def test_layers_come_from_the_lowest_rank(
@@ -552,7 +245,7 @@ def test_a_policy_that_is_taken_out_ends(
     }
     ms = [time_ns // 10**6 for time_ns in times]
     assert found["old"][:3] == [(time, 1.0) for time in ms[:3]]
-    assert [(time, _stale(value)) for time, value in found["old"][3:]] == [(ms[3], True)]
+    assert [(time, is_stale(value)) for time, value in found["old"][3:]] == [(ms[3], True)]
     assert found["new"] == [(ms[3], 2.0)]
 
 
@@ -572,29 +265,6 @@ def test_tls_is_verified(
         pusher = push(stub.url, name="db", ca_file=trusted)
         pusher.work()
         assert values(stub, "gradiometer_step_number") == [0, 1, 2]
-
-
-def test_a_lost_store_spoils_nothing(
-    push: Push, make_manifest: MakeManifest, write_run: WriteRun, append: Append, wait_until: WaitUntil
-) -> None:
-    """Sent all over again to a receiver that keeps order, what it had is counted as that, and the rest arrives."""
-    newest: dict[Any, int] = {}
-
-    def answer(written: Written) -> tuple[int, bytes, dict[str, str]]:
-        if any(samples[0][0] < newest.get(labels, 0) for labels, samples in written.items()):
-            return 400, b"out of order", {}
-        newest.update({labels: samples[-1][0] for labels, samples in written.items()})
-        return OK
-
-    with serve(answer) as stub:
-        recorder = write_run(make_manifest("run", capacity=512), np.ones((30, 4)), time_ns=recent(30))
-        push(stub.url, batch_samples=100).work()
-        append(recorder, np.ones((10, 4)), time_ns=recent(40)[30:])
-        pusher = push(stub.url, store=Store(None), batch_samples=100)
-        pusher.work()
-        assert set(values(stub, "gradiometer_step_number")) == set(range(39))
-        assert pusher.count("samples_failed_total", "rejected") == 0
-        assert pusher.count("samples_failed_total", "repeated") > 0
 
 
 def test_layers_that_are_chosen_and_the_budget(

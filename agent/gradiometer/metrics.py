@@ -386,8 +386,8 @@ _METRICS = (
         name="gradiometer_remote_write_rows_dropped_total",
         kind="counter",
         labels=(*_RECEIVER, "reason"),
-        help="Steps that were not sent: overtaken in the ring, unreadable, too_old, or without a free timestamp "
-        "(out_of_order, same_millisecond).",
+        help="Steps that were not sent: overtaken in the ring, unreadable, too_old, ahead of the clock "
+        "(future), or without a free timestamp (out_of_order, same_millisecond).",
     ),
     Metric(
         name="gradiometer_remote_write_samples_sent_total",

@@ -128,18 +128,17 @@ class Postman:
         elif piece.kind == "row" and piece.samples > 1:
             delivery.pieces += piece.split_row()
         elif piece.kind in ("row", "half"):
-            self._half_refused(delivery, piece, answer)
+            self._half_refused(piece, answer)
         elif may_cut:
             delivery.pieces += piece.cut()
         else:
             self._reject(delivery, piece, answer)
 
-    def _half_refused(self, delivery: Delivery, piece: Piece, answer: Answer) -> None:
+    def _half_refused(self, piece: Piece, answer: Answer) -> None:
         """Believe that a row was taken before when nothing of it is taken now; else look for what is at fault."""
         if piece.parent is not None and piece.parent.refused == 1:
             piece.parent.held = piece
             return
-        delivery.found_before = True
         self.counts["repeated"] += piece.samples
         held = piece.parent.held if piece.parent is not None else None
         self.counts["repeated"] += held.samples if held is not None else 0

@@ -33,6 +33,8 @@ ALIVE_SECONDS = 1.0
 """Pause between two looks at whether the process lives."""
 SILENT_SECONDS = 900.0
 """Where the process cannot be seen, a run is over when it was silent for this long."""
+FUTURE_SECONDS = 600.0
+"""A row further ahead of this host's clock is not sent: one of next year makes Prometheus refuse all of today."""
 TORN_ROWS = 64
 """Rows in a row that may be unreadable where a run that was there before is begun."""
 STALE_AFTER_MS = 15_000
@@ -51,6 +53,8 @@ class Cursor:
     """How far a receiver has got with one start of one rank."""
 
     sequence: int = 0
+    attempted: int = 0
+    """How far what was on its way reached, when the cursor was noted."""
     newest_ms: int = 0
     """Newest timestamp that was given."""
     open: frozenset[Key] = frozenset()
@@ -60,7 +64,9 @@ class Cursor:
 
     def to_json(self) -> dict[str, Any]:
         """Return all but :attr:`open`, which is long and changes seldom."""
-        return {"sequence": self.sequence, "newest_ms": self.newest_ms, "done": self.done}
+        return {
+            "sequence": self.sequence, "attempted": self.attempted, "newest_ms": self.newest_ms, "done": self.done,
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, note: dict[str, Any], keys: Sequence[Sequence[str]]) -> Cursor:
@@ -91,8 +97,7 @@ class Feed:
         self.run_id, self.rank = path.parent.name, int(path.name[5:10])
         self.key = key_of(settings.name, self.run_id, self.rank, manifest.created_ns)
         self.columns = Columns(path, self.run_id, self.rank, manifest, settings)
-        self.repeats = cursor.sequence > 0
-        """The receiver may have had what comes next: it was sent before the cursor could move."""
+        self._attempted = cursor.attempted
         self.superseded = False
         """There is a later start of the same rank."""
         self.told: set[str] = set()
@@ -126,6 +131,8 @@ class Feed:
         """Read rows of about that many samples; None if there is nothing to do. ``now`` is in epoch seconds."""
         over, head = self.look()
         final, done = head if over else head - 1, self.cursor.sequence
+        if self.repeats:  # the same rows again: a receiver takes all or nothing of a request
+            final = min(final, self._attempted)
         if final > done:
             count = max(1, min(self._row_limit, samples // self.columns.width))
             first = max(done + 1, head + 1 - self.manifest.ring.capacity)
@@ -134,15 +141,20 @@ class Feed:
             return self._read_newest(head, now)
         return self._end(now) if over and not self.cursor.done else None
 
-    def settled(self, reading: Reading, *, repeats: bool) -> None:
-        """Move on, what was read having been sent, or counted; ``repeats`` if the receiver had had some of it."""
+    def settled(self, reading: Reading) -> None:
+        """Move on, what was read having been sent, or counted."""
         self.cursor, self._provisional = reading.cursor, reading.provisional
-        self.pending_since, self.repeats = 0.0, repeats
+        self.pending_since = 0.0
         self._count_pending()
+
+    @property
+    def repeats(self) -> bool:
+        """The receiver may have had what comes next: it was sent, and then the monitor ended."""
+        return self._attempted > self.cursor.sequence
 
     def rewind(self, cursor: Cursor) -> None:
         """Go back to an earlier cursor, to send again from there."""
-        self.cursor, self._provisional, self.repeats = cursor, None, True
+        self.cursor, self._provisional, self._attempted = cursor, None, 0
         self._count_pending()
 
     def close(self) -> None:
@@ -215,6 +227,9 @@ class Feed:
         """
         if len(rows):
             self.pending_since = int(rows["time_ns"][0]) / 1e9
+        sane = rows["time_ns"] <= (now + FUTURE_SECONDS) * 1e9
+        dropped["future"] += int(np.count_nonzero(~sane))
+        rows = rows[sane]
         window = int(self._settings.out_of_order_seconds * 1000)
         placed = place(rows["time_ns"].astype(np.int64), self.cursor.newest_ms, window_ms=window)
         fresh = rows["time_ns"] >= (now - self._settings.max_age_seconds) * 1e9

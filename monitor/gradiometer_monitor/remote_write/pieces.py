@@ -86,8 +86,6 @@ class Delivery:
     pieces: list[Piece]
     repeated: bool = False
     """The receiver may have taken it before: its answer was lost, or the monitor was, before the cursor moved."""
-    found_before: bool = False
-    """It had taken some of it."""
     requests: int = 0
     accepted: int = 0
     """Samples."""

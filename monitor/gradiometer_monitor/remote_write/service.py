@@ -6,6 +6,7 @@ the newest samples are sent again as they were. In memory is one delivery; what 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from gradiometer_monitor.remote_write.protocol import Block
 from gradiometer_monitor.remote_write.receiver import Receiver
 from gradiometer_monitor.remote_write.rewind import Rewind
 from gradiometer_monitor.remote_write.settings import RemoteWriteSettings
-from gradiometer_monitor.services import Context, Service
+from gradiometer_monitor.services import JOIN_SECONDS, Context, Service
 
 __all__ = ["RemoteWrite"]
 
@@ -34,11 +35,13 @@ GRACE_SECONDS = 3.0
 """What is there when the monitor stops is sent for this long."""
 TIDY_SECONDS = 3600.0
 """Pause between two looks at what the store says of runs that are not pushed now."""
+BROKEN_SECONDS = 30.0
+"""Pause before a ring that could not be read is looked at again."""
 MAX_FEEDS = 1024
 """Rank directories that are pushed at once; each holds a file open. More wait until one is done."""
-MAX_REVISIONS_A_DELIVERY = 512
-"""Feeds that one request carries at most."""
-DROP_REASONS = ("overtaken", "unreadable", "too_old", "out_of_order", "same_millisecond")
+MAX_READINGS = 512
+"""Ranks that one request carries at most."""
+DROP_REASONS = ("overtaken", "unreadable", "too_old", "out_of_order", "same_millisecond", "future")
 FAIL_REASONS = ("rejected", "invalid", "quarantined", "repeated")
 OPEN = "open_series/"
 """Before the key of a cursor: its open series."""
@@ -73,7 +76,7 @@ class RemoteWrite(Service):
         self._turn, self._retry_at, self._greeted = 0, 0.0, False
         self._rows_sent, self._failed = 0, Counter[str]()
         self._dropped: Counter[str] = Counter()
-        self._tidy_at, self._discovered_at = 0.0, 0.0
+        self._tidy_at, self._discovered_at, self._deadline = 0.0, 0.0, math.inf
 
     def work(self) -> float:
         """Push what there is; while the receiver is away, only see which runs there are."""
@@ -92,9 +95,14 @@ class RemoteWrite(Service):
             return min(error.seconds, self._settings.flush_seconds)
         return self._settings.flush_seconds
 
+    def stop(self, seconds: float = JOIN_SECONDS) -> None:
+        """End as every service does; one that outlasts its grace neither sends nor notes anything any more."""
+        self._deadline = time.monotonic() + min(GRACE_SECONDS, seconds)
+        super().stop(seconds)
+
     def close(self) -> None:
         """Send what is there, for a moment, and close everything."""
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)
         try:
             while (left := deadline - time.monotonic()) > 0 and self._postman.up and self._advance(left):
                 pass
@@ -134,6 +142,8 @@ class RemoteWrite(Service):
             return False
         if not self._postman.deliver(self._underway.delivery, timeout_seconds):
             return False
+        if time.monotonic() > self._deadline:
+            return False  # another may have taken over
         if self._rewind.due(self._postman):
             self._retake()
         else:
@@ -165,9 +175,14 @@ class RemoteWrite(Service):
                 self._failed["quarantined"] += block.samples - kept.samples
                 room -= kept.samples
                 blocks.append(kept)
-            if room <= 0 or len(readings) >= MAX_REVISIONS_A_DELIVERY:
+            if room <= 0 or len(readings) >= MAX_READINGS:
                 break
-        return _Underway(Delivery.of(blocks, repeated=repeated), readings) if readings else None
+        if not readings:
+            return None
+        # Noted before it is sent: after a crash it is known what the receiver may have had.
+        tried = {feed.key: replace(feed.cursor, attempted=each.cursor.sequence).to_json() for feed, each in readings}
+        self._context.store.add([], tried)
+        return _Underway(Delivery.of(blocks, repeated=repeated), readings)
 
     def _in_turn(self) -> Iterator[Feed]:
         """Yield the feeds, beginning after the one that was last; of the starts of a rank only the oldest."""
@@ -185,8 +200,7 @@ class RemoteWrite(Service):
         try:
             return feed.read(room, now)
         except (OSError, RunFormatError) as error:
-            log.warning("%s cannot be read and is not pushed to %s for now: %s", feed.path, self._settings.name, error)
-            self._leave(feed)
+            self._leave(feed, error)
             return None
 
     def _settle(self, underway: _Underway) -> None:
@@ -199,7 +213,7 @@ class RemoteWrite(Service):
         self._context.store.add([], notes)
         self._rewind.remember(readings)
         for feed, reading in readings:
-            feed.settled(reading, repeats=underway.delivery.found_before)
+            feed.settled(reading)
             self._rows_sent += reading.rows
             self._failed["invalid"] += reading.lost
             self._dropped += reading.dropped
@@ -253,8 +267,11 @@ class RemoteWrite(Service):
                 for run in runs
                 for tail in run.ranks
             ]
-        for known in self._feeds.values():
-            known.look()
+        for known in list(self._feeds.values()):
+            try:
+                known.look()
+            except OSError as error:
+                self._leave(known, error)
         for path, manifest, lead, rows in found:
             self._adopt(path, manifest, rows)
             feed = self._feeds.get(self._key(path, manifest))
@@ -276,7 +293,7 @@ class RemoteWrite(Service):
         try:
             feed = Feed(path, manifest, self._settings, cursor)
         except (OSError, RunFormatError) as error:
-            self._broken[key] = time.monotonic() + 30.0
+            self._broken[key] = time.monotonic() + BROKEN_SECONDS
             log.warning("%s cannot be read and is not pushed to %s: %s", path, self._settings.name, error)
             return
         if note is None:
@@ -293,7 +310,6 @@ class RemoteWrite(Service):
         new = feed.manifest.created_ns >= started
         oldest = time.time() - self._settings.max_age_seconds
         feed.begin(after=0.0 if new else oldest if self._settings.backfill else None)
-        feed.repeats = not new  # the receiver may know it from a monitor that has lost its store
         earlier = self._context.store.notes(f"remote_write/{self._settings.name}/{feed.run_id}/{feed.rank}/")
         newest = max((note["newest_ms"] for note in earlier.values()), default=0)
         feed.cursor = replace(feed.cursor, newest_ms=newest)
@@ -311,6 +327,7 @@ class RemoteWrite(Service):
     def _resume(self) -> None:
         """Take up what is not done, also of runs that are no longer shown, and forget runs that were removed."""
         self._started()
+        self._broken = {key: until for key, until in self._broken.items() if until > time.monotonic()}
         prefix = f"remote_write/{self._settings.name}/"
         for key, note in self._context.store.notes(prefix).items():
             run_id, rank, created = key.removeprefix(prefix).split("/")
@@ -320,10 +337,11 @@ class RemoteWrite(Service):
             elif not note["done"] and key not in self._feeds and (found := _find(path, int(created))) is not None:
                 self._adopt(*found, 0)
 
-    def _leave(self, feed: Feed) -> None:
+    def _leave(self, feed: Feed, error: Exception) -> None:
+        log.warning("%s cannot be read and is not pushed to %s for now: %s", feed.path, self._settings.name, error)
         feed.close()
         self._feeds.pop(feed.key, None)
-        self._broken[feed.key] = time.monotonic() + 30.0
+        self._broken[feed.key] = time.monotonic() + BROKEN_SECONDS
 
 
 def _find(path: Path, created_ns: int) -> tuple[Path, Manifest] | None:
