@@ -179,6 +179,12 @@ def _add_monitor() -> None:
         _add_missing("top", "Watch this host's runs in the terminal", str(error.name))
     else:
         app.command()(top)
+    try:
+        from gradiometer_monitor.web.token_command import token
+    except ModuleNotFoundError as error:
+        _add_missing("token", "Make a token for a client of the monitor", str(error.name))
+    else:
+        app.command()(token)
 
 
 def _add_missing(command: str, said: str, module: str) -> None:
