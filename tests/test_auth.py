@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -173,7 +174,7 @@ def test_every_token_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_failures_are_bounded_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """An address has ten failures, then one in six seconds; only so many addresses are remembered."""
     now = [1000.0]
-    monkeypatch.setattr(auth.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     failures = Failures()
     assert [failures.count("a") > 0 for _ in range(12)] == [False] * 10 + [True] * 2
     assert failures.count("b") == 0

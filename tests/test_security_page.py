@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,8 @@ if not DOCS.is_dir():
 def test_every_claim_has_its_test() -> None:
     """Each row of a table of claims names tests, and each of them is a function of the tests."""
     page = (DOCS / "security.md").read_text()
-    rows = [
-        row
-        for table in re.findall(r"\| claim \| test \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
-        for row in table.splitlines()
-    ]
+    tables = re.findall(r"\| claim \| test \|\n\|---\|---\|\n((?:\|.*\n)+)", page)
+    rows = [row for table in tables for row in table.splitlines()]
     written = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     there = set(re.findall(r"^def (test_\w+)", written, re.MULTILINE))
     assert len(rows) > 25
@@ -42,18 +40,18 @@ def test_every_claim_has_its_test() -> None:
 
 def test_the_limits_of_the_page_are_the_defaults() -> None:
     """Each limit that has a setting is there with the value that it has unless told otherwise."""
-    page, defaults = (DOCS / "security.md").read_text(), LimitSettings().model_dump()
-    shown = dict(re.findall(r"\| ([0-9]+(?: (?:MiB|KiB|s))?) \| `limits\.(\w+)`", page))
-    told = {name: value for value, name in shown.items()}
-    factors = {"MiB": 2**20, "KiB": 2**10, "s": 1, "": 1}
-    found = {name: float(value.split()[0]) * factors[(value.split() + [""])[1]] for name, value in told.items()}
-    assert found == defaults
+    page, factors = (DOCS / "security.md").read_text(), {"MiB": 2**20, "KiB": 2**10, "s": 1, "": 1}
+    rows = re.findall(r"\| ([0-9]+) ?(MiB|KiB|s|) \| `limits\.(\w+)`", page)
+    assert {name: float(number) * factors[unit] for number, unit, name in rows} == LimitSettings().model_dump()
 
 
+@pytest.mark.native
 def test_the_examples_of_the_api_are_answered(
-    start: Start, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
-) -> None:
+    start: Start, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil,
+    native_binary: Callable[[str], str],
+) -> None:  # fmt: skip
     """Each curl of the page gets the answer that it should, from a monitor that has no tokens."""
+    native_binary("curl")
     write_run(make_manifest("demo", created_ns=time.time_ns()), [[1.0] * 4])
     monitor = start()
     wait_until(lambda: monitor.state("demo"))
@@ -61,12 +59,7 @@ def test_the_examples_of_the_api_are_answered(
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("curl")]
     assert len(commands) == 8
     for command in commands:
-        words = shlex.split(command.replace("http://127.0.0.1:9477", monitor.url))
-        done = subprocess.run(
-            [*words, "-w", "\n%{http_code}"],
-            env=os.environ | {"TOKEN": "none"},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        words = [*shlex.split(command.replace("http://127.0.0.1:9477", monitor.url)), "-w", "\n%{http_code}"]
+        environment = os.environ | {"TOKEN": "none"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
         assert done.stdout.splitlines()[-1] == ("403" if "PUT" in words else "200"), (command, done.stdout)
