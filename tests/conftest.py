@@ -32,6 +32,7 @@ PACKAGES = {
     "amtool": "prometheus-alertmanager",
     "victoria-metrics": "victoria-metrics",
     "chromium": "chromium",
+    "curl": "curl",
     "systemd-analyze": "systemd",
     "shellcheck": "shellcheck",
 }

@@ -88,8 +88,8 @@ class Secure:
             connection.request("GET", path, headers=AS_READER)
             answer = connection.getresponse()
             answer.read()
-            shown = connection.sock.getpeercert()
-            return answer.status, shown["serialNumber"]
+            shown = connection.sock.getpeercert() or {}
+            return answer.status, str(shown["serialNumber"])
         finally:
             connection.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,13 @@ app = typer.Typer(
 )
 app.add_typer(policy_app, name="policy")
 PIPE_WIDTH = 1000
+MONITOR_COMMANDS = {
+    "monitor": ("gradiometer_monitor.cli:monitor", "Serve this host's runs: metrics for Prometheus, an API, and a page"),
+    "top": ("gradiometer_monitor.top.command:top", "Watch this host's runs in the terminal"),
+    "grafana": ("gradiometer_monitor.grafana.command:app", "Put the dashboards into a Grafana"),
+    "token": ("gradiometer_monitor.web.token_command:token", "Make a token for a client of the monitor"),
+}
+"""Commands that need the extra: where each is, and what it does."""
 Dir = Annotated[
     Path | None,
     typer.Option("--dir", help="Where runs live [env: GRADIOMETER_DIR; default: the user's state directory]."),
@@ -169,24 +177,17 @@ def run(
 
 def _add_monitor() -> None:
     """Add the commands of the monitor, or what says which of its dependencies is missing."""
-    try:
-        from gradiometer_monitor.cli import monitor
-    except ModuleNotFoundError as error:
-        _add_missing("monitor", "Serve this host's runs: metrics for Prometheus, an API, and a page", str(error.name))
-    else:
-        app.command()(monitor)
-    try:
-        from gradiometer_monitor.top.command import top
-    except ModuleNotFoundError as error:
-        _add_missing("top", "Watch this host's runs in the terminal", str(error.name))
-    else:
-        app.command()(top)
-    try:
-        from gradiometer_monitor.grafana.command import app as grafana_app
-    except ModuleNotFoundError as error:
-        _add_missing("grafana", "Put the dashboards into a Grafana", str(error.name))
-    else:
-        app.add_typer(grafana_app, name="grafana")
+    for name, (place, said) in MONITOR_COMMANDS.items():
+        module, _, attribute = place.partition(":")
+        try:
+            found = getattr(import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            _add_missing(name, said, str(error.name))
+            continue
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name)(found)
 
 
 def _add_missing(command: str, said: str, module: str) -> None:

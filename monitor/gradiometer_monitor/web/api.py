@@ -66,6 +66,11 @@ def router(context: Context) -> APIRouter:
         with context.runs.snapshot() as followed:
             return _detail(chosen(run_id, followed))
 
+    _add_events(made, context)
+    return made
+
+
+def _add_events(made: APIRouter, context: Context) -> None:
     @made.get("/events", tags=["events"])
     def list_events(
         run_id: RunIdQuery = None,
@@ -93,8 +98,6 @@ def router(context: Context) -> APIRouter:
             if run_id not in known:
                 raise no_such_run(run_id, known)
         return _listed(found)
-
-    return made
 
 
 def describe(run: Run) -> RunSummary:
