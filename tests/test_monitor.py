@@ -82,10 +82,7 @@ def test_http_interface(start: Start, train: Train, make_manifest: MakeManifest,
     assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     described = monitor.runs()["run-1"]
     assert {"steps": 5, "last_step": 4, "loss": 2.0, "ranks": [0], "clip_events": 2}.items() <= described.items()
-    index = monitor.get("/")[1].decode()
-    assert "run-1" in index
-    assert "<script" not in index
-    assert "/tmp" not in index + json.dumps(described)
+    assert "/tmp" not in json.dumps(described)
 
 
 @pytest.mark.parametrize(
