@@ -32,7 +32,9 @@ PACKAGES = {
     "amtool": "prometheus-alertmanager",
     "victoria-metrics": "victoria-metrics",
     "chromium": "chromium",
+    "curl": "curl",
     "systemd-analyze": "systemd",
+    "shellcheck": "shellcheck",
 }
 """Debian's package of each program that tests run against."""
 

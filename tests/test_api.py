@@ -126,7 +126,7 @@ def test_events_by_run_kind_and_number(
 
 
 def test_a_policy_is_put_and_got(served: Monitor, job: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A running job takes up a policy; who asked is in its history, in an event, and in nothing that he could choose."""
+    """A running job takes up a policy; its history and an event say who asked, by his token and address."""
     status, body, _ = send(
         served, "PUT", "/api/v1/runs/job/policy?wait=30", {"policy": CLIP, "note": "why"}, **AS_WRITER
     )

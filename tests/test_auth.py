@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hmac
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from typer.testing import CliRunner
 
+from gradiometer.cli import app as cli
 from gradiometer_monitor.settings import SettingsError
 from gradiometer_monitor.web import auth, tokens
 from gradiometer_monitor.web.auth import Failures
@@ -171,7 +174,7 @@ def test_every_token_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_failures_are_bounded_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """An address has ten failures, then one in six seconds; only so many addresses are remembered."""
     now = [1000.0]
-    monkeypatch.setattr(auth.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     failures = Failures()
     assert [failures.count("a") > 0 for _ in range(12)] == [False] * 10 + [True] * 2
     assert failures.count("b") == 0
@@ -225,3 +228,37 @@ def test_a_request_is_told_with_who_asked(guarded: tuple[Monitor, Path]) -> None
     status, body, _ = send(monitor, "PUT", POLICY, {"policy": None, "by": "root"}, **AS_WRITER)
     assert status == 422
     assert body["detail"][0]["loc"] == ["body", "by"]
+
+
+def test_a_command_makes_tokens(tmp_path: Path) -> None:
+    """It prints a line that is good as it stands, or adds one to a file that nobody else may read."""
+    path = tmp_path / "tokens"
+    runner = CliRunner()
+    done = runner.invoke(cli, ["token", "read", "prometheus"])
+    assert done.exit_code == 0, done.output
+    write_tokens(path, done.stdout.strip())
+    made = [runner.invoke(cli, ["token", "write", f"oncall{i}", "--file", str(path)]).stdout.strip() for i in range(2)]
+    assert path.stat().st_mode & 0o777 == 0o600
+    found = Tokens(path)
+    assert found.find(done.stdout.split()[2].encode()) == Principal(name="prometheus", role="read")
+    assert [found.find(token.encode()) for token in made] == [
+        Principal(name=f"oncall{i}", role="write") for i in range(2)
+    ]
+    path.chmod(0o644)
+    refused = runner.invoke(cli, ["token", "read", "late", "--file", str(path)])
+    assert refused.exit_code == 1
+    assert "has mode 0644" in refused.output
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_check_of_the_config_tells_what_would_be_refused(tmp_path: Path) -> None:
+    """Tokens that cannot be used, and an address that nobody guards, are told without a start."""
+    path = write_tokens(tmp_path / "tokens", "read a short")
+    for settings, said in (
+        ({"auth": {"tokens_file": str(path)}}, "the token of a is too weak"),
+        ({"host": "0.0.0.0"}, "is not a loopback address"),
+    ):
+        config = write_config(tmp_path / "monitor.yaml", dir=str(tmp_path), **settings)
+        done = CliRunner().invoke(cli, ["monitor", "--check-config", "--config", config])
+        assert done.exit_code == 2
+        assert said in done.output

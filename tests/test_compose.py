@@ -96,10 +96,13 @@ def test_ports_are_loopback_only(name: str) -> None:
 def test_monitor_is_confined() -> None:
     """The monitor runs without root, without a writable file system and with the runs read-only."""
     monitor = _service("monitor")
-    (runs,) = (volume for volume in monitor["volumes"] if volume["target"] == "/runs")
+    (runs,) = (volume for volume in monitor["volumes"] if isinstance(volume, dict))
     assert monitor["read_only"]
     assert runs["read_only"]
     assert runs["source"].startswith("${GRADIOMETER_DIR:-")
+    (state,) = (volume for volume in monitor["volumes"] if volume == "monitor-state:/state")
+    assert monitor["environment"]["GRADIOMETER_MONITOR_STATE_DIR"].startswith(state.partition(":")[2])
+    assert "--mode 1777 /state" in _dockerfile()
     assert re.findall(r"^USER (\S+)", _dockerfile(), re.MULTILINE)[-1] not in {"root", "0"}
     assert not monitor["user"].startswith("0")
 

@@ -139,14 +139,14 @@ def test_only_what_changed_is_built_anew() -> None:
     ]
     for service in old:
         service.start()
-    now = reloading.replace(old, made, {"grafana"})
+    now: list[Service] = reloading.replace(old, made, {"grafana"})
     try:
         assert now == [old[0], made[1], made[2], made[3]]
         assert [service.closed for service in old] == [False, True, True, True]
         assert all(service.alive for service in now)
     finally:
-        for service in now:
-            service.stop()
+        for each in now:
+            each.stop()
 
 
 def test_tokens_are_not_taken_away_from_an_open_monitor(tmp_path: Path) -> None:

@@ -166,19 +166,36 @@ def run(
 
 
 def _add_monitor() -> None:
+    """Add the commands of the monitor, or what says which of its dependencies is missing."""
     try:
         from gradiometer_monitor.cli import monitor
     except ModuleNotFoundError as error:
-        _add_missing_monitor(str(error.name))
+        _add_missing("monitor", "Serve this host's runs: metrics for Prometheus, an API, and a page", str(error.name))
     else:
         app.command()(monitor)
+    try:
+        from gradiometer_monitor.top.command import top
+    except ModuleNotFoundError as error:
+        _add_missing("top", "Watch this host's runs in the terminal", str(error.name))
+    else:
+        app.command()(top)
+    try:
+        from gradiometer_monitor.web.token_command import token
+    except ModuleNotFoundError as error:
+        _add_missing("token", "Make a token for a client of the monitor", str(error.name))
+    else:
+        app.command()(token)
 
 
-def _add_missing_monitor(name: str) -> None:
-    @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-    def monitor() -> None:
-        """Serve the metrics of this host's runs to Prometheus (needs the extra 'monitor')."""
-        raise UsageError(f"the monitor needs {name}: pip install 'gradiometer[monitor]'")
+def _add_missing(command: str, said: str, module: str) -> None:
+    @app.command(
+        command,
+        help=f"{said} (needs the extra 'monitor').",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def missing() -> None:
+        subject = "the monitor" if command == "monitor" else f"gradiometer {command}"
+        raise UsageError(f"{subject} needs {module}: pip install 'gradiometer[monitor]'")
 
 
 _add_monitor()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,7 @@ from gradiometer_monitor.daemon import serve
 from gradiometer_monitor.logs import log_to_stderr
 from gradiometer_monitor.resolving import Resolved
 from gradiometer_monitor.settings import Settings, SettingsError, resolve_all
+from gradiometer_monitor.web.listen import check_access
 
 __all__ = ["monitor"]
 
@@ -76,6 +77,13 @@ def monitor(
     raise typer.Exit(serve(resolved.settings, read))
 
 
+def _refused(settings: Settings) -> Iterator[str]:
+    try:
+        check_access(settings)
+    except SettingsError as error:
+        yield str(error)
+
+
 def _check(read: Callable[[], Resolved[Settings]]) -> int:
     """Show what the settings are, or a line for each thing that is wrong; return 0, or 2."""
     try:
@@ -86,7 +94,7 @@ def _check(read: Callable[[], Resolved[Settings]]) -> int:
     typer.echo(show(resolved))
     for warning in resolved.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    wrong = list(unreadable_files(resolved))
+    wrong = list(unreadable_files(resolved)) or list(_refused(resolved.settings))
     for line in wrong:
         typer.echo(line, err=True)
     return 2 if wrong else 0

@@ -11,17 +11,19 @@ from gradiometer_monitor.web.guards import HEADERS
 
 __all__ = ["handle_errors"]
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+
 
 def handle_errors(app: FastAPI) -> None:
     """Answer methods that a path has not, and handlers that fail."""
 
     def not_allowed(request: Request, _: Exception) -> Response:
         """Name all methods of the path: each of its routes knows but its own."""
-        methods: set[str] = set()
-        for route in app.routes:
-            if route.matches(request.scope)[0] is not Match.NONE:
-                methods |= getattr(route, "methods", None) or set()
-        headers = {"allow": ", ".join(sorted(methods))}
+        asked = [{**request.scope, "method": method} for method in METHODS]
+        allowed = [
+            scope["method"] for scope in asked if any(each.matches(scope)[0] is Match.FULL for each in app.routes)
+        ]
+        headers = {"allow": ", ".join(allowed)}
         return JSONResponse({"detail": "Method Not Allowed"}, status_code=405, headers=headers)
 
     def failed(_: Request, __: Exception) -> Response:

@@ -28,13 +28,14 @@ Role = Literal["read", "write"]
 MIN_TOKEN, MAX_TOKEN = 32, 512
 """Characters of a token: of 32 random ones nobody guesses one."""
 MIN_DISTINCT = 10
-"""Different characters in a token; 32 random ones of hexadecimal digits alone have fewer in one of 10 000 files."""
+"""Different characters in a token; of 32 random hexadecimal digits one in 10 000 has fewer."""
 MAX_FILE_BYTES, MAX_TOKENS = 2**18, 256
 CHECK_SECONDS = 0.5
 """How often at most it is looked whether the file has changed."""
 TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 """What may follow ``Bearer``: RFC 6750, section 2.1."""
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,30}")
+"""Shorter than any token, so that a line whose words are in another order is told."""
 REMEDY = "'gradiometer token <role> <name>' prints a line for it"
 
 
@@ -116,7 +117,7 @@ def _parse(where: str, words: list[str], before: Sequence[_Entry]) -> _Entry:
     role, name, token = words
     if role not in get_args(Role):
         raise SettingsError(f"{where}: expected role 'read' or 'write' as the first word: {REMEDY}")
-    if not NAME.fullmatch(name) or len(name) >= MIN_TOKEN:
+    if not NAME.fullmatch(name):
         raise SettingsError(f"{where}: the second word is not a name, of at most 31 of A-Z a-z 0-9 . _ @ -: {REMEDY}")
     if not MIN_TOKEN <= len(token) <= MAX_TOKEN or not TOKEN.fullmatch(token) or len(set(token)) < MIN_DISTINCT:
         raise SettingsError(
