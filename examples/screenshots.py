@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import gradiometer
 from gradiometer.demo import loss_of, read_text, windows
 
-RUN, STEPS, SHOWN = "transformer", 4000, 900
+RUN, STEPS, SHOWN = "transformer", 4000, 780
 SPIKES, BAD = {260: 40.0, 430: 15.0, 700: 80.0}, 560
 POLICY = {
     "pipeline": [{"nonfinite": {"action": "skip"}}, {"global_norm": {"max_norm": 1.0}}],
@@ -132,7 +132,7 @@ def main(folder: Path) -> None:
         root, port_file = Path(temporary) / "runs", Path(temporary) / "port"
         environment = os.environ | {"GRADIOMETER_STATE_DIR": f"{temporary}/state", "OMP_NUM_THREADS": "1"}
         for run_id, policy in (("lstm-clipped", ()), ("lstm-observed", ("--policy", "none"))):
-            demo = (sys.executable, "-m", "gradiometer.cli", "demo", "--no-serve", "--steps", "150", "--dir", str(root))
+            demo = (sys.executable, "-m", "gradiometer.cli", "demo", "--no-serve", "--steps", "100", "--dir", str(root))
             subprocess.run([*demo, "--run-id", run_id, *policy], check=True, env=environment)
         training = subprocess.Popen([sys.executable, __file__, "--train", str(root)], env=environment)
         command = (sys.executable, "-m", "gradiometer_monitor", "--dir", root, "--port", "0", "--port-file", port_file)
