@@ -18,6 +18,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import torch
 from playwright.sync_api import Browser, Page, sync_playwright
 from torch import Tensor, nn
@@ -25,16 +26,13 @@ from torch import Tensor, nn
 import gradiometer
 from gradiometer.demo import loss_of, read_text, windows
 
-RUN, STEPS, SHOWN = "transformer", 4000, 900
+RUN, STEPS, SHOWN = "transformer", 4000, 780
 SPIKES, BAD = {260: 40.0, 430: 15.0, 700: 80.0}, 560
 POLICY = {
     "pipeline": [{"nonfinite": {"action": "skip"}}, {"global_norm": {"max_norm": 1.0}}],
     "shadow": [{"zclip": {}}],
 }
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-WIDE, NARROW = (1280, 900), (390, 844)
-COLOURS = 128
-"""A picture of the page has few: with a palette it is a third of the size."""
 
 
 class Block(nn.Module):
@@ -91,11 +89,11 @@ def train(root: Path) -> None:
 def take(browser: Browser, url: str, folder: Path) -> None:
     """Take every picture."""
     for name, path, scheme, (width, height) in (
-        ("live-list", "", "light", WIDE),
+        ("live-list", "", "light", (1280, 330)),
         ("live-run", f"#run={RUN}", "light", (1280, 1840)),
         ("live-run-dark", f"#run={RUN}", "dark", (1280, 1180)),
         ("live-phone", f"#run={RUN}", "light", (390, 1560)),
-        ("live-phone-dark", "", "dark", NARROW),
+        ("live-phone-dark", "", "dark", (390, 720)),
     ):
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme="dark" if scheme == "dark" else "light"
@@ -123,11 +121,17 @@ def point_at_a_spike(page: Page) -> None:
 
 
 def shrink(path: Path) -> None:
-    """Write a picture again with a palette."""
+    """Write a picture again with a palette: its most frequent colours as they are, and others that cover the rest."""
     from PIL import Image
 
     with Image.open(path) as image:
-        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+        full = image.convert("RGB")
+    colours, counts = np.unique(np.asarray(full).reshape(-1, 3), axis=0, return_counts=True)
+    frequent = colours[np.argsort(-counts)[:112]].ravel().tolist()
+    rest = full.quantize(144, method=Image.Quantize.MAXCOVERAGE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*frequent, *rest[: 3 * 144]][: 3 * 256])
+    full.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main(folder: Path) -> None:
@@ -135,8 +139,8 @@ def main(folder: Path) -> None:
         root, port_file = Path(temporary) / "runs", Path(temporary) / "port"
         environment = os.environ | {"GRADIOMETER_STATE_DIR": f"{temporary}/state", "OMP_NUM_THREADS": "1"}
         for run_id, policy in (("lstm-clipped", ()), ("lstm-observed", ("--policy", "none"))):
-            command = (sys.executable, "-m", "gradiometer.cli", "demo", "--no-serve", "--steps", "150", "--dir", root)
-            subprocess.run([*map(str, command), "--run-id", run_id, *policy], check=True, env=environment)
+            demo = (sys.executable, "-m", "gradiometer.cli", "demo", "--no-serve", "--steps", "100", "--dir", str(root))
+            subprocess.run([*demo, "--run-id", run_id, *policy], check=True, env=environment)
         training = subprocess.Popen([sys.executable, __file__, "--train", str(root)], env=environment)
         command = (sys.executable, "-m", "gradiometer_monitor", "--dir", root, "--port", "0", "--port-file", port_file)
         monitor = subprocess.Popen([str(part) for part in command], env=environment)

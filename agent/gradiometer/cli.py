@@ -37,7 +37,7 @@ app = typer.Typer(
 app.add_typer(policy_app, name="policy")
 PIPE_WIDTH = 1000
 MONITOR_COMMANDS = {
-    "monitor": ("gradiometer_monitor.cli:monitor", "Serve this host's runs: metrics for Prometheus, an API, and a page"),
+    "monitor": ("gradiometer_monitor.cli:monitor", "Serve this host's runs: metrics, an API, and a page"),
     "top": ("gradiometer_monitor.top.command:top", "Watch this host's runs in the terminal"),
     "grafana": ("gradiometer_monitor.grafana.command:app", "Put the dashboards into a Grafana"),
     "token": ("gradiometer_monitor.web.token_command:token", "Make a token for a client of the monitor"),

@@ -59,7 +59,8 @@ class Selection:
     def of(self, buckets: Buckets) -> Buckets:
         """Leave the span of buckets from the first to the last that hold a row asked for."""
         scalars = buckets.scalars
-        asked = np.ones(len(scalars), np.bool_)
+        backwards = self.from_step is not None and self.to_step is not None and self.from_step > self.to_step
+        asked = np.full(len(scalars), not backwards)
         if self.from_step is not None:
             asked &= scalars["last_step"] >= self.from_step
         if self.to_step is not None:

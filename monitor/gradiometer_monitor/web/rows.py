@@ -34,7 +34,27 @@ Column = Literal[
 ]  # fmt: skip
 Stat = Literal["grad_norm_preclip", "grad_norm_postclip", "microbatch_norm"]
 Rank = Annotated[int, Query(ge=0, le=MAX_RANK, description="Of this rank.")]
-Whole = Annotated[int | None, Query(ge=0, le=MAX_NUMBER)]
+MAX_NAMED = 64
+"""Layers that a request may name; ``*`` names all."""
+FromStep = Annotated[int | None, Query(ge=0, le=MAX_NUMBER, description="First step.")]
+ToStep = Annotated[int | None, Query(ge=0, le=MAX_NUMBER, description="Last step; none before the first has rows.")]
+AfterStep = Annotated[int | None, Query(ge=0, le=MAX_NUMBER, description="Step before the first.")]
+AfterSequence = Annotated[
+    int | None, Query(ge=0, le=MAX_NUMBER, description="Only what came after this row, for who follows a run.")
+]
+Points = Annotated[int, Query(ge=1, le=MAX_POINTS, description="At most so many buckets.")]
+BucketSteps = Annotated[
+    int, Query(ge=1, le=2**40, description="Rows of a bucket at least, as in an earlier answer that is continued.")
+]
+Columns = Annotated[
+    list[Column] | None,
+    Query(max_length=len(get_args(Column)), description="These columns only; all if none is named."),
+]
+Layers = Annotated[
+    list[Annotated[str, Query(max_length=1024)]] | None,
+    Query(max_length=MAX_NAMED, description="Norms of these layers, or * for all.", examples=[["*"]]),
+]
+StatOf = Annotated[Stat, Query(description="Which norms of the layers.")]
 
 
 class PolicyColumn(Model):
@@ -144,25 +164,23 @@ def router(context: Context, cache: HistoryCache) -> APIRouter:
     def rows(
         run_id: RunId,
         rank: Rank = 0,
-        from_step: Whole = None,
-        to_step: Whole = None,
-        after_step: Whole = None,
-        after_sequence: Whole = None,
-        points: Annotated[int, Query(ge=1, le=MAX_POINTS)] = 1000,
-        bucket_steps: Annotated[int, Query(ge=1, le=2**40)] = 1,
-        columns: Annotated[list[Column] | None, Query()] = None,
-        layers: Annotated[list[str] | None, Query()] = None,
-        stat: Stat = "grad_norm_preclip",
+        from_step: FromStep = None,
+        to_step: ToStep = None,
+        after_step: AfterStep = None,
+        after_sequence: AfterSequence = None,
+        points: Points = 1000,
+        bucket_steps: BucketSteps = 1,
+        columns: Columns = None,
+        layers: Layers = None,
+        stat: StatOf = "grad_norm_preclip",
     ) -> Response:
         """Give the rows of a rank, down-sampled so that no spike is lost.
 
         Buckets are aligned: with ``bucket_steps`` and ``after_sequence`` of an earlier answer, the buckets returned
-        replace the last of that one and continue it. ``layers=*`` gives all of them.
+        replace the last of that one and continue it.
         """
         if after_step is not None:
             from_step = min(MAX_NUMBER, max(from_step or 0, after_step + 1))
-        if from_step is not None and to_step is not None and from_step > to_step:
-            raise HTTPException(422, f"to_step {to_step} is before {from_step}, the first step asked for: swap them")
         source = source_of(context, run_id, rank)
         places = _places(source, layers or [])
         selection = Selection(
@@ -214,7 +232,7 @@ def _places(source: Source, names: list[str]) -> list[int]:
     for name in names:
         if name not in places:
             some = ", ".join(known[:5]) + (", …" if len(known) > 5 else "")
-            raise HTTPException(422, f"layers {name!r}: the run has {len(known)} layers: {some}; * gives all")
+            raise HTTPException(404, f"layers {name!r}: the run has {len(known)} layers: {some}; * gives all")
     return sorted({places[name] for name in names})
 
 

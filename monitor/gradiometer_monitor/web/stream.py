@@ -125,7 +125,7 @@ def router(context: Context, cache: HistoryCache, streams: Streams) -> APIRouter
     def stream(
         run_id: RunIdQuery = None,
         rank: Rank = 0,
-        last_event_id: Annotated[str | None, Header(max_length=64)] = None,
+        last_event_id: Annotated[str | None, Header(max_length=64, description="Id of the last event got.")] = None,
     ) -> Response:
         """Stream what happens, as server-sent events.
 
