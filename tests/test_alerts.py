@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -343,7 +344,7 @@ def test_a_full_queue_is_for_later(bench: MakeBench, monkeypatch: pytest.MonkeyP
         ({"name": "a", "alertname": "A", "action": "stop", "policy": "none"}, "and with no other"),
         ({"name": "a", "action": "stop"}, "would match every alert"),
         ({"name": "a", "alertname": "A", "action": "stop", "on_resolved": "restore"}, "needs the action 'policy'"),
-        ({"name": "a b", "alertname": "A", "action": "stop"}, "alerts.rules.0.name"),
+        ({"name": "a b", "alertname": "A", "action": "stop"}, "'a b'"),
         ({"name": "a", "labels_regex": {"job": "("}, "action": "stop"}, "no regular expression"),
         ({"name": "a", "alertname": "A", "action": "policy", "policy": [{"global_nrom": {}}]}, "global_norm"),
         ({"name": "a", "alertname": "A", "action": "policy", "policy": "missing.yaml"}, "missing.yaml"),
@@ -383,16 +384,42 @@ def test_what_a_rule_matches(bench: MakeBench, rule: dict[str, Any], matches: bo
     assert found.post(alert(team="a")).queued == matches
 
 
-def test_the_webhook(tmp_path: Path, job: Job, start: Start, wait_until: WaitUntil) -> None:
-    """The daemon takes what has a token that may write, says what is wrong with anything else, and acts."""
-    tokens = tmp_path.with_name("tokens")
+def _configure(tmp_path: Path, **alerts: Any) -> tuple[str, str, str]:
+    """Write tokens and settings of a daemon with one rule; return the path, and the tokens that read and write."""
+    tokens = tmp_path.with_name(f"{tmp_path.name}-tokens")
     tokens.write_text(f"read dashboards {secrets.token_urlsafe(32)}\nwrite alertmanager {secrets.token_urlsafe(32)}\n")
     tokens.chmod(0o600)
-    config = tmp_path.with_name("monitor.yaml")
+    config = tmp_path.with_name(f"{tmp_path.name}.yaml")
     rule = {**POLICY, "alertname": "Spike"}
-    config.write_text(json.dumps({"auth": {"tokens_file": str(tokens)}, "alerts": {"rules": [rule]}}))
+    config.write_text(json.dumps({"auth": {"tokens_file": str(tokens)}, "alerts": {"rules": [rule], **alerts}}))
     read, write = (line.split()[2] for line in tokens.read_text().splitlines())
-    monitor = start("--config", str(config))
+    return str(config), read, write
+
+
+def test_a_reload_changes_the_rules(tmp_path: Path, job: Job, start: Start, wait_until: WaitUntil) -> None:
+    """After SIGHUP the new rules hold, and a firing that was a dry run before is acted on when it is repeated."""
+    config, read, write = _configure(tmp_path, dry_run=True)
+    monitor, first = start("--config", config), alert()
+
+    def counted(outcome: str) -> bool:
+        text = monitor.get("/metrics", Authorization=f"Bearer {read}")[1].decode()
+        return f'{{rule="tighten",outcome="{outcome}"}} 1\n' in text
+
+    assert post(monitor.url, notification(first), write)[0] == 200
+    wait_until(lambda: counted("dry_run"))
+    path = Path(config)
+    path.write_text(path.read_text().replace('"dry_run": true', '"dry_run": false'))
+    monitor.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: not counted("dry_run"))
+    assert post(monitor.url, notification(first), write)[0] == 200
+    job.until(lambda: job.policies == [FIRST, TIGHT])
+    wait_until(lambda: counted("applied"))
+
+
+def test_the_webhook(tmp_path: Path, job: Job, start: Start, wait_until: WaitUntil) -> None:
+    """The daemon takes what has a token that may write, says what is wrong with anything else, and acts."""
+    config, read, write = _configure(tmp_path)
+    monitor = start("--config", config)
     assert post(monitor.url, notification(alert()))[0] == 401
     assert post(monitor.url, notification(alert()), read)[0] == 403
     assert post(monitor.url, b"{", write)[0] == 422

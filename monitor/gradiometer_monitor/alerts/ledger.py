@@ -117,24 +117,24 @@ class Ledger:
         """Tell whether another alert of the rule fires for the run."""
         return any(key != _fires(job) for key in self._store.notes(f"{PREFIX}/fires/{job.rule}/{job.run_id}/"))
 
-    # How often a rule has acted.
+    # How often a rule has acted, or would have: a dry run holds no action back.
 
-    def acted(self, job: Job, now: float) -> dict[str, Any]:
+    def acted(self, job: Job, now: float, *, dry: bool) -> dict[str, Any]:
         """Make the notes that the rule acts on the run now."""
-        times = [*self._times(job.rule, now), now]
-        return {f"{PREFIX}/hour/{job.rule}": times, f"{PREFIX}/acted/{job.rule}/{job.run_id}": {"at": now}}
+        times = [*self._times(job.rule, now, dry), now]
+        return {_of("hour", dry, job.rule): times, _of("acted", dry, job.rule, job.run_id): {"at": now}}
 
-    def seconds_since(self, job: Job, now: float) -> float:
+    def seconds_since(self, job: Job, now: float, *, dry: bool) -> float:
         """Return how long ago the rule acted on the run; infinite if it never did."""
-        found = self._store.note(f"{PREFIX}/acted/{job.rule}/{job.run_id}")
+        found = self._store.note(_of("acted", dry, job.rule, job.run_id))
         return float("inf") if found is None else max(0.0, now - float(found["at"]))
 
-    def in_an_hour(self, rule: str, now: float) -> int:
+    def in_an_hour(self, rule: str, now: float, *, dry: bool) -> int:
         """Return how often the rule acted in the last hour."""
-        return len(self._times(rule, now))
+        return len(self._times(rule, now, dry))
 
-    def _times(self, rule: str, now: float) -> list[float]:
-        return [at for at in self._store.note(f"{PREFIX}/hour/{rule}", []) if now - HOUR < at <= now]
+    def _times(self, rule: str, now: float, dry: bool) -> list[float]:
+        return [at for at in self._store.note(_of("hour", dry, rule), []) if now - HOUR < at <= now]
 
     # What was asked, and what it replaced.
 
@@ -172,12 +172,16 @@ class Ledger:
         """Forget what was long ago."""
         old = {
             key: None
-            for kind in ("seen", "fires", "acted", "in-force")
+            for kind in ("seen", "fires", "acted", "acted-dry", "in-force")
             for key, note in self._store.notes(f"{PREFIX}/{kind}/").items()
             if now - float(note["at"]) > REMEMBER_SECONDS
         }
         if old:
             self.write(old)
+
+
+def _of(kind: str, dry: bool, *names: str) -> str:
+    return "/".join([PREFIX, f"{kind}-dry" if dry else kind, *names])
 
 
 def _seen(job: Job) -> str:

@@ -178,7 +178,7 @@ class AlertService(Service):
             if outcome == "asked" and rule.action == "policy":
                 busy.add(job.run_id)
         else:
-            notes = self._ledger.acted(job, now) if outcome == "dry_run" and before != "dry_run" else {}
+            notes = self._ledger.acted(job, now, dry=True) if outcome == "dry_run" and before != "dry_run" else {}
         told = said if outcome != before else ""  # once: notifications are repeated for as long as it fires
         self._conclude(job, outcome, told, rule.action, notes=notes | self._seen(job, outcome))
         if outcome == "asked":
@@ -186,13 +186,13 @@ class AlertService(Service):
 
     def _hindrance(self, job: Job, rule: Rule, now: float) -> tuple[str, str]:
         """Say why the rule does not act now, or ``asked``."""
-        rested = self._ledger.seconds_since(job, now)
         dry = rule.dry_run or self._settings.dry_run
+        rested = self._ledger.seconds_since(job, now, dry=dry)
         if dry and self._ledger.outcome(job) == "dry_run":
             return "dry_run", "nothing is asked: dry_run"
         if rested < rule.cooldown_seconds:
             return "cooled_down", f"it acted on this run {rested:.0f} s ago, and rests for {rule.cooldown_seconds:g} s"
-        if self._ledger.in_an_hour(rule.name, now) >= rule.max_per_hour:
+        if self._ledger.in_an_hour(rule.name, now, dry=dry) >= rule.max_per_hour:
             return "limited", f"it acted {rule.max_per_hour} times in the last hour, as often as max_per_hour lets it"
         if dry:
             return "dry_run", "nothing is asked: dry_run"
@@ -208,7 +208,7 @@ class AlertService(Service):
         except FileNotFoundError as error:
             return "refused", f"the run's directory was removed: {error}", {}
         asked = Asked(job=job, action=rule.action, rank=target.rank, at=now)
-        notes = self._ledger.open(asked) | self._ledger.acted(job, now)
+        notes = self._ledger.open(asked) | self._ledger.acted(job, now, dry=False)
         if rule.on_resolved == "restore" and was.request != job.request:
             known = self._ledger.in_force(job)
             back = known.before if known is not None and known.request == was.request else was.policy
