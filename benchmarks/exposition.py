@@ -31,8 +31,8 @@ from benchmarks._measure import arguments, compare, report, write_json
 from benchmarks.ring import ROW, manifest
 from gradiometer.recorder import Recorder
 from gradiometer.summary import LAYER_METRICS
-from gradiometer_monitor.exposition import Exposition
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.exposition.exposition import Exposition
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.web.scrape import GZIP_LEVEL
 
 SERIES = (1000, 10_000, 100_000)

@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.ring import manifest
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.following.runs import Runs
 
 RANKS, PARAMETERS, STEPS_PER_SECOND = 8, 1000, 20.0
 AIM = 0.10

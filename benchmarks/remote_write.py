@@ -24,12 +24,12 @@ import numpy as np
 from benchmarks._measure import arguments, compare, report, write_json
 from benchmarks.ring import ROW, manifest
 from gradiometer.recorder import Recorder
-from gradiometer_monitor.events import Events
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.remote_write.feed import Cursor, Feed
 from gradiometer_monitor.remote_write.protocol import Block, encode, message
 from gradiometer_monitor.remote_write.service import RemoteWrite
 from gradiometer_monitor.remote_write.settings import RemoteWriteSettings
-from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Store
 

@@ -12,8 +12,8 @@ from typing import Any
 from gradiometer_monitor.alerts.payload import Accepted, Notification
 from gradiometer_monitor.alerts.service import AlertService
 from gradiometer_monitor.alerts.settings import AlertSettings
-from gradiometer_monitor.events import Events
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Event, Store
 

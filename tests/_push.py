@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradiometer_monitor.events import Events
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.remote_write.service import RemoteWrite
 from gradiometer_monitor.remote_write.settings import RemoteWriteSettings
-from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Store
 from tests._receivers import Stub

@@ -22,7 +22,7 @@ from gradiometer.live.control import request_policy
 from gradiometer.live.requests import waiting
 from gradiometer_monitor.alerts import service as alerts_service
 from gradiometer_monitor.alerts.desk import FullError
-from gradiometer_monitor.settings import SettingsError, resolve
+from gradiometer_monitor.config.settings import SettingsError, resolve
 from tests._alerts import Bench, alert, notification, post
 from tests._training import attach, small_model, train
 

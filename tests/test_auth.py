@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gradiometer.cli import app as cli
-from gradiometer_monitor.settings import SettingsError
+from gradiometer_monitor.config.settings import SettingsError
 from gradiometer_monitor.web import auth, tokens
 from gradiometer_monitor.web.auth import Failures
 from gradiometer_monitor.web.tokens import Principal, Tokens, read_tokens

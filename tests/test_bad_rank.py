@@ -15,8 +15,8 @@ import gradiometer
 from gradiometer.insight import bad_episodes, rank_ratios, replicas
 from gradiometer.records import Flag
 from gradiometer.report import summarize
-from gradiometer_monitor.exposition import Exposition
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.exposition.exposition import Exposition
+from gradiometer_monitor.following.runs import Runs
 from tests.test_insight import SCALE
 
 pytestmark = pytest.mark.slow

@@ -15,11 +15,11 @@ import pytest
 import yaml
 from pydantic import SecretStr, ValidationError
 
-from gradiometer_monitor import configuration
-from gradiometer_monitor.fields import ANY, Field, redact, walk
-from gradiometer_monitor.reloading import RESTART_OF_AUTH
-from gradiometer_monitor.section import UNITS, Range, Section, between
-from gradiometer_monitor.settings import RESTART, Settings, SettingsError, resolve, resolve_all
+from gradiometer_monitor.config import check
+from gradiometer_monitor.config.fields import ANY, Field, redact, walk
+from gradiometer_monitor.config.reloading import RESTART_OF_AUTH
+from gradiometer_monitor.config.section import UNITS, Range, Section, between
+from gradiometer_monitor.config.settings import RESTART, Settings, SettingsError, resolve, resolve_all
 
 if TYPE_CHECKING:
     from tests.conftest import Spawn
@@ -213,9 +213,9 @@ def test_check_config_looks_for_the_files(spawn: Spawn, tmp_path: Path) -> None:
 def test_the_schema_that_is_shipped_is_that_of_the_models(request: pytest.FixtureRequest) -> None:
     """Editors are given the schema of the settings as they are: make golden writes it anew."""
     if request.config.getoption("--update-golden"):
-        configuration.SCHEMA.write_text(configuration.make_schema(), encoding="utf-8")
-    assert configuration.SCHEMA.read_text(encoding="utf-8") == configuration.make_schema()
-    jsonschema.Draft202012Validator.check_schema(json.loads(configuration.make_schema()))
+        check.SCHEMA.write_text(check.make_schema(), encoding="utf-8")
+    assert check.SCHEMA.read_text(encoding="utf-8") == check.make_schema()
+    jsonschema.Draft202012Validator.check_schema(json.loads(check.make_schema()))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_the_schema_that_is_shipped_is_that_of_the_models(request: pytest.Fixtur
 )
 def test_the_schema_agrees_with_the_models(tmp_path: Path, text: str, valid: bool) -> None:
     """What the schema lets pass the monitor takes, and what it marks the monitor refuses."""
-    schema = jsonschema.Draft202012Validator(json.loads(configuration.make_schema()))
+    schema = jsonschema.Draft202012Validator(json.loads(check.make_schema()))
     assert schema.is_valid(yaml.safe_load(text)) is valid
     try:
         resolve(tmp_path, _write(tmp_path, text))

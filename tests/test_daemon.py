@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gradiometer_monitor import logs, reloading
+from gradiometer_monitor import logs
+from gradiometer_monitor.config import reloading
+from gradiometer_monitor.config.settings import Settings, SettingsError
 from gradiometer_monitor.logs import LogSettings, configure, escape
 from gradiometer_monitor.notify import notify, watchdog_seconds
 from gradiometer_monitor.services import Service
-from gradiometer_monitor.settings import Settings, SettingsError
 from gradiometer_monitor.web.settings import AuthSettings
 from tests._monitor import Monitor
 
@@ -165,7 +166,7 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 import gradiometer_monitor.daemon as daemon
 from gradiometer_monitor.services import Service
-from gradiometer_monitor.settings import resolve
+from gradiometer_monitor.config.settings import resolve
 from gradiometer_monitor.web.stream import Streams
 
 class Stuck(Service):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from gradiometer_monitor.resolving import resolve as resolve_model
-from gradiometer_monitor.settings import Settings
+from gradiometer_monitor.config.resolving import resolve as resolve_model
+from gradiometer_monitor.config.settings import Settings
 
 if TYPE_CHECKING:
     from tests.conftest import Spawn, WaitUntil
@@ -27,6 +27,7 @@ if not DEPLOY.is_dir():
     pytest.skip("deploy/ belongs to the repository, not to the wheel", allow_module_level=True)
 UNIT = DEPLOY / "systemd" / "gradiometer-monitor@.service"
 KUBERNETES = "1.34"
+LIMITS = r"^(WatchdogSec|TimeoutStopSec)=(\d+)$"
 Native = Callable[[str], str]
 Yaml = dict[str, Any]
 
@@ -83,9 +84,7 @@ def test_the_unit_does_what_the_daemon_can() -> None:
         "ProtectSystem=strict",
     ):
         assert f"\n{line}\n" in text
-    limits = {
-        name: int(re.search(rf"^{name}=(\d+)$", text, re.MULTILINE)[1]) for name in ("WatchdogSec", "TimeoutStopSec")
-    }  # type: ignore[index]
+    limits = {name: int(value) for name, value in re.findall(LIMITS, text, re.MULTILINE)}
     assert limits["WatchdogSec"] >= 60
     assert limits["TimeoutStopSec"] > 10
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from gradiometer.recorder import Recorder
-from gradiometer_monitor import events as module
-from gradiometer_monitor.events import Events
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.following import events as module
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.store import Event, Store
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gradiometer.exporter import RunCollector, collector
 from gradiometer.metrics import CATALOGUE
-from gradiometer_monitor.exposition import Exposition
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.exposition.exposition import Exposition
+from gradiometer_monitor.following.runs import Runs
 
 if TYPE_CHECKING:
     from tests.conftest import Append, MakeManifest, WriteRun

@@ -23,10 +23,10 @@ from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.records import Flag
 from gradiometer.summary import LAYER_METRICS
 from gradiometer.tail import Sample
-from gradiometer_monitor import exposition as module
-from gradiometer_monitor.exposition import OPENMETRICS, TEXT, Exposition
-from gradiometer_monitor.layer_lines import share
-from gradiometer_monitor.runs import Run, Runs
+from gradiometer_monitor.exposition import exposition as module
+from gradiometer_monitor.exposition.exposition import OPENMETRICS, TEXT, Exposition
+from gradiometer_monitor.exposition.layer_lines import share
+from gradiometer_monitor.following.runs import Run, Runs
 
 if TYPE_CHECKING:
     from tests.conftest import Append, Golden, MakeManifest, WriteRun

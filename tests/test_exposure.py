@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 
-from gradiometer_monitor.settings import Settings, SettingsError
+from gradiometer_monitor.config.settings import Settings, SettingsError
 from gradiometer_monitor.web import tls
 from gradiometer_monitor.web.listen import Gate, check_access
 from gradiometer_monitor.web.settings import AuthSettings, LimitSettings

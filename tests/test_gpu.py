@@ -20,11 +20,11 @@ import pytest
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from gradiometer_monitor import gpu as module
-from gradiometer_monitor.events import Events
-from gradiometer_monitor.exposition import OPENMETRICS, Exposition
-from gradiometer_monitor.gpu import GpuService, GpuSettings
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.exposition.exposition import OPENMETRICS, Exposition
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import Runs
+from gradiometer_monitor.gpu import service as module
+from gradiometer_monitor.gpu.service import GpuService, GpuSettings
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Store
 from tests._nvml import LIBRARY, Card, FakeNvml
@@ -93,7 +93,7 @@ def _gpu(found: Found, *labels: str) -> dict[str, float]:
 
 
 def _levels(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.levelname for record in caplog.records if record.name == "gradiometer_monitor.gpu"]
+    return [record.levelname for record in caplog.records if record.name == "gradiometer_monitor.gpu.service"]
 
 
 def test_a_gpu_in_base_units(install: Install, service: GpuService) -> None:

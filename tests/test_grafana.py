@@ -19,10 +19,10 @@ from typer.testing import CliRunner, Result
 
 from gradiometer.cli import app
 from gradiometer_dashboards import names
+from gradiometer_monitor.config.settings import SettingsError, resolve
 from gradiometer_monitor.grafana.client import Grafana, GrafanaError
 from gradiometer_monitor.grafana.provision import Change, apply
 from gradiometer_monitor.grafana.settings import GrafanaSettings
-from gradiometer_monitor.settings import SettingsError, resolve
 from tests._grafana import PASSWORD, USER, ServedGrafana, Stub, serve_grafana, token_of
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gradiometer_monitor.events import Events
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.grafana import service as module
 from gradiometer_monitor.grafana.service import GrafanaService
 from gradiometer_monitor.grafana.settings import GrafanaSettings
-from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Event, Store
 from tests._grafana import Json, ServedGrafana, Stub, serve_grafana
@@ -30,11 +30,11 @@ Serve = Callable[..., GrafanaService]
 CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
-from gradiometer_monitor.events import Events
+from gradiometer_monitor.following.events import Events
 from gradiometer_monitor.grafana.client import Grafana
 from gradiometer_monitor.grafana.service import GrafanaService
 from gradiometer_monitor.grafana.settings import GrafanaSettings
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Store
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from gradiometer.records import Flag
-from gradiometer_monitor import counts as counts_module
-from gradiometer_monitor.events import Events
-from gradiometer_monitor.incidents import LAST_ROWS, SETTLE_SECONDS, Incidents
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.following import counts as counts_module
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.incidents import LAST_ROWS, SETTLE_SECONDS, Incidents
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.store import Event, Store
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def test_a_directory_that_is_closed_for_a_while_loses_nothing(
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("gradiometer_monitor.runs.identity", refuse)
+        patch.setattr("gradiometer_monitor.following.runs.identity", refuse)
         monitor.runs.poll()
         with monitor.runs.snapshot() as found:
             assert list(found) == []

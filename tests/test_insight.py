@@ -27,8 +27,8 @@ from gradiometer.insight import (
     shares,
 )
 from gradiometer.records import Flag
-from gradiometer_monitor.exposition import Exposition
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.exposition.exposition import Exposition
+from gradiometer_monitor.following.runs import Runs
 from tests._training import attach, backward, loss_of, small_model, train
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ import pytest
 from starlette.applications import Starlette
 
 from gradiometer.run import open_run
-from gradiometer_monitor.events import Events
-from gradiometer_monitor.exposition import Exposition
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.config.settings import Settings, SettingsError, resolve
+from gradiometer_monitor.exposition.exposition import Exposition
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.services import Context
-from gradiometer_monitor.settings import Settings, SettingsError, resolve
 from gradiometer_monitor.store import Store
 from gradiometer_monitor.web.app import app
 

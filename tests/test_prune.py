@@ -22,11 +22,11 @@ from gradiometer.commands.prune import parse_bytes
 from gradiometer.prune import DAY_SECONDS, Stored, choose, find_stored, remove
 from gradiometer.recorder import Recorder
 from gradiometer.records import find_runs
-from gradiometer_monitor.events import Events
-from gradiometer_monitor.retention import RetentionService, RetentionSettings
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.config.settings import SettingsError, resolve
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.retention import RetentionService, RetentionSettings
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.services import Context
-from gradiometer_monitor.settings import SettingsError, resolve
 from gradiometer_monitor.store import Store
 
 if TYPE_CHECKING:

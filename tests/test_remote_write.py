@@ -19,9 +19,9 @@ from gradiometer.live.revisions import History, Revision, Slot, write_history
 from gradiometer.metrics import CATALOGUE, PUSHED
 from gradiometer.records import Flag
 from gradiometer.run import open_run
+from gradiometer_monitor.config.settings import SettingsError, resolve
 from gradiometer_monitor.remote_write.clock import MAX_SHIFT_MS, place
 from gradiometer_monitor.remote_write.protocol import MAX_VALUE_BYTES, LabelError, make_series
-from gradiometer_monitor.settings import SettingsError, resolve
 from gradiometer_monitor.store import Store
 from tests._push import NAN, OK, STALE, Push, Pusher, is_stale, recent, values
 from tests._receivers import Stub, serve

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gradiometer.tail import RankTail
-from gradiometer_monitor import runs as module
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.following import runs as module
+from gradiometer_monitor.following.runs import Runs
 
 if TYPE_CHECKING:
     from tests.conftest import Append, MakeManifest, WriteRun

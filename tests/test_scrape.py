@@ -18,13 +18,13 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from gradiometer.tail import Sample
-from gradiometer_monitor import exposition as module
-from gradiometer_monitor.exposition import OPENMETRICS, TEXT, Exposition
-from gradiometer_monitor.health import collectors
-from gradiometer_monitor.layer_lines import LayerLines, LayerValues
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.config.settings import SettingsError, resolve
+from gradiometer_monitor.exposition import exposition as module
+from gradiometer_monitor.exposition.exposition import OPENMETRICS, TEXT, Exposition
+from gradiometer_monitor.exposition.health import collectors
+from gradiometer_monitor.exposition.layer_lines import LayerLines, LayerValues
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.services import Service
-from gradiometer_monitor.settings import SettingsError, resolve
 from gradiometer_monitor.web.accept import accepts_gzip, negotiate
 
 if TYPE_CHECKING:

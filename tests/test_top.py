@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from gradiometer.recorder import Recorder
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.logs import escape
-from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.top.draw import ASCII, UNICODE, Glyphs, age, chart, fit, peaks, spark
 from gradiometer_monitor.top.follower import Follower
 from gradiometer_monitor.top.keys import _split

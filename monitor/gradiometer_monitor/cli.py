@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from gradiometer_monitor.configuration import make_schema, show, unreadable_files
+from gradiometer_monitor.config.check import make_schema, show, unreadable_files
+from gradiometer_monitor.config.resolving import Resolved
+from gradiometer_monitor.config.settings import Settings, SettingsError, resolve_all
 from gradiometer_monitor.daemon import serve
 from gradiometer_monitor.logs import log_to_stderr
-from gradiometer_monitor.resolving import Resolved
-from gradiometer_monitor.settings import Settings, SettingsError, resolve_all
 from gradiometer_monitor.web.listen import check_access
 
 __all__ = ["monitor"]

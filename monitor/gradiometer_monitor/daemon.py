@@ -1,8 +1,8 @@
 """The monitor as a process: threads, the HTTP server, signals, reloads, and an orderly end.
 
 One thread polls the run directories, one reloads the config and answers to systemd's watchdog, each service has one of
-its own, and uvicorn serves in the main thread. :class:`gradiometer_monitor.runs.Runs` holds the lock that orders polls
-and scrapes.
+its own, and uvicorn serves in the main thread. :class:`gradiometer_monitor.following.runs.Runs` holds the lock that
+orders polls and scrapes.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from gradiometer.tail import Sample
-from gradiometer_monitor import logs, reloading
+from gradiometer_monitor import logs
 from gradiometer_monitor.alerts.service import AlertService
-from gradiometer_monitor.events import Events
-from gradiometer_monitor.exposition import Exposition
-from gradiometer_monitor.gpu import GpuService
+from gradiometer_monitor.config import reloading
+from gradiometer_monitor.config.resolving import Resolved
+from gradiometer_monitor.config.settings import Settings, SettingsError
+from gradiometer_monitor.exposition.exposition import Exposition
+from gradiometer_monitor.exposition.health import collectors
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.incidents import Incidents
+from gradiometer_monitor.following.retention import RetentionService
+from gradiometer_monitor.following.runs import Runs
+from gradiometer_monitor.gpu.service import GpuService
 from gradiometer_monitor.grafana.service import GrafanaService
-from gradiometer_monitor.health import collectors
-from gradiometer_monitor.incidents import Incidents
 from gradiometer_monitor.notify import notify, watchdog_seconds
 from gradiometer_monitor.remote_write.service import RemoteWrite
-from gradiometer_monitor.resolving import Resolved
-from gradiometer_monitor.retention import RetentionService
-from gradiometer_monitor.runs import Runs
 from gradiometer_monitor.server import GRACE_SECONDS, Server, Switch
 from gradiometer_monitor.services import Context, Service, stop_all
-from gradiometer_monitor.settings import Settings, SettingsError
 from gradiometer_monitor.store import Store
 from gradiometer_monitor.web.app import app
 from gradiometer_monitor.web.connections import server_config

@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from gradiometer_monitor.section import Section
+from gradiometer_monitor.config.section import Section
 
 __all__ = ["LogSettings", "configure", "dropped", "escape", "log_to_stderr"]
 

@@ -16,8 +16,8 @@ from logging import getLogger
 
 from gradiometer.tail import Sample
 from gradiometer_monitor.alerts.desk import Desk
-from gradiometer_monitor.events import Events
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.store import Store
 
 __all__ = ["Context", "Service", "stop_all"]

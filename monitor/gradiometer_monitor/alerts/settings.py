@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from gradiometer.policy.spec import PolicyError, load_policy
-from gradiometer_monitor.section import Section, between
+from gradiometer_monitor.config.section import Section, between
 
 __all__ = ["Action", "AlertSettings", "Rule"]
 

@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
-from gradiometer_monitor.section import Section, between
+from gradiometer_monitor.config.section import Section, between
 
 __all__ = ["KINDS", "AnnotationSettings", "GrafanaSettings"]
 

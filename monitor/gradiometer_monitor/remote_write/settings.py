@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from gradiometer_monitor.section import Section, between
+from gradiometer_monitor.config.section import Section, between
 
 __all__ = ["RemoteWriteReceivers", "RemoteWriteSettings"]
 

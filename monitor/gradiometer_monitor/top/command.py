@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.text import Text
 
 from gradiometer.records import default_root
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.top.draw import ASCII, UNICODE
 from gradiometer_monitor.top.follower import Follower, Snapshot
 from gradiometer_monitor.top.keys import Keyboard

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from logging import getLogger
 
-from gradiometer_monitor.runs import Run, Runs
+from gradiometer_monitor.following.runs import Run, Runs
 from gradiometer_monitor.top.view import History, RunLine, RunView, Speed, line_of, open_history
 
 __all__ = ["Follower", "Snapshot"]

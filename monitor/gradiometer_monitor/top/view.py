@@ -14,7 +14,7 @@ from gradiometer.live.revisions import Revision
 from gradiometer.records import STATS, Flag, RingReader, Rows, RunFormatError, read_events
 from gradiometer.summary import RunSummary
 from gradiometer.tail import RankTail
-from gradiometer_monitor.runs import Run
+from gradiometer_monitor.following.runs import Run
 
 __all__ = ["History", "Incident", "LayerLine", "RunLine", "RunView", "Speed", "line_of"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from gradiometer_monitor.exposition import OPENMETRICS, TEXT
+from gradiometer_monitor.exposition.exposition import OPENMETRICS, TEXT
 
 __all__ = ["accepts_gzip", "negotiate"]
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 
 from gradiometer.records import RingReader, RunFormatError
 from gradiometer.tail import RankTail
-from gradiometer_monitor.runs import MAX_RANKS, Run
+from gradiometer_monitor.following.runs import MAX_RANKS, Run
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Event
 from gradiometer_monitor.web.lookup import MAX_NUMBER, RunId, RunIdQuery, chosen, no_such_run

@@ -11,10 +11,10 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from gradiometer_monitor.exposition import Exposition
-from gradiometer_monitor.health import store_samples
+from gradiometer_monitor.config.settings import Settings
+from gradiometer_monitor.exposition.exposition import Exposition
+from gradiometer_monitor.exposition.health import store_samples
 from gradiometer_monitor.services import Context
-from gradiometer_monitor.settings import Settings
 from gradiometer_monitor.web import alerts, api, page, policy, rows, scrape, stream
 from gradiometer_monitor.web.auth import AuthMiddleware
 from gradiometer_monitor.web.errors import handle_errors

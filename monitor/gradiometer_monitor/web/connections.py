@@ -20,8 +20,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gradiometer_monitor.config.settings import Settings
 from gradiometer_monitor.server import GRACE_SECONDS
-from gradiometer_monitor.settings import Settings
 from gradiometer_monitor.web.listen import Gate, Listener
 from gradiometer_monitor.web.tls import Certificate
 

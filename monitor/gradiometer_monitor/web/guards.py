@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gradiometer_monitor.settings import Settings
+from gradiometer_monitor.config.settings import Settings
 from gradiometer_monitor.web.settings import LimitSettings
 
 __all__ = ["BodyGuard", "FrontGuard", "TimeGuard"]

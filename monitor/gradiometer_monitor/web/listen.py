@@ -16,7 +16,7 @@ from ipaddress import ip_address
 from logging import getLogger
 from typing import Any, Protocol
 
-from gradiometer_monitor.settings import Settings, SettingsError
+from gradiometer_monitor.config.settings import Settings, SettingsError
 from gradiometer_monitor.web.settings import LimitSettings
 from gradiometer_monitor.web.tls import Certificate
 from gradiometer_monitor.web.tokens import read_tokens

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import HTTPException, Path, Query
 
 from gradiometer.records import RUN_ID
-from gradiometer_monitor.runs import Run, Runs
+from gradiometer_monitor.following.runs import Run, Runs
 
 __all__ = ["MAX_NUMBER", "MAX_RANK", "RunId", "RunIdQuery", "chosen", "directory_of", "no_such_run"]
 

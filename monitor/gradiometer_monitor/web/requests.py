@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gradiometer_monitor.health import RequestCounts
+from gradiometer_monitor.exposition.health import RequestCounts
 
 __all__ = ["CountRequests"]
 

@@ -14,7 +14,7 @@ from gradiometer.live.revisions import read_history
 from gradiometer.records import OWN_CLIPPING, RunFormatError
 from gradiometer.summary import LayerSummary
 from gradiometer.tail import RankTail
-from gradiometer_monitor.runs import Run
+from gradiometer_monitor.following.runs import Run
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.web.buckets import Buckets
 from gradiometer_monitor.web.history import HistoryCache, Selection, Source, Window

@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from gradiometer_monitor.exposition import Exposition
+from gradiometer_monitor.config.settings import Settings
+from gradiometer_monitor.exposition.exposition import Exposition
 from gradiometer_monitor.services import Context
-from gradiometer_monitor.settings import Settings
 from gradiometer_monitor.web.accept import accepts_gzip, negotiate
 
 __all__ = ["routes"]

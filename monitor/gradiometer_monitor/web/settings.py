@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from gradiometer_monitor.section import Section, between
+from gradiometer_monitor.config.section import Section, between
 
 __all__ = ["AuthSettings", "LimitSettings"]
 

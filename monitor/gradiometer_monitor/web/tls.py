@@ -11,7 +11,7 @@ import time
 from logging import getLogger
 from pathlib import Path
 
-from gradiometer_monitor.settings import SettingsError
+from gradiometer_monitor.config.settings import SettingsError
 
 __all__ = ["Certificate"]
 

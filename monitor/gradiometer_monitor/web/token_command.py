@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gradiometer_monitor.settings import SettingsError
+from gradiometer_monitor.config.settings import SettingsError
 from gradiometer_monitor.web.tokens import NAME, Role, read_tokens
 
 __all__ = ["token"]

@@ -18,7 +18,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Literal, get_args
 
-from gradiometer_monitor.settings import SettingsError
+from gradiometer_monitor.config.settings import SettingsError
 
 __all__ = ["Principal", "Role", "Tokens", "read_tokens"]
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from gradiometer.problems import Path as Place
-from gradiometer_monitor.section import Section, kinds
+from gradiometer_monitor.config.section import Section, kinds
 
 __all__ = ["ANY", "PREFIX", "Field", "field_at", "leaves", "redact", "walk"]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from gradiometer.problems import Path as Place
-from gradiometer_monitor.fields import leaves
-from gradiometer_monitor.resolving import Resolved
-from gradiometer_monitor.section import UNITS
-from gradiometer_monitor.settings import Settings
+from gradiometer_monitor.config.fields import leaves
+from gradiometer_monitor.config.resolving import Resolved
+from gradiometer_monitor.config.section import UNITS
+from gradiometer_monitor.config.settings import Settings
 
 __all__ = ["SCHEMA", "make_schema", "show", "unreadable_files"]
 
-SCHEMA = Path(__file__).with_name("config.schema.json")
+SCHEMA = Path(__file__).with_name("schema.json")
 """The schema as it is shipped."""
 WRITTEN = ("port_file",)
 """Files that the monitor writes; the others it reads."""

@@ -19,8 +19,8 @@ from gradiometer.problems import Path as Place
 from gradiometer.problems import Problem, ProblemsError, explain, guess
 from gradiometer.records import default_root
 from gradiometer.yaml_source import Source, read_source
-from gradiometer_monitor.fields import ANY, PREFIX, field_at, leaves, redact, walk
-from gradiometer_monitor.section import BASE, Section
+from gradiometer_monitor.config.fields import ANY, PREFIX, field_at, leaves, redact, walk
+from gradiometer_monitor.config.section import BASE, Section
 
 __all__ = ["Resolved", "SettingsError", "resolve"]
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from gradiometer.prune import DAY_SECONDS, Stored, choose, disk_bytes, find_stored, remove
 from gradiometer.tail import Sample
-from gradiometer_monitor.section import Section, between
+from gradiometer_monitor.config.section import Section, between
 from gradiometer_monitor.services import Context, Service
 
 __all__ = ["RetentionService", "RetentionSettings"]

@@ -18,7 +18,7 @@ from gradiometer.metrics import CATALOGUE
 from gradiometer.spread import QUANTILES, SPREAD_OF, spread
 from gradiometer.summary import LAYER_METRICS, LayerSummary
 from gradiometer.tail import Sample
-from gradiometer_monitor.lines import label_set, spell
+from gradiometer_monitor.exposition.lines import label_set, spell
 
 __all__ = ["RUN_SAMPLES", "LayerLines", "LayerValues", "share"]
 

@@ -23,11 +23,11 @@ from gradiometer.exporter import build_labels
 from gradiometer.metrics import CATALOGUE, SCRAPE_SECONDS_BUCKETS
 from gradiometer.summary import Histogram
 from gradiometer.tail import Frame, Sample
-from gradiometer_monitor.collectors import Answer, Asked
-from gradiometer_monitor.health import RequestCounts
-from gradiometer_monitor.layer_lines import RUN_SAMPLES, LayerLines, LayerValues, share
-from gradiometer_monitor.lines import Counts, Lines, add, add_histogram, header, line
-from gradiometer_monitor.runs import Run, Runs
+from gradiometer_monitor.exposition.collectors import Answer, Asked
+from gradiometer_monitor.exposition.health import RequestCounts
+from gradiometer_monitor.exposition.layer_lines import RUN_SAMPLES, LayerLines, LayerValues, share
+from gradiometer_monitor.exposition.lines import Counts, Lines, add, add_histogram, header, line
+from gradiometer_monitor.following.runs import Run, Runs
 
 __all__ = ["OPENMETRICS", "TEXT", "TOTAL_SERIES", "Exposition"]
 

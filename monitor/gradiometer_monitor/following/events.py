@@ -20,7 +20,7 @@ from typing import Any
 from zlib import crc32
 
 from gradiometer.tail import RankTail
-from gradiometer_monitor.runs import Runs
+from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.store import Event, Store
 
 __all__ = ["Events"]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from logging import getLogger
 
+from gradiometer_monitor.config.settings import RESTART, Settings, SettingsError
 from gradiometer_monitor.services import Service, stop_all
-from gradiometer_monitor.settings import RESTART, Settings, SettingsError
 
 __all__ = ["changed", "keep_fixed", "replace"]
 

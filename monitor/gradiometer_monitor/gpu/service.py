@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 from gradiometer.process import process_alive
 from gradiometer.tail import Sample
-from gradiometer_monitor.nvml import Device, NvmlGoneError, read_devices
-from gradiometer_monitor.runs import Runs
-from gradiometer_monitor.section import Section, between
+from gradiometer_monitor.config.section import Section, between
+from gradiometer_monitor.following.runs import Runs
+from gradiometer_monitor.gpu.nvml import Device, NvmlGoneError, read_devices
 from gradiometer_monitor.services import Context, Service
 
 __all__ = ["GpuService", "GpuSettings"]

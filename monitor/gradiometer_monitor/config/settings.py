@@ -8,14 +8,14 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from gradiometer_monitor.alerts.settings import AlertSettings
-from gradiometer_monitor.gpu import GpuSettings
+from gradiometer_monitor.config.resolving import Resolved, SettingsError
+from gradiometer_monitor.config.resolving import resolve as _resolve
+from gradiometer_monitor.config.section import Section, between
+from gradiometer_monitor.following.retention import RetentionSettings
+from gradiometer_monitor.gpu.service import GpuSettings
 from gradiometer_monitor.grafana.settings import GrafanaSettings
 from gradiometer_monitor.logs import LogSettings
 from gradiometer_monitor.remote_write.settings import RemoteWriteReceivers
-from gradiometer_monitor.resolving import Resolved, SettingsError
-from gradiometer_monitor.resolving import resolve as _resolve
-from gradiometer_monitor.retention import RetentionSettings
-from gradiometer_monitor.section import Section, between
 from gradiometer_monitor.web.settings import AuthSettings, LimitSettings
 
 __all__ = ["RESTART", "Settings", "SettingsError", "resolve", "resolve_all"]

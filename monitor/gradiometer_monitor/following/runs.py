@@ -19,7 +19,7 @@ from pathlib import Path
 from gradiometer.process import process_alive
 from gradiometer.records import find_ranks, find_runs
 from gradiometer.tail import Frame, RankTail, frame, identity
-from gradiometer_monitor.counts import Counts
+from gradiometer_monitor.following.counts import Counts
 from gradiometer_monitor.store import Store
 
 __all__ = ["Run", "Runs"]

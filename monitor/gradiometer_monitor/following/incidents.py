@@ -27,8 +27,8 @@ import numpy as np
 from gradiometer.process import process_alive
 from gradiometer.records import STATS, Flag, Rows, find_ranks
 from gradiometer.tail import RankTail
-from gradiometer_monitor.events import Events
-from gradiometer_monitor.runs import HEARTBEAT_SECONDS, Run, Runs
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import HEARTBEAT_SECONDS, Run, Runs
 
 __all__ = ["LAST_ROWS", "Incidents"]
 

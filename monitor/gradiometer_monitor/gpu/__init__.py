@@ -1,0 +1,1 @@
+"""What NVML tells of this host's GPUs."""
