@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Put the dashboards into a Grafana.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False, help="Put the dashboards into a Grafana.", no_args_is_help=True, rich_markup_mode=None
+)
 WIDTH = 200
 FAILED, USAGE, KEPT, PENDING = 1, 2, 3, 4
 
