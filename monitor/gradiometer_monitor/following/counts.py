@@ -20,7 +20,10 @@ __all__ = ["KEEP_SECONDS", "Counts"]
 log = getLogger(__name__)
 
 KEEP_SECONDS = 10.0
-"""Pause between two writes. What came after the last is read again from the ring, which lasts longer."""
+"""Pause between two writes. What came after the last is read again from the ring."""
+HURRY_SHARE = 0.25
+"""Share of its ring that a rank goes on before its counts are written at once: another turn, and what was counted and
+not kept could not be read again."""
 
 
 class Counts:
@@ -44,13 +47,19 @@ class Counts:
         return found if isinstance(found, dict) else None
 
     def keep_some(self, tails: Iterable[RankTail]) -> None:
-        """Write the counts of ranks that went on, if it is due."""
-        if time.monotonic() >= self._keep_at:
-            self._keep_at = time.monotonic() + KEEP_SECONDS
-            tails = list(tails)
-            self.keep(tails)
-            keys = set(map(_key, tails))
-            self._kept = {key: sequence for key, sequence in self._kept.items() if key in keys}
+        """Write the counts of ranks that went on, if it is due; after a poll."""
+        tails = list(tails)
+        if time.monotonic() < self._keep_at:
+            self.keep([tail for tail in tails if self._hurries(tail)])
+            return
+        self._keep_at = time.monotonic() + KEEP_SECONDS
+        self.keep(tails)
+        keys = set(map(_key, tails))
+        self._kept = {key: sequence for key, sequence in self._kept.items() if key in keys}
+
+    def _hurries(self, tail: RankTail) -> bool:
+        went_on = tail.summary.last_seen - self._kept.get(_key(tail), 0)
+        return went_on > HURRY_SHARE * tail.manifest.ring.capacity
 
     def keep(self, tails: Iterable[RankTail]) -> None:
         """Write the counts of ranks that went on since they were last written."""

@@ -159,12 +159,14 @@ def merge(parts: Sequence[Buckets], level: int) -> Buckets:
 
 
 def _largest(layers: npt.NDArray[np.float32], starts: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
-    """Take maxima over groups of buckets; of negative zeros alone the maximum is one too."""
+    """Take maxima over groups of buckets; of negative zeros alone it is one too, of these and NaN it is NaN."""
     peak = np.fmax.reduceat(layers, starts, axis=0)
     zero = peak == 0
     if zero.any():
-        absent = np.logical_and.reduceat(np.signbit(layers), starts, axis=0)
-        peak[zero] = np.where(absent[zero], np.float32(-0.0), np.float32(0.0))
+        present = np.logical_or.reduceat((layers == 0) & ~np.signbit(layers), starts, axis=0)
+        broken = np.logical_or.reduceat(np.isnan(layers), starts, axis=0)
+        silent = np.where(broken, np.float32(np.nan), np.float32(-0.0))
+        peak[zero] = np.where(present, np.float32(0.0), silent)[zero]
     return peak
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gradiometer.records import Manifest, RingReader
+from gradiometer.records import Manifest, RingReader, Rows
 from gradiometer.windows import BASELINE_STEPS
 from gradiometer_monitor.web.buckets import Buckets, LayerNorms, bucket_rows, merge, newer
 
@@ -139,9 +139,7 @@ class History:
         parts, finite = [self._base], [self._finite]
         first = max(self._read, head - ring.geometry.capacity)
         while first < head - 1:
-            rows = ring.read(first, min(self._limit, head - 1 - first))
-            rows = rows[rows["begin"] < head]
-            first += min(self._limit, head - 1 - first)
+            rows, first = _next(ring, first, min(first + self._limit, head - 1))
             if not len(rows):
                 continue
             parts.append(bucket_rows(rows, self._norms, self.level))
@@ -183,9 +181,8 @@ class History:
         parts = [newest[:0]]
         end = min(last, self._read)
         while first < end:
-            rows = ring.read(first, min(self._limit, end - first))
-            parts.append(bucket_rows(rows[rows["begin"] <= end], self._norms, level))
-            first += min(self._limit, end - first)
+            rows, first = _next(ring, first, min(first + self._limit, end))
+            parts.append(bucket_rows(rows, self._norms, level))
         return selection.of(merge([*parts, newest], level))
 
     def _baseline(self, found: Buckets, newest: Buckets) -> Floats:
@@ -194,6 +191,15 @@ class History:
         norms = np.concatenate([norms, recent["grad_norm_preclip"]])
         places = np.concatenate([places, recent["last"]])
         return _rolling_median(norms, np.searchsorted(places, found.scalars["last"], side="right"))
+
+
+def _next(ring: RingReader, after: int, last: int) -> tuple[Rows, int]:
+    """Read the rows after one sequence and up to another, which is returned with them.
+
+    Those that a writer overtook are missing; the ring then gives later ones in their place, which are not of this part.
+    """
+    rows = ring.read(after, last - after)
+    return rows[rows["begin"] <= last], last
 
 
 def _rolling_median(values: Floats, ends: npt.NDArray[np.intp]) -> Floats:
