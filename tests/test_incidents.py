@@ -221,6 +221,7 @@ def _counted(monitor: Daemon) -> dict[str, Any]:
         return run.ranks[0].summary.counts()
 
 
+@pytest.mark.parametrize("keep_seconds", [0.0, 600.0])
 @pytest.mark.parametrize("crash", [False, True])
 def test_a_restart_loses_no_counter(
     daemon: Callable[..., Daemon],
@@ -228,10 +229,14 @@ def test_a_restart_loses_no_counter(
     write_run: WriteRun,
     append: Append,
     crash: bool,
+    keep_seconds: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Counts go on where they were though the ring has turned, and windows come from what it holds."""
-    monkeypatch.setattr(counts_module, "KEEP_SECONDS", 0.0)
+    """Counts go on where they were though the ring has turned, and windows come from what it holds.
+
+    A ring that turns before counts are due has them kept sooner.
+    """
+    monkeypatch.setattr(counts_module, "KEEP_SECONDS", keep_seconds)
     rng = np.random.default_rng(0)
     norms = rng.random((40, 4))
     norms[::5, 3] = NAN

@@ -13,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradiometer.records import STATUS, Flag, Manifest
-from gradiometer.summary import HOLD_STEPS, RunSummary
+from gradiometer.summary import RunSummary
 from gradiometer.tail import RankTail, frame
 from gradiometer.windows import (
     BASELINE_STEPS,
     BUCKET_NS,
+    CHUNK,
+    HOLD_STEPS,
     MINIMUM_SAMPLES,
     WARMUP_STEPS,
     LayerBaseline,
@@ -254,7 +256,7 @@ def test_a_spike_scores_by_its_own_deviation(feed: Feed) -> None:
     cut=st.integers(0, 100),
 )
 def test_clip_ratio_is_that_of_the_last_minute(steps: list[tuple[int, bool]], cut: int) -> None:
-    """It lies between the shares of one window and of one bucket more, however the batches were cut."""
+    """It is that of the last minute, or of the last 32 steps where it had fewer, however the batches were cut."""
     times = np.cumsum([1 + seconds for seconds, _ in steps]).astype(np.int64) * SECOND
     clipped = np.array([so for _, so in steps])
     window = WindowRatio()
@@ -263,16 +265,47 @@ def test_clip_ratio_is_that_of_the_last_minute(steps: list[tuple[int, bool]], cu
             window.add(times[part], clipped[part])
     newest = times[-1] // BUCKET_NS
     live = newest - times // BUCKET_NS < 31
-    assert window.ratio == pytest.approx(clipped[live].mean())
+    shown = clipped[live] if live.sum() >= MINIMUM_SAMPLES else clipped[-MINIMUM_SAMPLES:]
+    assert window.ratio == pytest.approx(shown.mean())
 
 
 def test_clip_ratio_needs_some_steps_and_a_clock(feed: Feed) -> None:
-    """Before 32 steps it is unknown, and after the clock was set back it counts the steps since."""
+    """Before 32 steps it is unknown, and after the clock was set back it is that of the last 32."""
     clipped = int(Flag.CLIPPED)
     assert math.isnan(feed(_noise(31), flags=clipped).clip_ratio)
     assert feed(_noise(1), flags=clipped).clip_ratio == 1.0
-    assert feed(_noise(10), flags=0, time_ns=np.arange(10) + 10**15).clip_ratio == 0.0
-    assert feed(_noise(1), flags=clipped).clip_ratio == 1.0
+    assert feed(_noise(8), flags=0, time_ns=np.arange(8) - 10**15).clip_ratio == 0.75
+
+
+@pytest.mark.parametrize("rate", [0.01, 1.0, 1000.0])
+def test_clip_ratio_is_a_share_at_any_speed(feed: Feed, rate: float) -> None:
+    """A job of a step in 100 seconds has a ratio that is as fine as that of a job of 1000 in a second."""
+    steps = 1000
+    flags = int(Flag.CLIPPED) * (np.arange(steps) % 4 == 0)
+    found = feed(_noise(steps), flags=flags, time_ns=(np.arange(steps) / rate * SECOND).astype(np.int64))
+    assert found.clip_ratio == pytest.approx(0.25, abs=0.02)
+
+
+def test_many_layers_are_refreshed_in_turns() -> None:
+    """Where there are more layers than are sorted at once, each has the median of its own steps, batches or not."""
+    count, steps = 4 * CHUNK + 3, 200
+    rng = np.random.default_rng(0)
+    norms = rng.lognormal(0, 0.3, (steps, count)).astype(np.float32).astype(np.float64)
+    whole, single = LayerBaseline(count), LayerBaseline(count)
+    nobody, first, largest = np.zeros(count, np.bool_), 0, 0
+    while first < steps:
+        part = norms[first : first + whole.room]
+        whole.add(part, nobody)
+        first += len(part)
+        largest = max(largest, len(part))
+    for row in norms:
+        single.add(row[None], nobody)
+    assert largest < 64
+    np.testing.assert_array_equal(whole.median, single.median)
+    logs = np.log(norms[:, ::97]).astype(np.float32)
+    known = {last: np.median(logs[:last][_sampled(np.arange(last))], axis=0) for last in range(128, steps + 1)}
+    newest = np.stack([known[last] for last in range(steps - 63, steps + 1)])
+    assert np.isclose(whole.median[::97], newest, atol=1e-6).any(axis=0).all()
 
 
 @settings(deadline=None)

@@ -31,8 +31,6 @@ from which down the optimizer no longer makes up for the gradient's size. Zero i
 EXPLODING_RATIO, EXPLODING_STEPS = 10.0, 8
 """A layer is exploding when its norm was above ten times its usual one, or not finite, in so many steps running: a
 spike, and a loss scale that is being found, take fewer."""
-HOLD_STEPS = 20_000
-"""A layer that is vanishing or exploding keeps its baseline, or it would soon be usual; after so many steps it is."""
 LAYER_METRICS = (
     "gradiometer_layer_grad_norm_last",
     "gradiometer_layer_grad_norm_window_max",
@@ -107,7 +105,6 @@ class LayerSummary:
         self._peak: Floats | None = None
         self._below, self._above = Streak(count), Streak(count)
         self._log_sum, self._log_weight = np.zeros(count), np.zeros(count)
-        self._held: Integers = np.zeros(count, np.int64)
         elements = [max(1, parameter.numel) * parameter.trainable for parameter in manifest.parameters]
         self._floor = VANISHING_ELEMENT * np.sqrt(np.bincount(index, elements, count))
 
@@ -148,9 +145,7 @@ class LayerSummary:
         self._below.add(norms <= np.fmax(usual * VANISHING_RATIO, self._floor), present)
         with np.errstate(invalid="ignore"):
             self._above.add(~(norms <= usual * EXPLODING_RATIO) & ~np.isnan(usual), present)
-        flagged = self.vanishing | self.exploding
-        self._held = np.where(flagged, self._held + len(norms), 0)
-        self._baseline.add(norms, flagged & (self._held <= HOLD_STEPS))
+        self._baseline.add(norms, self.vanishing | self.exploding)
 
     @property
     def judged(self) -> bool:
@@ -277,7 +272,7 @@ class RunSummary:
 
     @property
     def clip_ratio(self) -> float:
-        """Share of the last minute's steps whose gradients were clipped; NaN before 32 steps, which are no rate."""
+        """Share of steps whose gradients were clipped, of the last minute or at least the last 32; NaN before these."""
         return self._clipped.ratio
 
     def update(self, rows: Rows, status: np.void) -> None:

@@ -31,12 +31,14 @@ MINIMUM_SAMPLES = 32
 """A layer needs as many norms above zero among the samples to have a baseline."""
 REFRESH_STEPS = 64
 """Steps after which the medians of layers are computed anew."""
+HOLD_STEPS = 20_000
+"""A layer that is vanishing or exploding keeps its baseline, or it would soon be usual; after so many steps it is."""
 MAD_TO_DEVIATION = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation."""
 DEVIATION_FLOOR = 0.1
 """Least deviation of a log norm in a score: what hardly moves at all is not unusual when it moves by a tenth."""
 CHUNK = 4096
-"""Layers whose medians are computed at once, which bounds the memory that takes."""
+"""Layers whose medians are computed at once, which bounds the memory that takes, and the time."""
 
 
 class WindowMax:
@@ -74,17 +76,20 @@ class WindowMax:
 
 
 class WindowRatio:
-    """Share of the rows of the last WINDOW_SECONDS, in the rows' own time, in which something was so."""
+    """Share of the rows in which something was so: of those of the last WINDOW_SECONDS, in the rows' own time.
+
+    Where these are fewer than MINIMUM_SAMPLES, as of a job of long steps, it is the last so many rows.
+    """
 
     def __init__(self) -> None:
         self._counts = np.zeros((BUCKETS, 2), np.int64)
         self._buckets = np.full(BUCKETS, -1, np.int64)
-        self._newest, self._seen = -1, 0
+        self._newest, self._last = -1, np.empty(0, np.bool_)
 
     def add(self, time_ns: Integers, so: Mask) -> None:
         """Take in rows, oldest first: int64[T] and bool[T]; T is at least 1."""
         buckets = time_ns // BUCKET_NS
-        self._newest, self._seen = int(buckets[-1]), self._seen + len(buckets)
+        self._newest, self._last = int(buckets[-1]), np.concatenate([self._last, so])[-MINIMUM_SAMPLES:]
         for bucket in np.unique(buckets[np.abs(buckets - self._newest) < BUCKETS]):
             chosen, slot = so[buckets == bucket], int(bucket) % BUCKETS
             if self._buckets[slot] != bucket:
@@ -94,10 +99,10 @@ class WindowRatio:
     @property
     def ratio(self) -> float:
         """From 0 to 1; NaN before MINIMUM_SAMPLES rows, as one or two first steps are no rate."""
-        if self._seen < MINIMUM_SAMPLES:
+        if len(self._last) < MINIMUM_SAMPLES:
             return float("nan")
         so, rows = self._counts[np.abs(self._buckets - self._newest) < BUCKETS].sum(axis=0)
-        return float(so / rows)
+        return float(so / rows if rows >= MINIMUM_SAMPLES else self._last.mean())
 
 
 class LayerBaseline:
@@ -105,7 +110,8 @@ class LayerBaseline:
 
     In each SAMPLED_EVERY steps one is kept, not always the same: a model whose steps alternate, as with two optimizers,
     is sampled in all of them. Norms that are zero or not finite are passed over. The medians are computed anew every
-    REFRESH_STEPS steps, from WARMUP_STEPS on, except for columns that are held.
+    REFRESH_STEPS steps, from WARMUP_STEPS on, except for columns that are held. Of very many columns they are computed
+    in turns, CHUNK columns at a time: whoever adds rows has others wait.
     """
 
     def __init__(self, columns: int) -> None:
@@ -117,22 +123,29 @@ class LayerBaseline:
         """Rows that were taken in."""
         self._ring = np.full((columns, SAMPLES), np.nan, np.float32)
         self._written = 0
+        self._held: Integers = np.zeros(columns, np.int64)
+        turns = 1
+        while turns * CHUNK < columns and turns < REFRESH_STEPS:
+            turns *= 2
+        self._every, self._width = REFRESH_STEPS // turns, -(-columns // turns)
+        """Steps from one turn to the next, and columns of each."""
 
     @property
     def room(self) -> int:
-        """Rows that :meth:`add` may be given before the medians are computed anew."""
-        return REFRESH_STEPS - self.steps % REFRESH_STEPS
+        """Rows that :meth:`add` may be given before medians are computed anew."""
+        return self._every - self.steps % self._every
 
     def add(self, norms: Floats, held: Mask) -> None:
         """Take in rows, float64[T, columns], oldest first, T at most :attr:`room`.
 
-        Columns that are ``held`` keep their medians.
+        Columns that are ``held`` after them keep their medians, for HOLD_STEPS steps in a row at most.
         """
         taken = _sampled(np.arange(self.steps, self.steps + len(norms)))
         self.steps += len(norms)
         self._keep(norms[taken])
-        if self.steps >= WARMUP_STEPS and self.steps % REFRESH_STEPS == 0:
-            self._refresh(held)
+        if self.steps >= WARMUP_STEPS and self.steps % self._every == 0:
+            first = self.steps % REFRESH_STEPS // self._every * self._width
+            self._refresh(slice(first, first + self._width), held)
 
     def _keep(self, norms: Floats) -> None:
         logs = np.full(norms.shape, np.nan)
@@ -141,12 +154,15 @@ class LayerBaseline:
         self._ring[:, places] = logs.T
         self._written += len(logs)
 
-    def _refresh(self, held: Mask) -> None:
-        for first in range(0, len(self.median), CHUNK):
+    def _refresh(self, turn: slice, held: Mask) -> None:
+        self._held[turn] = np.where(held[turn], self._held[turn] + REFRESH_STEPS, 0)
+        keeps = held[turn] & (self._held[turn] <= HOLD_STEPS)
+        medians, mads = self.median[turn], self.mad[turn]
+        for first in range(0, len(medians), CHUNK):
             part = slice(first, first + CHUNK)
-            median, mad = median_and_mad(self._ring[part])
-            self.median[part] = np.where(held[part], self.median[part], median)
-            self.mad[part] = np.where(held[part], self.mad[part], mad)
+            median, mad = median_and_mad(self._ring[turn][part])
+            medians[part] = np.where(keeps[part], medians[part], median)
+            mads[part] = np.where(keeps[part], mads[part], mad)
 
     def score(self, norms: Floats) -> Floats:
         """Say by how many robust deviations the log of each norm is above the median, float64[columns]; NaN if unknown.

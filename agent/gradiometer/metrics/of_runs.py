@@ -44,7 +44,8 @@ OF_RUNS = (
         name="gradiometer_clip_ratio",
         kind="gauge",
         labels=_RUN,
-        help=f"Share of the steps of the last {WINDOW_SECONDS:g} s whose gradients were clipped; left out before 32.",
+        help=f"Share of the steps of the last {WINDOW_SECONDS:g} s, and at least the last 32, whose gradients were "
+        "clipped; left out before 32 steps.",
     ),
     Metric(
         name="gradiometer_layer_grad_norm_last",
