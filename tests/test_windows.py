@@ -24,6 +24,7 @@ from gradiometer.windows import (
     WARMUP_STEPS,
     LayerBaseline,
     Streak,
+    WindowMax,
     WindowRatio,
     _sampled,
     median_and_mad,
@@ -267,6 +268,30 @@ def test_clip_ratio_is_that_of_the_last_minute(steps: list[tuple[int, bool]], cu
     live = newest - times // BUCKET_NS < 31
     shown = clipped[live] if live.sum() >= MINIMUM_SAMPLES else clipped[-MINIMUM_SAMPLES:]
     assert window.ratio == pytest.approx(shown.mean())
+
+
+jumps = st.sampled_from([0, 1, 1, 2, 5, 30, 61, -1, -5, -30, -70, 500, -500])
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.tuples(jumps, st.floats(0, 100)), min_size=1, max_size=40), cut=st.integers(0, 40))
+def test_a_clock_that_jumps_depends_on_no_batch(rows: list[tuple[int, float]], cut: int) -> None:
+    """Wherever the clock is set to, the window's end is the newest row, and batches make no difference."""
+    times = (10**6 + np.cumsum([seconds for seconds, _ in rows])) * SECOND
+    values = np.array([[value] for _, value in rows])
+    parts = ([slice(None)], [slice(cut), slice(cut, None)], [slice(row, row + 1) for row in range(len(rows))])
+    found = []
+    for batches in parts:
+        window = WindowMax(1)
+        for batch in batches:
+            if len(values[batch]):
+                window.add(times[batch], values[batch])
+        found.append(window.max()[0])
+    held: dict[int, float] = {}
+    for bucket, value in zip((times // BUCKET_NS).tolist(), values[:, 0].tolist(), strict=True):
+        held = {number: peak for number, peak in held.items() if abs(number - bucket) < 31}
+        held[bucket] = max(held.get(bucket, 0.0), value)
+    assert found == [max(held.values())] * 3
 
 
 def test_clip_ratio_needs_some_steps_and_a_clock(feed: Feed) -> None:

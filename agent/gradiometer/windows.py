@@ -6,6 +6,9 @@ number of columns alone. NaN and infinite norms poison no median.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +23,8 @@ Mask = npt.NDArray[np.bool_]
 BUCKET_NS = int(WINDOW_SECONDS * 1e9) // 30
 BUCKETS = 31
 """One more than the window holds, because the newest is not full: a maximum covers one window to one bucket more."""
+EMPTY = -(2**62)
+"""Number of no bucket, and far from all that are: times are nanoseconds."""
 BASELINE_STEPS = 512
 """Steps whose norms are the baseline: long beside a spike, short beside a schedule of the learning rate."""
 SAMPLED_EVERY = 4
@@ -41,37 +46,64 @@ CHUNK = 4096
 """Layers whose medians are computed at once, which bounds the memory that takes, and the time."""
 
 
+class _Buckets:
+    """The buckets of one window: BUCKETS places, and which bucket of time each of them is of.
+
+    The newest row is the end of the window, and what is a window away from it is forgotten for good: what lies ahead
+    as well, after the clock was set back.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = np.full(BUCKETS, EMPTY)
+
+    @property
+    def live(self) -> Mask:
+        """Places that hold a bucket of the window, bool[BUCKETS]."""
+        held: Mask = self._numbers != EMPTY
+        return held
+
+    def place(self, time_ns: Integers) -> Iterator[tuple[int, bool, slice]]:
+        """Yield the place of each bucket of rows at int64[T], whether it is to be emptied first, and its rows."""
+        buckets = time_ns // BUCKET_NS
+        falls = (np.diff(buckets) < 0).nonzero()[0] + 1
+        for first, last in pairwise([0, *falls.tolist(), len(buckets)]):
+            newest = int(buckets[last - 1])
+            self._forget(int(buckets[first]))
+            self._forget(newest)
+            first += int(np.searchsorted(buckets[first:last], newest - BUCKETS, side="right"))
+            changes = np.diff(buckets[first:last]).nonzero()[0] + first + 1
+            for start, end in pairwise([first, *changes.tolist(), last]):
+                number = int(buckets[start])
+                place = number % BUCKETS
+                other, self._numbers[place] = self._numbers[place] != number, number
+                yield place, bool(other), slice(start, end)
+
+    def _forget(self, newest: int) -> None:
+        self._numbers[np.abs(self._numbers - newest) >= BUCKETS] = EMPTY
+
+
 class WindowMax:
     """Rolling maximum of ``columns`` values over the last WINDOW_SECONDS of the rows' own time.
 
     Time is cut in buckets of a thirtieth of the window, and one maximum a column is kept for each of the last 31, so
     that a row costs one comparison a column whatever the step rate. The window ends at the newest row, not now: a run
-    that stalls keeps its maximum. NaN is passed over, +Inf is not. A clock that was set back starts a new window.
+    that stalls keeps its maximum. NaN is passed over, +Inf is not. A clock that was set back by more than the window
+    starts a new one.
     """
 
     def __init__(self, columns: int) -> None:
         self._peaks = np.full((BUCKETS, columns), np.nan)
-        self._buckets = np.full(BUCKETS, -1, np.int64)
-        self._newest = -1
+        self._buckets = _Buckets()
 
     def add(self, time_ns: Integers, values: Floats) -> None:
         """Take in rows, oldest first: int64[T] and float64[T, columns]; T is at least 1."""
-        buckets = time_ns // BUCKET_NS
-        self._newest = int(buckets[-1])
-        for bucket in np.unique(buckets[np.abs(buckets - self._newest) < BUCKETS]):
-            self._merge(int(bucket), np.fmax.reduce(values[buckets == bucket], axis=0))
-
-    def _merge(self, bucket: int, peak: Floats) -> None:
-        slot = bucket % BUCKETS
-        if self._buckets[slot] != bucket:
-            self._buckets[slot], self._peaks[slot] = bucket, peak
-        else:
-            np.fmax(self._peaks[slot], peak, out=self._peaks[slot])
+        for place, other, rows in self._buckets.place(time_ns):
+            peak = np.fmax.reduce(values[rows], axis=0)
+            self._peaks[place] = peak if other else np.fmax(self._peaks[place], peak)
 
     def max(self) -> Floats:
         """Largest value of each column in the window, float64[columns]; NaN where there was none."""
-        live = np.abs(self._buckets - self._newest) < BUCKETS
-        peaks: Floats = np.fmax.reduce(self._peaks[live], axis=0, initial=np.nan)
+        peaks: Floats = np.fmax.reduce(self._peaks[self._buckets.live], axis=0, initial=np.nan)
         return peaks
 
 
@@ -83,25 +115,23 @@ class WindowRatio:
 
     def __init__(self) -> None:
         self._counts = np.zeros((BUCKETS, 2), np.int64)
-        self._buckets = np.full(BUCKETS, -1, np.int64)
-        self._newest, self._last = -1, np.empty(0, np.bool_)
+        self._buckets = _Buckets()
+        self._last: Mask = np.empty(0, np.bool_)
 
     def add(self, time_ns: Integers, so: Mask) -> None:
         """Take in rows, oldest first: int64[T] and bool[T]; T is at least 1."""
-        buckets = time_ns // BUCKET_NS
-        self._newest, self._last = int(buckets[-1]), np.concatenate([self._last, so])[-MINIMUM_SAMPLES:]
-        for bucket in np.unique(buckets[np.abs(buckets - self._newest) < BUCKETS]):
-            chosen, slot = so[buckets == bucket], int(bucket) % BUCKETS
-            if self._buckets[slot] != bucket:
-                self._buckets[slot], self._counts[slot] = bucket, 0
-            self._counts[slot] += np.count_nonzero(chosen), len(chosen)
+        self._last = np.concatenate([self._last, so])[-MINIMUM_SAMPLES:]
+        for place, other, rows in self._buckets.place(time_ns):
+            if other:
+                self._counts[place] = 0
+            self._counts[place] += np.count_nonzero(so[rows]), len(so[rows])
 
     @property
     def ratio(self) -> float:
         """From 0 to 1; NaN before MINIMUM_SAMPLES rows, as one or two first steps are no rate."""
         if len(self._last) < MINIMUM_SAMPLES:
             return float("nan")
-        so, rows = self._counts[np.abs(self._buckets - self._newest) < BUCKETS].sum(axis=0)
+        so, rows = self._counts[self._buckets.live].sum(axis=0)
         return float(so / rows if rows >= MINIMUM_SAMPLES else self._last.mean())
 
 
