@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
+from gradiometer.records import Flag
 from tests._monitor import Monitor
 from tests._web import AS_READER, AS_WRITER, JOB, send, write_config, write_tokens
 
@@ -86,6 +88,33 @@ def test_one_run_in_detail(
     assert found["ring"]["first_step"] in (6, 7)
     assert found["created"] == pytest.approx(time.time(), abs=120)
     assert "/" not in json.dumps(found)
+
+
+def test_windows_are_those_of_the_rows(
+    served: Monitor, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
+) -> None:
+    """Baseline, deviation, clip ratio and what vanishes are as NumPy has them; null before there is enough to say."""
+    norms = np.random.default_rng(0).random((300, 4)) + 0.5
+    norms[:, 3] = 0.0
+    flags = [int(Flag.CLIPPED) * (step % 4 == 0) for step in range(300)]
+    write_run(make_manifest("run", capacity=200, created_ns=time.time_ns()), norms, flags=flags)
+    write_run(make_manifest("short", created_ns=time.time_ns()), norms[:20])
+    wait_until(lambda: len(ask(served, "/runs")["runs"]) == 2)
+    totals = np.sqrt(np.square(norms[100:].astype(np.float32).astype(np.float64)).sum(axis=1))
+    found = ask(served, "/runs/run")
+    windows = found["windows"]
+    uncounted = windows["uncounted_steps"]
+    assert uncounted in (100, 101)
+    totals = totals[uncounted - 100 :]
+    assert windows["grad_norm_baseline"] == pytest.approx(np.median(totals))
+    assert windows["grad_norm_mad"] == pytest.approx(np.median(np.abs(totals - np.median(totals))))
+    assert windows["grad_norm_window_max"] == pytest.approx(totals[-61:].max(), rel=0.05)
+    assert windows["clip_ratio"] == found["clip_ratio"] == pytest.approx(0.25, abs=0.02)
+    assert (windows["layers_vanishing"], windows["layers_exploding"]) == (1, 0)
+    windows = ask(served, "/runs/short")["windows"]
+    unknown = ("grad_norm_mad", "clip_ratio", "layers_vanishing", "layers_exploding")
+    assert [windows[name] for name in unknown] == [None] * 4
+    assert windows["uncounted_steps"] == 0
 
 
 def test_what_is_not_there_is_answered_with_what_is(

@@ -146,15 +146,21 @@ def test_a_file_that_was_cut_is_read_again_without_doubles(recorder: Recorder, f
     assert 9 in _steps(events)
 
 
-def test_a_link_is_not_followed(recorder: Recorder, follow: Follow, tmp_path: Path) -> None:
-    """A link in the place of the file is not read: it could point anywhere."""
-    secret = tmp_path / "secret"
-    secret.write_text(json.dumps({"kind": "nonfinite", "step": 42}) + "\n")
-    path = recorder.path / "events.jsonl"
-    path.unlink()
-    path.symlink_to(secret)
+@pytest.mark.parametrize("level", ["file", "rank", "run"])
+def test_a_link_is_not_followed(recorder: Recorder, follow: Follow, tmp_path: Path, level: str) -> None:
+    """A link in the place of the file, or of a directory above it, is not read: it could point anywhere."""
     events, _ = follow()
-    assert _steps(events) == []
+    kept = _steps(events)
+    path = {"file": recorder.path / "events.jsonl", "rank": recorder.path, "run": recorder.path.parent}[level]
+    elsewhere = tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    secret = {"file": elsewhere, "rank": elsewhere / "events.jsonl", "run": elsewhere / "rank-00000/events.jsonl"}
+    with secret[level].open("a") as file:
+        file.write(json.dumps({"kind": "nonfinite", "step": 42}) + "\n")
+    while events.follow():
+        pass
+    assert _steps(events) == kept
 
 
 def test_a_store_that_fails_is_waited_for(

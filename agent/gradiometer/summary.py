@@ -319,6 +319,12 @@ class RunSummary:
         logged = rows[(rows["flags"] & int(Flag.LOSS)) != 0]
         self.loss = float(logged["loss"][-1]) if len(logged) else self.loss
 
+    def amend(self, row: np.void) -> None:
+        """Take the newest row that was read as it is now: its loss may have been logged since."""
+        self.newest = row.copy()
+        if int(row["flags"]) & Flag.LOSS:
+            self.loss = float(row["loss"])
+
     def start_after(self, sequence: int) -> None:
         """Take the rows up to ``sequence`` for history, which the reader came too late for: they are not missed.
 

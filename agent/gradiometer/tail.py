@@ -118,7 +118,10 @@ class RankTail:
         summary, ring = self.summary, self._ring
         head = int(ring.status()["head"])
         first = max(summary.last_seen, head - self.manifest.ring.capacity)
-        rows, status = ring.read(summary.last_seen, self._limit), ring.status()
+        rows, status = ring.read(max(0, summary.last_seen - 1), self._limit + 1), ring.status()
+        if len(rows) and int(rows["begin"][0]) == summary.last_seen:
+            summary.amend(rows[0])
+            rows = rows[1:]
         self._take_sample()
         if not self.caught_up:
             self._pass_over_history(rows, int(status["head"]))

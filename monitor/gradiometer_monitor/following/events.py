@@ -16,10 +16,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from gradiometer.tail import RankTail
+from gradiometer.rank_files import open_file
+from gradiometer.tail import RankTail, identity
 from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.store import Event, Store
 
@@ -71,13 +73,11 @@ class Events:
             offset = self._offsets.get(key)
             offset = int(self.store.note(key, 0)) if offset is None else offset
             self._offsets[key] = offset
-            size = path.stat(follow_symlinks=False).st_size
-            offset = offset if size >= offset else 0  # it was cut: ids keep from being told twice what is still there
-            if size == offset:
+            if path.lstat().st_size == offset:
                 return False
             found, end = _read(path, offset)
-            if end == offset:
-                return False
+            if end == offset or identity(tail.path) != tail.identity:
+                return False  # of a later start, the events are its own
             self.store.add([_event(tail, raw, place) for place, raw in found], {key: end})
         except FileNotFoundError:
             return False
@@ -151,17 +151,19 @@ def _key(tail: RankTail) -> str:
 Lines = list[tuple[str, dict[str, Any]]]
 
 
-def _read(path: os.PathLike[str], offset: int) -> tuple[Lines, int]:
-    """Read complete lines from byte ``offset``, each with a name of its place, and return the offset after the last."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        text = os.pread(descriptor, CHUNK_BYTES, offset)
-    finally:
-        os.close(descriptor)
+def _read(path: Path, offset: int) -> tuple[Lines, int]:
+    """Read complete lines from byte ``offset``, each with a name of its place, and return the offset after the last.
+
+    A file that is shorter was cut: it is read from its start, and ids keep from being told twice what is still there.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = offset if size >= offset else 0
+        text = os.pread(file.fileno(), CHUNK_BYTES, start) if size > start else b""
     end = text.rfind(b"\n") + 1
     if not end and len(text) == CHUNK_BYTES:
-        return [(str(offset), {"message": f"a line of more than {CHUNK_BYTES} bytes"})], offset + len(text)
-    return list(_lines(text[:end], offset)), offset + end
+        return [(str(start), {"message": f"a line of more than {CHUNK_BYTES} bytes"})], start + len(text)
+    return list(_lines(text[:end], start)), start + end
 
 
 def _lines(text: bytes, offset: int) -> Iterator[tuple[str, dict[str, Any]]]:

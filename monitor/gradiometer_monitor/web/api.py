@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import numpy as np
 from fastapi import APIRouter, Query
 
 from gradiometer.records import RingReader, RunFormatError
@@ -114,6 +115,7 @@ def describe(run: Run) -> RunSummary:
         grad_norm=None if row is None else float(row["grad_norm_preclip"]),
         grad_norm_baseline=summary.grad_norm_baseline,
         loss=summary.loss,
+        clip_ratio=summary.clip_ratio,
         clip_events=int(run.ranks[0].clip_events.sum()),
         nonfinite_steps=int(status["nonfinite_steps"]),
         skipped_steps=int(status["skipped_steps"]),
@@ -126,7 +128,7 @@ def _state(state: str) -> State:
 
 def _detail(run: Run) -> RunDetail:
     lead = run.ranks[0]
-    manifest, revision, summary = lead.manifest, lead.revision, lead.summary
+    manifest, revision = lead.manifest, lead.revision
     named = [] if revision is None else [slot for _, slot in revision.named]
     return RunDetail(
         **dict(describe(run)),
@@ -146,9 +148,23 @@ def _detail(run: Run) -> RunDetail:
             acting=[slot.name for slot in named if slot.mode == "act"],
             shadow=[slot.name for slot in named if slot.mode == "shadow"],
         ),
-        windows=Windows(
-            grad_norm_baseline=summary.grad_norm_baseline, grad_norm_window_max=summary.grad_norm_window_max
-        ),
+        windows=_windows(lead),
+    )
+
+
+def _windows(tail: RankTail) -> Windows:
+    summary, layers = tail.summary, tail.summary.layers
+    vanishing, exploding = (
+        int(np.count_nonzero(each & layers.exported)) for each in (layers.vanishing, layers.exploding)
+    )
+    return Windows(
+        grad_norm_baseline=summary.grad_norm_baseline,
+        grad_norm_mad=summary.grad_norm_mad,
+        grad_norm_window_max=summary.grad_norm_window_max,
+        clip_ratio=summary.clip_ratio,
+        layers_vanishing=vanishing if layers.judged else None,
+        layers_exploding=exploding if layers.judged else None,
+        uncounted_steps=summary.uncounted,
     )
 
 

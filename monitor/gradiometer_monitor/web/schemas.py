@@ -73,6 +73,8 @@ class RunSummary(Model):
     """Running median of that norm."""
     loss: Number
     """Newest loss that was logged."""
+    clip_ratio: Number
+    """Share of the steps of the last 60 s, and at least the last 32, whose gradients were clipped; 0 to 1."""
     clip_events: int
     """Steps in which some policy that acts, or the loop itself, changed the gradients; summed over policies."""
     nonfinite_steps: int
@@ -117,9 +119,19 @@ class Windows(Model):
     """What is usual and what is not, of the lowest rank."""
 
     grad_norm_baseline: Number
-    """Running median of the global norm."""
+    """Median of the last 512 finite global norms."""
+    grad_norm_mad: Number
+    """Median absolute deviation of these from it; null before 128 of them."""
     grad_norm_window_max: Number
-    """Rolling maximum of the global norm."""
+    """Largest global norm of the last 60 s of steps."""
+    clip_ratio: Number
+    """As that of the run."""
+    layers_vanishing: int | None
+    """How many layers vanish; null before the 128 steps without which nothing is said."""
+    layers_exploding: int | None
+    """How many layers explode; null likewise."""
+    uncounted_steps: int
+    """Steps that had left the ring before it was first read: histograms and counts of layers do not hold them."""
 
 
 class RunDetail(RunSummary):

@@ -5,7 +5,6 @@ import { age, number, percent, times, whole } from "./format.js";
 
 const ORDER = { running: 0, lost: 1, finished: 2 };
 const now = () => Date.now() / 1000;
-const ratio = (run) => (run.steps ? Math.min(1, run.clip_events / run.steps) : null);
 const COLUMNS = [
   { key: "run", title: "Run", text: (run) => run.run_id, by: (run) => run.run_id },
   { key: "state", title: "State", text: (run) => run.state, by: (run) => ORDER[run.state] },
@@ -17,7 +16,7 @@ const COLUMNS = [
     by: (run) => run.grad_norm / run.grad_norm_baseline,
   },
   { key: "loss", title: "Loss", number: true, text: (run) => number(run.loss), by: (run) => run.loss },
-  { key: "clipped", title: "Clipped", number: true, text: (run) => percent(ratio(run)), by: ratio },
+  { key: "clipped", title: "Clipped", number: true, text: (run) => percent(run.clip_ratio), by: (run) => run.clip_ratio },
   {
     key: "nonfinite", title: "Non-finite", number: true,
     text: (run) => whole(run.nonfinite_steps), by: (run) => run.nonfinite_steps,

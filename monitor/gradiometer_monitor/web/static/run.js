@@ -175,7 +175,7 @@ export class RunView {
       put(this.state, run.state);
       this.state.dataset.state = run.state;
       set("Against usual", times(norm, run.grad_norm_baseline), usual > 10 ? "high" : usual > 3 ? "raised" : "");
-      set("Clipped", percent(run.steps ? Math.min(1, run.clip_events / run.steps) : null));
+      set("Clipped", percent(run.clip_ratio));
       set("Non-finite", whole(run.nonfinite_steps), run.nonfinite_steps ? "high" : "");
       set("Skipped", whole(run.skipped_steps), run.skipped_steps ? "raised" : "");
     }
