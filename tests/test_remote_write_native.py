@@ -48,6 +48,29 @@ recorder.close()
 """Writes steps as fast as each can have a millisecond of its own, and finishes."""
 
 
+BURSTS = """
+import os, sys, time
+import numpy as np, psutil
+from pathlib import Path
+from gradiometer.records import Manifest
+from gradiometer.recorder import Recorder, RowHeader
+
+manifest = Manifest.model_validate_json(sys.argv[2])
+mine = {"pid": os.getpid(), "process_start": psutil.Process().create_time(), "created_ns": time.time_ns()}
+recorder = Recorder(Path(sys.argv[1]), manifest.model_copy(update=mine))
+rng, nan = np.random.default_rng(manifest.rank), float("nan")
+for step in range(int(sys.argv[3])):
+    recorder.stats[:] = rng.random(recorder.stats.shape, np.float32)
+    norm = float(np.sqrt(np.square(recorder.stats[0].astype(np.float64)).sum()))
+    recorder.commit(RowHeader(step, time.time_ns(), 0, 0, 0, 1, -1, 0, norm, norm, 1.0, 0.1, nan, 1.0, 0.01, 0.001))
+    if step % 20 == 19:
+        time.sleep(0.04)
+        recorder.amend(float(step))
+recorder.close()
+"""
+"""Writes twenty steps at once, then waits, and logs the loss of the last when all may have read it."""
+
+
 class Make(Protocol):
     def __call__(self, name: str, window: str = ...) -> Database: ...
 
@@ -151,6 +174,50 @@ def test_a_killed_monitor_loses_and_spoils_nothing(
     wait_until(lambda: len(receiver.points('gradiometer_step_number{run_id="live"}')) == 3000, 60)
     compare(receiver, open_run(tmp_path / "live"), exact=True)
     assert metric(monitor, "samples_failed_total", "rejected") == 0
+
+
+def placed(run: Run) -> list[int]:
+    """Give each step the millisecond that it happened in, or else the next that no step before it has."""
+    times, newest = [], 0
+    for own in (run.rows["time_ns"] // 1_000_000).tolist():
+        newest = max(own, newest + 1)
+        times.append(newest)
+    return times
+
+
+@pytest.mark.native
+@pytest.mark.slow
+def test_two_ranks_in_bursts_are_there_exactly(
+    database: Make, start: Start, make_manifest: MakeManifest, spawn: Spawn, wait_until: WaitUntil, tmp_path: Path
+) -> None:
+    """Steps of one millisecond, losses that come late, two ranks; receiver and monitor are killed: nothing is amiss."""
+    receiver = database("prometheus", "30m")
+    options = config(tmp_path, receiver.write_url)
+    monitor = start(*options)
+    for rank in range(2):
+        manifest = make_manifest("live", capacity=20_000, rank=rank, world_size=2)
+        spawn(sys.executable, "-c", BURSTS, tmp_path, manifest.model_dump_json(), "4000")
+    wait_until(partial(reached, monitor, 1000), 60)
+    receiver.kill()
+    monitor.process.kill()
+    monitor.process.wait()
+    tmp_path.with_name(f"{tmp_path.name}-port").unlink()
+    monitor = start(*options)
+    time.sleep(0.5)  # it comes up while nobody takes anything
+    receiver.start()
+    number = 'gradiometer_step_number{run_id="live"}'
+    wait_until(lambda: [len(points) for _, points in receiver.series(number)] == [4000, 4000], 60)
+    wait_until(lambda: metric(monitor, "pending_rows") == 0, 20)
+    for rank in range(2):
+        run = open_run(tmp_path / "live", rank)
+        times, select = placed(run), f'{{run_id="live",rank="{rank}"}}'
+        assert receiver.points(f"gradiometer_step_number{select}") == dict(zip(times, run.steps.tolist(), strict=True))
+        norms = dict(zip(times, run.grad_norm_preclip.tolist(), strict=True))
+        assert receiver.points(f"gradiometer_step_grad_norm{select}") == norms
+        losses = {time: float(step) for step, time in enumerate(times) if step % 20 == 19}
+        assert receiver.points(f"gradiometer_step_loss{select}") == losses
+    layers = [labels["rank"] for labels, _ in receiver.series('gradiometer_step_layer_grad_norm{run_id="live"}')]
+    assert layers == ["0"] * 3
 
 
 @pytest.mark.native
