@@ -155,7 +155,7 @@ class LayerSummary:
     @property
     def median(self) -> Floats:
         """Usual norm of each layer, float64[L]: the median of its baseline; NaN where there is none yet."""
-        return np.exp(self._baseline.median)
+        return self._baseline.usual
 
     @property
     def mad(self) -> Floats:

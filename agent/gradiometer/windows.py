@@ -36,6 +36,8 @@ MINIMUM_SAMPLES = 32
 """A layer needs as many norms above zero among the samples to have a baseline."""
 REFRESH_STEPS = 64
 """Steps after which the medians of layers are computed anew."""
+MAX_TURNS = 16
+"""Turns in which the medians of very many layers are computed: each turn costs a look at all of them."""
 HOLD_STEPS = 20_000
 """A layer that is vanishing or exploding keeps its baseline, or it would soon be usual; after so many steps it is."""
 MAD_TO_DEVIATION = 1.4826
@@ -149,13 +151,15 @@ class LayerBaseline:
         """Median of the log norm, float64[columns]; NaN while there is no baseline."""
         self.mad: Floats = np.full(columns, np.nan)
         """Median absolute deviation from it, float64[columns], in units of the logarithm."""
+        self.usual: Floats = np.full(columns, np.nan)
+        """The norm whose logarithm the median is, float64[columns]."""
         self.steps = 0
         """Rows that were taken in."""
         self._ring = np.full((columns, SAMPLES), np.nan, np.float32)
         self._written = 0
         self._held: Integers = np.zeros(columns, np.int64)
         turns = 1
-        while turns * CHUNK < columns and turns < REFRESH_STEPS:
+        while turns * CHUNK < columns and turns < MAX_TURNS:
             turns *= 2
         self._every, self._width = REFRESH_STEPS // turns, -(-columns // turns)
         """Steps from one turn to the next, and columns of each."""
@@ -193,6 +197,7 @@ class LayerBaseline:
             median, mad = median_and_mad(self._ring[turn][part])
             medians[part] = np.where(keeps[part], medians[part], median)
             mads[part] = np.where(keeps[part], mads[part], mad)
+        self.usual[turn] = np.exp(medians)
 
     def score(self, norms: Floats) -> Floats:
         """Say by how many robust deviations the log of each norm is above the median, float64[columns]; NaN if unknown.
