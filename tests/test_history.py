@@ -311,8 +311,8 @@ def test_many_clients_ask_at_once(make_manifest: MakeManifest, write_run: WriteR
 
 
 def test_layers_say_what_the_summary_knows(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> None:
-    """The table has the layers in the order of the model: newest norm, largest, share, what was not finite."""
-    norms = np.array([[3.0, 6.0, 8.0, 0.5], [3.0, NAN, 1.0, 0.5], [3.0, 0.0, 4.0, 0.0]])
+    """The table has the layers in the order of the model: last, largest, share, what was not finite or not there."""
+    norms = np.array([[3.0, 6.0, 8.0, 0.5], [3.0, NAN, 1.0, 0.5], [3.0, 0.0, 4.0, -0.0]])
     write_run(make_manifest(created_ns=time.time_ns()), norms)
     status, body, _ = start().get("/api/v1/runs/run/layers")
     table = json.loads(body)
@@ -320,7 +320,7 @@ def test_layers_say_what_the_summary_knows(start: Start, make_manifest: MakeMani
     found = {layer["name"]: layer for layer in table["layers"]}
     assert list(found) == ["embed", "blocks.0", "head"]
     assert [(x["last"], x["window_max"], x["nonfinite_steps"]) for x in found.values()] == [
-        (3.0, 3.0, 0), (4.0, 10.0, 1), (0.0, 0.5, 0),
+        (3.0, 3.0, 0), (4.0, 10.0, 1), (None, 0.5, 0),
     ]  # fmt: skip
     assert [x["share"] for x in found.values()] == pytest.approx([9 / 25, 16 / 25, 0])
     assert [x["vanishing"] or x["exploding"] for x in found.values()] == [False] * 3

@@ -99,7 +99,9 @@ class LayerSummary:
         self.cosine = float("nan")
         """Cosine of the whole gradient and that of the step before, newest sample; NaN where it is not known."""
         self.last: Floats | None = None
-        """Norms of the newest row, float64[L]; None before the first."""
+        """Norms of the newest row, float64[L], zero where there was no gradient; None before the first."""
+        self.present: Mask = np.zeros(count, np.bool_)
+        """Layers that had a gradient in the newest row, bool[L]."""
         self.nonfinite: Integers = np.zeros(count, np.int64)
         self._window, self._baseline = WindowMax(count), LayerBaseline(count)
         self._peak: Floats | None = None
@@ -122,7 +124,7 @@ class LayerSummary:
         absent = np.logical_and.reduceat(ordered.view(np.uint32) == NEGATIVE_ZERO, self._starts, axis=1)
         self.exported |= ~absent.all(axis=0)
         norms = self._compose(ordered)
-        self.last = norms[-1]
+        self.last, self.present = norms[-1], ~absent[-1]
         self.nonfinite += np.count_nonzero(~np.isfinite(norms[len(norms) - fresh :]), axis=0)
         self._window.add(time_ns, norms)
         self._peak = None

@@ -133,7 +133,8 @@ class LayerRow(Model):
     share: Number
     """Of the squared norm of the newest step, 0 to 1."""
     anomaly: Number
-    """By how many robust deviations the log of the window's largest norm is above its usual."""
+    """By how many robust deviations the log of the window's largest norm is above its usual, or, until there is a usual
+    norm, above the mean of the first logs."""
     weight_norm: Number
     update_ratio: Number
     """Norm of the update over that of the weights; as the weights' norm, of the newest step that was sampled."""
@@ -342,7 +343,7 @@ def _layer_rows(summary: LayerSummary) -> Iterator[LayerRow]:
     for place in np.flatnonzero(summary.exported):
         yield LayerRow(
             name=summary.names[place],
-            last=float(last[place]),
+            last=float(last[place]) if summary.present[place] else None,
             window_max=float(peak[place]),
             nonfinite_steps=int(summary.nonfinite[place]),
             share=float(np.square(last[place]) / total) if total else None,
