@@ -229,6 +229,8 @@ def test_the_list_sorts_and_filters(two_runs: Monitor, visit: Open) -> None:
     page.wait_for_selector("text=another")
     names = page.locator(".runs td.c-run")
     assert names.all_inner_texts() == ["run", "another"]
+    of_few_steps = "\u2013"
+    assert page.locator(".runs td.c-clipped").all_inner_texts() == ["100 %", of_few_steps]
     page.click("th button:text('Run')")
     assert names.all_inner_texts() == ["another", "run"]
     assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "ascending"
