@@ -117,7 +117,7 @@ class Events:
         ``once`` names it within the run: another of that name is not kept, now or after a restart. ``time_ns`` is when
         it happened, now unless given. ``notes`` are written to the store together with it.
         """
-        now, message = time.time_ns(), message.encode("utf-8", "replace").decode()  # of half a surrogate, as JSON has it
+        now, message = time.time_ns(), message.encode("utf-8", "replace").decode()  # half a surrogate cannot be kept
         event = Event(
             id=f"{run_id}/monitor/{once or f'{now:x}'}/{kind}", run_id=run_id, kind=kind, message=message,
             time_ns=_count(time_ns) or now, step=_count(step), data=data,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from logging import getLogger
 
 from fastapi import FastAPI
 from fastapi.encoders import jsonable_encoder
@@ -14,6 +16,8 @@ from starlette.routing import Match
 from gradiometer_monitor.web.guards import HEADERS
 
 __all__ = ["handle_errors"]
+
+log = getLogger(__name__)
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
@@ -43,6 +47,13 @@ def handle_errors(app: FastAPI) -> None:
         body = json.dumps({"detail": problems}, ensure_ascii=False).encode("utf-8", "replace")
         return Response(body, 422, media_type="application/json")
 
+    def not_stored(request: Request, error: Exception) -> Response:
+        """Say that the file of events and notes is damaged, full or locked, and not this request's fault."""
+        log.warning("%s cannot be answered from the store: %s", request.url.path, error)
+        detail = "what the monitor remembers cannot be read or written just now: its log says why, try again"
+        return JSONResponse({"detail": detail}, status_code=503)
+
+    app.add_exception_handler(sqlite3.Error, not_stored)
     app.add_exception_handler(RequestValidationError, not_understood)
     app.add_exception_handler(405, not_allowed)
     app.add_exception_handler(Exception, failed)
