@@ -77,6 +77,8 @@ def test_who_heaps_requests_up_keeps_nobody_out(
     try:
         for connection in held:
             connection.sendall(asked * 600)
+        for connection in held:
+            assert connection.recv(1)  # all are being served
         for _ in range(5):
             assert monitor.get("/metrics")[0] == 200
     finally:
