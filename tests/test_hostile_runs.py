@@ -166,7 +166,7 @@ def test_text_of_a_run_forges_no_line_of_the_log(
     """Newlines and control characters in a manifest or an event are escaped wherever they are logged."""
     forged = "\n2026-01-01T00:00:00Z ERROR all tokens were revoked\x1b[2J"
     write_run(make_manifest("evil", created_ns=time.time_ns()), [[1.0] * 4])
-    write_run(make_manifest("good", created_ns=time.time_ns(), labels={"a": forged}), [[1.0] * 4])
+    write_run(make_manifest("good", created_ns=time.time_ns(), host=forged, labels={"a": forged}), [[1.0] * 4])
     manifest = tmp_path / "evil" / "rank-00000" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"device": [forged], "pid": forged}))
     events = tmp_path / "good" / "rank-00000" / "events.jsonl"
@@ -178,6 +178,7 @@ def test_text_of_a_run_forges_no_line_of_the_log(
     log = monitor.process.communicate(timeout=20)[1]
     assert not [line for line in log.splitlines() if line.startswith("2026-01-01")]
     assert "\x1b" not in log
+    assert r"on \n2026-01-01T00:00:00Z ERROR all tokens were revoked\x1b[2J" in log  # it is there, and escaped
 
 
 def test_text_of_a_run_is_no_markup(

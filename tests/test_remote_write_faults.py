@@ -238,6 +238,18 @@ def test_what_is_not_the_samples_fault_is_tried_again(
         assert pusher.count("up") == 1
 
 
+def test_a_receiver_may_close_after_each_answer(
+    push: Push, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
+) -> None:
+    """What is taken is sent once, also where a receiver, or a proxy before it, keeps no connection."""
+    with serve(lambda _: (200, b"", {"Connection": "close"})) as stub:
+        write_run(make_manifest("run"), np.ones((5, 4)), time_ns=recent(5), close=True)
+        pusher = push(stub.url)
+        pusher.until(wait_until, lambda: pusher.count("rows_sent_total") == 5)
+        assert pusher.count("requests_total", "later") == 0
+        assert values(stub, "gradiometer_step_number") == [0, 1, 2, 3, 4]
+
+
 def test_retry_after_is_honoured(push: Push, make_manifest: MakeManifest, write_run: WriteRun) -> None:
     """A receiver that asks for a pause is not asked before it is over."""
     with serve(lambda _: (429, b"", {"Retry-After": "600"})) as stub:

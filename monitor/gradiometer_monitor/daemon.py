@@ -37,6 +37,7 @@ from gradiometer_monitor.services import Context, Service, stop_all
 from gradiometer_monitor.store import Store
 from gradiometer_monitor.web.app import app
 from gradiometer_monitor.web.connections import server_config
+from gradiometer_monitor.web.history import HistoryCache
 from gradiometer_monitor.web.listen import Listener, listen
 from gradiometer_monitor.web.scrape import HEALTHY_POLLS, HEALTHY_SECONDS
 
@@ -88,7 +89,8 @@ class Daemon:
         self._listener, self._hangups, self._reread = listener, hangups, reread
         self._stop, self._poll_now = threading.Event(), threading.Event()
         self._reloaded, self._reloaded_at = True, time.time()
-        self._app = app(self.context, self.exposition, settings)
+        self._history = HistoryCache()
+        self._app = app(self.context, self.exposition, settings, self._history)
         self._switch = Switch(self._app)
         self._server = Server(
             server_config(self._switch, settings, listener), serving=self._serving, stopping=self._stopping
@@ -131,7 +133,7 @@ class Daemon:
             log.info("the settings were read again: none has changed")
             return
         # All is built before anything is replaced: what cannot be built leaves the monitor as it was.
-        made, served = _services(new, self.context), app(self.context, self.exposition, new)
+        made, served = _services(new, self.context), app(self.context, self.exposition, new, self._history)
         self._app.state.streams.close()  # their clients come again, and are asked who they are
         self._app = served
         logs.configure(new.log)
@@ -167,13 +169,13 @@ class Daemon:
         """Wait for the threads; the process goes without those that do not end."""
         self._stopping()
         deadline = time.monotonic() + GRACE_SECONDS
-        for thread in self._threads:
+        for thread in [*self._threads, *_pool()]:
             thread.join(max(0.0, deadline - time.monotonic()))
         stop_all(self.services, max(0.5, deadline - time.monotonic()))
         self._listener.close()
         left = {thread.name for thread in self._threads if thread.is_alive()}
         left |= {f"gradiometer-{service.name}" for service in self.services if service.alive}
-        left |= {each.name for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()}
+        left |= {each.name for each in _pool()}
         if left:
             log.warning("ended without waiting longer for %s", ", ".join(sorted(left)))
             os._exit(0)  # what they use stays open under them, and none holds the interpreter up
@@ -241,6 +243,11 @@ def _services(settings: Settings, context: Context) -> list[Service]:
         services.append(AlertService(settings.alerts, context))
     services += [RemoteWrite(receiver, context) for receiver in settings.remote_write]
     return services
+
+
+def _pool() -> list[threading.Thread]:
+    """Return the threads that handlers of requests run in, which the interpreter would wait for."""
+    return [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
 
 
 def _write_port(path: Path, port: int) -> None:

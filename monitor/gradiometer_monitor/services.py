@@ -103,8 +103,9 @@ class Service(ABC):
     def _run(self) -> None:
         while not self._stop.is_set():
             self._wake.clear()
-            seconds = self._round()
-            self._wake.wait(seconds)
+            if self._stop.is_set():  # whose call to wake up may just have been cleared
+                break
+            self._wake.wait(self._round())
         self.close()
 
     def _round(self) -> float:

@@ -72,6 +72,9 @@ class Store:
         self.directory = directory
         self._lock, self._added = threading.RLock(), 0
         self._held: int | None = None
+        self._file: tuple[int, int] | None = None
+        """Device and inode of the database."""
+        self._warned = False
         if directory is None:
             self._base = _connect(":memory:")
             return
@@ -79,6 +82,7 @@ class Store:
         self._held = _hold(directory / LOCK)
         try:
             self._base = _open(directory / DATABASE)
+            self._file = _identity(directory / DATABASE)
         except BaseException:
             self._release()
             raise
@@ -99,8 +103,17 @@ class Store:
 
     @property
     def persistent(self) -> bool:
-        """Whether what is stored outlives the process."""
-        return self.directory is not None
+        """Whether what is stored outlives the process: not from memory, nor from a file that somebody has removed."""
+        if self.directory is None:
+            return False
+        there = _identity(self.directory / DATABASE) == self._file
+        if not there and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s was removed or replaced: what is stored from now on goes with the process; restart the monitor",
+                self.directory / DATABASE,
+            )
+        return there
 
     def note(self, key: str, default: Any = None) -> Any:
         """Return what was noted under ``key``, as JSON gives it, or ``default``."""
@@ -241,6 +254,14 @@ def _check(base: sqlite3.Connection) -> None:
     version = base.execute("PRAGMA user_version").fetchone()[0]
     if version > VERSION:
         raise sqlite3.NotSupportedError(f"the file is of version {version}, this monitor knows {VERSION}: update it")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _hold(path: Path) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 __all__ = ["Accepted", "Alert", "Notification"]
 
 SUMMARY = 300
-"""Characters of an alert's summary that are kept."""
+"""Characters of an alert's summary, and of its name, that are kept."""
+Text = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "replace").decode())]
+"""Text that can be written to files: JSON may name half of a surrogate pair, for which '?' stands here."""
 
 
 class Alert(BaseModel):
@@ -18,16 +20,16 @@ class Alert(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     status: Literal["firing", "resolved"]
-    labels: dict[str, str] = {}
-    annotations: dict[str, str] = {}
-    starts_at: str = Field("", alias="startsAt", max_length=64)
+    labels: dict[Text, Text] = {}
+    annotations: dict[Text, Text] = {}
+    starts_at: Text = Field("", alias="startsAt", max_length=64)
     """When it began to fire, RFC 3339; another firing begins at another time."""
-    fingerprint: str = Field("", max_length=128)
+    fingerprint: Text = Field("", max_length=128)
     """Alertmanager's name of the label set."""
 
     @property
     def name(self) -> str:
-        return self.labels.get("alertname", "")
+        return self.labels.get("alertname", "")[:SUMMARY]
 
     @property
     def identity(self) -> str:

@@ -73,6 +73,9 @@ class AlertService(Service):
         self._context.alerts.taker = self
         super().start()
 
+    def close(self) -> None:
+        self._context.events.forget(self.wake)
+
     def accept(self, notification: Notification, by: str) -> Accepted:
         """Keep what the rules match, to be done soon; from any thread. Raises FullError where it cannot be kept."""
         with self._accepting:
@@ -153,6 +156,12 @@ class AlertService(Service):
             log.warning("run %s: rule %s cannot act, and will try again: %s", job.run_id, job.rule, error)
             busy.add(job.run_id)
             return False
+        except sqlite3.Error:  # for which nothing can be done with any job
+            raise
+        except Exception as error:  # whatever is wrong with one job, those behind it must be done
+            log.exception("run %s: rule %s failed, and is not tried again for this alert", job.run_id, job.rule)
+            notes = {} if job.resolved else self._seen(job, "failed")
+            self._conclude(job, "failed", f"{type(error).__name__}: see the monitor's log", notes=notes)
         return True
 
     def _expire(self, job: Job, rule: Rule | None) -> None:

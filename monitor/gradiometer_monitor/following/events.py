@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ class Events:
     def listen(self, listener: Callable[[], None]) -> None:
         """Have ``listener`` called, from any thread, when there may be new events; it must be quick and not raise."""
         self._listeners.append(listener)
+
+    def forget(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` no more. Does nothing for one that is not called."""
+        with suppress(ValueError):
+            self._listeners.remove(listener)
 
     def follow(self) -> bool:
         """Read what was written since the last time, and tell whether there is more; for the thread that polls."""
@@ -111,7 +117,7 @@ class Events:
         ``once`` names it within the run: another of that name is not kept, now or after a restart. ``time_ns`` is when
         it happened, now unless given. ``notes`` are written to the store together with it.
         """
-        now = time.time_ns()
+        now, message = time.time_ns(), message.encode("utf-8", "replace").decode()  # half a surrogate cannot be kept
         event = Event(
             id=f"{run_id}/monitor/{once or f'{now:x}'}/{kind}", run_id=run_id, kind=kind, message=message,
             time_ns=_count(time_ns) or now, step=_count(step), data=data,
@@ -140,7 +146,7 @@ class Events:
         return kept
 
     def _announce(self) -> None:
-        for listener in self._listeners:
+        for listener in tuple(self._listeners):
             listener()
 
 

@@ -12,7 +12,6 @@ import hashlib
 import random
 import threading
 import time
-import weakref
 from collections.abc import Iterable
 from logging import getLogger
 from typing import Any
@@ -66,8 +65,11 @@ class GrafanaService(Service):
         self._tries, self._not_before, self._apply_at = 0, 0.0, 0.0
         self._poison: tuple[str, int] = ("", 0)
         self._told: object = None
-        itself = weakref.ref(self)
-        context.events.listen(lambda: _wake(itself()))
+
+    def start(self) -> None:
+        """Begin, and be woken by events from now on."""
+        self._context.events.listen(self.wake)
+        super().start()
 
     def samples(self) -> Iterable[Sample]:
         for result, count in self._counts.items():
@@ -76,6 +78,7 @@ class GrafanaService(Service):
         yield "gradiometer_grafana_up", (), float(self._up)
 
     def close(self) -> None:
+        self._context.events.forget(self.wake)
         self._disconnect()
 
     def work(self) -> float:
@@ -282,11 +285,6 @@ class GrafanaService(Service):
         self._tries += 1
         self._not_before = time.monotonic() + wait
         return wait
-
-
-def _wake(service: GrafanaService | None) -> None:
-    if service is not None:
-        service.wake()
 
 
 def _digest(*parts: object) -> str:

@@ -27,14 +27,17 @@ from gradiometer_monitor.web.tokens import Tokens
 __all__ = ["app"]
 
 
-def app(context: Context, exposition: Exposition, settings: Settings) -> FastAPI:
-    """Make the application that serves ``context.runs``. Raises SettingsError if its tokens cannot be read."""
+def app(context: Context, exposition: Exposition, settings: Settings, cache: HistoryCache | None = None) -> FastAPI:
+    """Make the application that serves ``context.runs``. Raises SettingsError if its tokens cannot be read.
+
+    ``cache`` of another's rows is taken over, so that a reload neither reads nor holds them twice.
+    """
     tokens = None if settings.auth.tokens_file is None else Tokens(settings.auth.tokens_file)
     made = documented(settings.limits)
     made.include_router(api.router(context))
     made.include_router(policy.router(context))
     made.include_router(alerts.router(context, enabled=settings.alerts is not None))
-    cache, streams = HistoryCache(), stream.Streams()
+    cache, streams = cache or HistoryCache(), stream.Streams()
     made.state.streams = streams
     made.include_router(rows.router(context, cache))
     made.include_router(stream.router(context, cache, streams))

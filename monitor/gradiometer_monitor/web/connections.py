@@ -52,8 +52,12 @@ class Connection(H11Protocol):
 
     @property
     def idle_since(self) -> float | None:
-        """When (monotonic) the connection began to wait for its client; None while it is being served."""
-        return None if self._serving and not self.flow.write_paused else self._waits_since
+        """When (monotonic) the connection began to wait for its client; None while it is being served.
+
+        One whose client has sent more requests than it has taken answers of is not: it could keep others out for long.
+        """
+        heaped = bool(self.conn.trailing_data[0])
+        return None if self._serving and not self.flow.write_paused and not heaped else self._waits_since
 
     @property
     def _serving(self) -> bool:
