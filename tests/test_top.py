@@ -81,7 +81,7 @@ def test_what_runs_comes_first(open_top: Open, record: Callable[..., Recorder], 
     for name in ("beta", "gamma"):
         record(name).close()
     terminal = open_top()
-    wait_until(lambda: re.search(r"› alpha .*\n +gamma .*\n +beta ", terminal.text()))
+    wait_until(lambda: re.search(rf"{UNICODE.mark} alpha .*\n +gamma .*\n +beta ", terminal.text()))
 
 
 def test_numbers_are_short() -> None:
