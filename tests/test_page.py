@@ -297,9 +297,7 @@ def test_a_lost_run_stands_out(start: Start, make_manifest: MakeManifest, write_
     assert set(page.locator(".chip[data-level=high]").all_inner_texts()) == {"run lost", "nonfinite"}
 
 
-def test_a_run_that_is_not_there(
-    start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open
-) -> None:
+def test_a_run_that_is_not_there(start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open) -> None:
     """The page says so, not that the monitor is away, and shows the run once it begins."""
     monitor = start()
     page = visit(monitor, "/#run=later", expected="404")

@@ -31,8 +31,8 @@ class Rule(Section):
     action: Action
     """``policy``: put another policy in force. ``checkpoint``, ``stop``: ask the training loop, which decides."""
     policy: Any = None
-    """With the action ``policy``: the path of a file, read when the settings are and relative to the config file, or the
-    policy itself; ``none`` observes only."""
+    """With the action ``policy``: the path of a file, read when the settings are and relative to the config file, or
+    the policy itself; ``none`` observes only."""
     on_resolved: Literal["nothing", "restore"] = "nothing"
     """``restore``: once no alert of the rule fires for the run, the policy that was in force before comes back, unless
     somebody has changed it since. With the action ``policy`` only."""
