@@ -60,7 +60,7 @@ class Receiver:
             client = self._client = self._client or self._connect()
             headers = self._headers()
             with client.stream("POST", self._settings.url, content=body, headers=headers, timeout=seconds) as response:
-                # Asked for first: with the end of its answer a receiver may close, as VictoriaMetrics does now and then.
+                # Asked for first: a receiver may close at the end of its answer, as VictoriaMetrics does now and then.
                 stream = response.extensions.get("network_stream")
                 connection = stream.get_extra_info("client_addr") if stream is not None else None
                 words = _words(response, time.monotonic() + seconds)  # read to its end, or the connection is lost
