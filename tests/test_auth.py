@@ -249,6 +249,9 @@ def test_a_command_makes_tokens(tmp_path: Path) -> None:
     assert refused.exit_code == 1
     assert "has mode 0644" in refused.output
     assert len(path.read_text().splitlines()) == 3
+    lost = runner.invoke(cli, ["token", "read", "late", "--file", str(tmp_path / "no" / "tokens")])
+    assert lost.exit_code == 1
+    assert f"--file '{tmp_path}/no/tokens': cannot be written (No such file or directory)" in lost.output
 
 
 def test_a_check_of_the_config_tells_what_would_be_refused(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None
     [
         ("- 1\n", "expected settings by name"),
         ("a: [1\n", r"monitor.yaml:2:1: the config is not YAML: "),
+        ("log:\n\tlevel: info\n", r"monitor.yaml:2:1: .* not YAML: a line begins with a tab: indent with spaces"),
+        ("remote_write:\n  name: a\n", r"monitor.yaml:1:1: remote_write: expected a list: '- ' before each entry"),
+        ("dir: /etc/passwd\n", r"monitor.yaml:1:6: dir is '/etc/passwd': is not a directory"),
         ("root: /runs\n", r"monitor.yaml:1:7: root: no such setting, did you mean 'dir'\?"),
         ("poll_seconds: 3 parsecs\n", "poll_seconds is '3 parsecs': expected a number, or one with a unit of ms, s, m"),
     ],
@@ -111,8 +114,12 @@ def test_argument_before_environment_before_file_before_default(
 def test_paths_begin_where_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative path in the file begins at the file, one in a variable or an argument where the monitor is started."""
     monkeypatch.setenv("GRADIOMETER_MONITOR_STATE_DIR", "state")
-    path = _write(tmp_path, "dir: runs\nport_file: port\nauth: {tokens_file: ../tokens}\n")
-    settings = resolve(config=path)
+    (tmp_path / "tight.yaml").write_text("version: 1\npipeline: [{global_norm: {max_norm: 0.1}}]\n")
+    rule = "{name: a, alertname: A, action: policy, policy: tight.yaml}"
+    files = f"auth: {{tokens_file: ../tokens}}\nalerts: {{rules: [{rule}]}}\n"
+    settings = resolve(config=_write(tmp_path, f"dir: runs\nport_file: port\n{files}"))
+    assert settings.alerts is not None
+    assert settings.alerts.rules[0].policy["pipeline"] == [{"global_norm": {"max_norm": 0.1}}]
     assert (settings.root, settings.port_file) == (tmp_path / "runs", tmp_path / "port")
     assert settings.auth.tokens_file == tmp_path / "../tokens"
     assert settings.state_dir == Path("state")

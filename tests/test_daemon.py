@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +215,19 @@ def test_the_end_waits_for_nobody(spawn: Spawn, tmp_path: Path, wait_until: Wait
     assert process.returncode == 0
     assert "gradiometer-stuck" in log
     assert "Traceback" not in log
+
+
+def test_the_end_waits_for_the_workers_of_requests(spawn: Spawn, tmp_path: Path, wait_until: WaitUntil) -> None:
+    """A monitor that was asked something and is idle ends without a word of what it did not wait for."""
+    command = (sys.executable, "-m", "gradiometer_monitor", "--dir", tmp_path, "--port", "0")
+    process = spawn(*command, "--port-file", tmp_path / "port", stderr=subprocess.PIPE)
+    port = _port(tmp_path / "port", wait_until)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(urllib.request.urlopen, f"http://127.0.0.1:{port}/api/v1/runs") for _ in range(32)]
+    assert {each.result().status for each in asked} == {200}
+    process.terminate()
+    assert "without waiting" not in process.communicate(timeout=30)[1]
+    assert process.returncode == 0
 
 
 def test_the_second_signal_ends_it_at_once(spawn: Spawn, tmp_path: Path, wait_until: WaitUntil) -> None:

@@ -28,7 +28,7 @@ def metrics_page() -> str:
     lines = [
         "# Metrics",
         "",
-        "Written from `gradiometer/metrics.py` by `make golden`. The scrape adds `job` and `instance`; samples have no",
+        "Written from `gradiometer/metrics/` by `make golden`. The scrape adds `job` and `instance`; samples have no",
         "timestamps. A gauge whose value is not known is left out; a counter is there from the start, at 0.",
         "",
         "| metric | type | labels | what |",

@@ -290,6 +290,28 @@ def test_nothing_is_wider_than_the_screen(
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
 
 
+def test_a_lost_run_stands_out(start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open) -> None:
+    """The incident of a process that is gone is as red as one of a gradient that was not finite."""
+    gone = make_manifest("gone", created_ns=time.time_ns(), pid=2**22 + 1, process_start=1)
+    write_run(gone, np.ones((20, 4))).event("nonfinite", "blocks.0.1 is not finite", step=3)
+    page = run_page(visit, start(), "gone")
+    page.wait_for_selector(".incident .chip:text-is('run lost')")
+    assert set(page.locator(".chip[data-level=high]").all_inner_texts()) == {"run lost", "nonfinite"}
+
+
+def test_a_run_that_is_not_there(start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open) -> None:
+    """The page says so, not that the monitor is away, and shows the run once it begins."""
+    monitor = start()
+    page = visit(monitor, "/#run=later", expected="404")
+    page.wait_for_selector(".notice:text-matches('No run later is followed here')")
+    assert page.locator("#link").inner_text() == "live"
+    assert not page.locator(".board").is_visible()
+    write_run(make_manifest("later", created_ns=time.time_ns()), np.ones((20, 4)))
+    page.wait_for_selector(".uplot canvas")
+    page.wait_for_selector(".layers tbody tr")
+    assert not page.locator(".notice").is_visible()
+
+
 CONTRASTS = """() => {
   const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return text.startsWith("color(srgb")
     ? [...n.slice(0, 3).map((v) => 255 * v), n[3] ?? 1] : [n[0], n[1], n[2], n[3] ?? 1]; };

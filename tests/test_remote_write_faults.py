@@ -55,6 +55,19 @@ def test_a_restart_goes_on_where_it_was(
     assert values(taking, "gradiometer_step_number") == [0, 1, 2, 3, 4]
 
 
+def test_a_receiver_that_closes_after_its_answer_has_taken_the_rows(
+    push: Push, make_manifest: MakeManifest, write_run: WriteRun
+) -> None:
+    """An answer is an answer, though the connection ends with it: nothing is sent twice, and the receiver is up."""
+    with serve(lambda _: (204, b"", {"Connection": "close"})) as closing:
+        write_run(make_manifest("run"), np.ones((3, 4)), time_ns=recent(3), close=True)
+        pusher = push(closing.url)
+        pusher.work()
+        pusher.work()
+        assert values(closing, "gradiometer_step_number") == [0, 1, 2]
+        assert pusher.count("up") == 1
+
+
 def test_what_was_sent_before_a_crash_is_sent_the_same(
     push: Push, taking: Stub, make_manifest: MakeManifest, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -263,7 +263,24 @@ def test_a_run_of_somebody_else_is_listed(
     runs = Runs(tmp_path, retention_seconds=900)
     assert _names(runs) == ["mine"]
     assert not runs.poll_succeeded
-    assert [(Path(name).name, error) for name, error in runs.unreadable().items()] == [("theirs", "PermissionError")]
+    assert runs.unreadable() == {"theirs": "PermissionError"}
+    runs.close()
+
+
+def test_a_root_of_somebody_else_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the directory of all runs cannot be read the log says that, not that one run of several cannot."""
+
+    def refused(path: Path) -> list[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("gradiometer_monitor.following.runs.find_runs", refused)
+    runs = Runs(tmp_path, retention_seconds=900)
+    runs.poll()
+    assert runs.unreadable() == {tmp_path.name: "PermissionError"}
+    assert f"the directory of runs, {tmp_path}, cannot be read" in caplog.text
+    assert "--dir" in caplog.text
     runs.close()
 
 

@@ -18,7 +18,7 @@ import pytest
 from gradiometer.recorder import Recorder
 from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.logs import escape
-from gradiometer_monitor.top.draw import ASCII, UNICODE, Glyphs, age, chart, fit, peaks, spark
+from gradiometer_monitor.top.draw import ASCII, UNICODE, Glyphs, age, chart, fit, number, peaks, spark
 from gradiometer_monitor.top.follower import Follower
 from gradiometer_monitor.top.keys import _split
 from gradiometer_monitor.top.screen import State, render
@@ -73,6 +73,22 @@ def test_it_shows_live_data(
     assert "1 running, 1 finished, 0 lost" in terminal.text()
     append(recorder, [[1.0] * 4] * 3, loss=1.25, time_ns=time.time_ns())
     wait_until(lambda: re.search(r"alpha +running +52 .* 1\.25 ", terminal.text()))
+
+
+def test_what_runs_comes_first(open_top: Open, record: Callable[..., Recorder], wait_until: WaitUntil) -> None:
+    """However many runs ended since, the cursor begins on one that is running."""
+    record("alpha")
+    for name in ("beta", "gamma"):
+        record(name).close()
+    terminal = open_top()
+    wait_until(lambda: re.search(rf"{UNICODE.mark} alpha .*\n +gamma .*\n +beta ", terminal.text()))
+
+
+def test_numbers_are_short() -> None:
+    """An exponent of ten is for what would be long without."""
+    assert [number(value) for value in (2480.0, 123456.0, 1.5e7, 0.25, 1e-9, None)] == [
+        "2480", "123456", "1.5e+07", "0.25", "1e-09", "-",
+    ]  # fmt: skip
 
 
 def test_a_run_is_looked_at_and_left(open_top: Open, record: Callable[..., Recorder], wait_until: WaitUntil) -> None:

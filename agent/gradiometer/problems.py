@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Any, Self, TypeAlias
 
 __all__ = ["Path", "Problem", "ProblemsError", "explain", "guess", "shorten", "show_path"]
@@ -95,5 +96,5 @@ def _expected(item: Mapping[str, Any], path: Path, settings_at: Callable[[Path],
 
 def shorten(value: object) -> str:
     """Return what Python writes for a value, cut to some eighty characters."""
-    shown = repr(value)
+    shown = repr(str(value) if isinstance(value, PurePath) else value)
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + "..."

@@ -79,7 +79,9 @@ def read_source(path: File, what: str, error: type[ProblemsError]) -> Source:
 def _not_yaml(path: File, what: str, error: yaml.YAMLError) -> Problem:
     mark = getattr(error, "problem_mark", None)
     line, column = (None, None) if mark is None else _line_column(mark)
-    said = getattr(error, "problem", None) or str(error)
+    said = str(getattr(error, "problem", None) or error)
+    if "'\\t'" in said:
+        said = "a line begins with a tab: indent with spaces"
     return Problem(source=str(path), value="not YAML", expected=said, line=line, column=column, whole=f"the {what}")
 
 

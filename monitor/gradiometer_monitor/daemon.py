@@ -169,13 +169,13 @@ class Daemon:
         """Wait for the threads; the process goes without those that do not end."""
         self._stopping()
         deadline = time.monotonic() + GRACE_SECONDS
-        for thread in [*self._threads, *_pool()]:
+        for thread in (*self._threads, *_held_by()):
             thread.join(max(0.0, deadline - time.monotonic()))
         stop_all(self.services, max(0.5, deadline - time.monotonic()))
         self._listener.close()
         left = {thread.name for thread in self._threads if thread.is_alive()}
         left |= {f"gradiometer-{service.name}" for service in self.services if service.alive}
-        left |= {each.name for each in _pool()}
+        left |= {thread.name for thread in _held_by()}
         if left:
             log.warning("ended without waiting longer for %s", ", ".join(sorted(left)))
             os._exit(0)  # what they use stays open under them, and none holds the interpreter up
@@ -232,6 +232,11 @@ class Daemon:
                 log.exception("a poll of %s failed and will be tried again", runs.root)
 
 
+def _held_by() -> list[threading.Thread]:
+    """Return the threads that an ordinary end of the process would wait for, as the workers of requests."""
+    return [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
+
+
 def _services(settings: Settings, context: Context) -> list[Service]:
     """Build the services that the settings ask for."""
     services: list[Service] = [RetentionService(settings.retention, context)]
@@ -243,11 +248,6 @@ def _services(settings: Settings, context: Context) -> list[Service]:
         services.append(AlertService(settings.alerts, context))
     services += [RemoteWrite(receiver, context) for receiver in settings.remote_write]
     return services
-
-
-def _pool() -> list[threading.Thread]:
-    """Return the threads that handlers of requests run in, which the interpreter would wait for."""
-    return [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
 
 
 def _write_port(path: Path, port: int) -> None:

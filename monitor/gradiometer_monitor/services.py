@@ -114,7 +114,9 @@ class Service(ABC):
         except Exception as error:  # a service must outlive whatever one round met
             self.failures += 1
             if self.healthy:
-                log.exception("%s failed, says so once until it succeeds, and will be tried again", self.name)
+                said = "%s failed, says so once until it succeeds, and will be tried again: %s"
+                foreseen = isinstance(error, PermissionError)
+                log.error(said, self.name, error, exc_info=not foreseen)  # noqa: TRY400 - one line will do for that
             else:
                 log.debug("%s failed again: %s", self.name, error)
             self.healthy = False

@@ -95,9 +95,12 @@ class Store:
         except (OSError, sqlite3.Error) as error:
             log.warning(
                 "state_dir %s cannot be used (%s): nothing is remembered over a restart, and nothing from before this "
-                "start is pushed or annotated; give this monitor a directory of its own with --state-dir",
+                "start is pushed or annotated; %s with --state-dir",
                 directory,
                 error,
+                "give this monitor a directory of its own"
+                if isinstance(error, BlockingIOError)
+                else "make room there, let this user write there, or name another directory",
             )
             return cls(None)
 

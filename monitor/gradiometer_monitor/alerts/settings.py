@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from gradiometer.policy.spec import PolicyError, load_policy
-from gradiometer_monitor.config.section import Section, between
+from gradiometer_monitor.config.section import Section, between, placed
 
 __all__ = ["Action", "AlertSettings", "Rule"]
 
@@ -32,8 +31,8 @@ class Rule(Section):
     action: Action
     """``policy``: put another policy in force. ``checkpoint``, ``stop``: ask the training loop, which decides."""
     policy: Any = None
-    """With the action ``policy``: the path of a file, read when the settings are and relative to where the monitor was
-    started, or the policy itself; ``none`` observes only."""
+    """With the action ``policy``: the path of a file, read when the settings are and relative to the config file, or
+    the policy itself; ``none`` observes only."""
     on_resolved: Literal["nothing", "restore"] = "nothing"
     """``restore``: once no alert of the rule fires for the run, the policy that was in force before comes back, unless
     somebody has changed it since. With the action ``policy`` only."""
@@ -60,12 +59,12 @@ class Rule(Section):
 
     @field_validator("policy")
     @classmethod
-    def _is_policy(cls, policy: Any) -> Any:
+    def _is_policy(cls, policy: Any, info: ValidationInfo) -> Any:
         """Read the policy and check it as 'gradiometer policy check' does; None stays for what was not given."""
         if policy is None or policy == "none":
             return policy
         try:
-            return load_policy(Path(policy) if isinstance(policy, str) else policy).to_dict()
+            return load_policy(placed(policy, info) if isinstance(policy, str) else policy).to_dict()
         except PolicyError as error:
             raise ValueError(str(error)) from error
         except OSError as error:

@@ -161,7 +161,7 @@ def _explain(model: type[Section], item: Any, source: Source, origins: dict[Plac
     elif item["type"] in ("model_type", "model_attributes_type", "dict_type"):
         said = replace(said, expected="expected settings by name")
     elif item["type"] in ("tuple_type", "list_type"):
-        said = replace(said, expected="expected a list")
+        said = replace(said, expected="expected a list: '- ' before each entry")
     expected = said.expected.replace("Input should be", "expected")
     found = field_at(model, said.path)
     hidden = item["type"] == "extra_forbidden" or (found is not None and found.secret)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
-__all__ = ["BASE", "UNITS", "Range", "Section", "between", "kinds"]
+__all__ = ["BASE", "UNITS", "Range", "Section", "between", "kinds", "placed"]
 
 BASE = "base"
 """In the context of a validation: the directory that relative paths, given as texts, begin at."""
@@ -39,7 +39,7 @@ class Section(BaseModel):
         if info.field_name is None:
             return value
         if Path in kinds(cls.model_fields[info.field_name].annotation):
-            return _placed(value, (info.context or {}).get(BASE))
+            return placed(value, info)
         if not isinstance(value, str):
             return value
         units = UNITS.get(info.field_name.rpartition("_")[2], {})
@@ -52,15 +52,15 @@ class Section(BaseModel):
         return int(amount) if amount.is_integer() else amount
 
 
-def _placed(value: Any, base: Path | None) -> Any:
-    """Make paths of texts, also within a list or as the values of a mapping."""
+def placed(value: Any, info: ValidationInfo) -> Any:
+    """Make paths of texts, also within a list or as the values of a mapping; relative ones begin at the config file."""
     if isinstance(value, dict):
-        return {key: _placed(each, base) for key, each in value.items()}
+        return {key: placed(each, info) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_placed(each, base) for each in value]
+        return [placed(each, info) for each in value]
     if not isinstance(value, str):
         return value
-    path = Path(value).expanduser()
+    base, path = (info.context or {}).get(BASE), Path(value).expanduser()
     return path if base is None else base / path
 
 

@@ -80,7 +80,13 @@ class Counts:
     def _fail(self, error: Exception) -> None:
         if not self._failing:
             self._failing = True
-            log.warning("counts cannot be kept over a restart, and will be tried again: %s", error)
+            directory = self._store and self._store.directory
+            log.warning(
+                "counts cannot be kept in state_dir %s and would be lost by a restart (%s): make room "
+                "there; they will be tried again",
+                directory,
+                error,
+            )
 
 
 def _key(tail: RankTail) -> str:

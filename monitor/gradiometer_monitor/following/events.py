@@ -87,11 +87,14 @@ class Events:
             self.store.add([_event(tail, raw, place) for place, raw in found], {key: end})
         except FileNotFoundError:
             return False
-        except (OSError, ValueError, sqlite3.Error) as error:
-            self._warn(key, "events of %s cannot be read or kept, and will be tried again: %s", path, error)
+        except sqlite3.Error as error:
+            self._warn("", NOT_KEPT, self.store.directory, error)
+            return False
+        except (OSError, ValueError) as error:
+            self._warn(key, "events of %s cannot be read, and will be tried again: %s", path, error)
             return False
         self._offsets[key] = end
-        self._warned.discard(key)
+        self._warned -= {key, ""}
         return True
 
     def _warn(self, key: str, message: str, *values: object) -> None:
@@ -138,7 +141,7 @@ class Events:
                 try:
                     self.store.add([event], notes)
                 except sqlite3.Error as error:
-                    self._warn("", "events cannot be kept, and will be tried again: %s", error)
+                    self._warn("", NOT_KEPT, self.store.directory, error)
                     break
                 self._untold.popleft()
                 kept = True
@@ -154,6 +157,7 @@ def _key(tail: RankTail) -> str:
     return f"events/{tail.run_id}/{tail.rank}/{tail.manifest.created_ns}"
 
 
+NOT_KEPT = "events cannot be kept in state_dir %s (%s): make room there; they wait, and will be tried again"
 Lines = list[tuple[str, dict[str, Any]]]
 
 

@@ -113,7 +113,8 @@ class Incidents:
             return
         if "run_started" not in start.told:
             manifest = run.ranks[0].manifest
-            message = f"{len(manifest.layers)} layers, world size {manifest.world_size}, on {manifest.host}"
+            layers = f"{len(manifest.layers)} {'layer' if len(manifest.layers) == 1 else 'layers'}"
+            message = f"{layers}, world size {manifest.world_size}, on {manifest.host}"
             self._tell(run, start, "run_started", message, time_ns=start.created_ns, host=manifest.host)
         if run.state == "running":
             start.over_since, start.seen_running = None, True

@@ -211,9 +211,12 @@ class Runs:
             self._lock.release()
 
     def unreadable(self) -> dict[str, str]:
-        """Map ``run_id/rank-…`` of each unreadable directory to the kind of error."""
+        """Map ``run_id``, ``run_id/rank-…`` or the root's name, for each unreadable directory, to the kind of error."""
         with self._lock:
-            return {f"{p.parent.name}/{p.name}": found.error for p, found in sorted(self._unreadable.items())}
+            return {self._named(path): each.error for path, each in sorted(self._unreadable.items())}
+
+    def _named(self, path: Path) -> str:
+        return self.root.name if path == self.root else str(path.relative_to(self.root))
 
     def close(self) -> None:
         """Keep what was counted and close every file. Idempotent."""
@@ -365,6 +368,10 @@ class Runs:
         """Log what is wrong with a directory, once for each message."""
         if self._warned.get(path) != message:
             self._warned[path] = message
+            if path == self.root:
+                remedy = "run the monitor as the user who trains, or name another directory with --dir"
+                log.warning("the directory of runs, %s, cannot be read: %s; %s", path, message, remedy, exc_info=error)
+                return
             log.warning("run %s cannot be followed in full, others are not affected: %s", path, message, exc_info=error)
 
 

@@ -60,7 +60,8 @@ class Receiver:
             client = self._client = self._client or self._connect()
             headers = self._headers()
             with client.stream("POST", self._settings.url, content=body, headers=headers, timeout=seconds) as response:
-                stream = response.extensions.get("network_stream")  # asked now: it may be closed at the answer's end
+                # Asked for first: a receiver may close at the end of its answer, as VictoriaMetrics does now and then.
+                stream = response.extensions.get("network_stream")
                 connection = stream.get_extra_info("client_addr") if stream is not None else None
                 words = _words(response, time.monotonic() + seconds)  # read to its end, or the connection is lost
                 return _judge(response, words, connection)

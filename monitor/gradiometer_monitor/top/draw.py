@@ -44,8 +44,10 @@ def fit(text: str, width: int, glyphs: Glyphs, *, right: bool = False) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a number in few characters; ``-`` if it is not known."""
-    return "-" if value is None else f"{value:.{digits}g}"
+    """Write a number in few characters, below a million without an exponent of ten; ``-`` if it is not known."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:.{digits}g}"
 
 
 def age(seconds: float) -> str:

@@ -16,15 +16,17 @@ from gradiometer_monitor.top.view import Incident, LayerLine, RunLine, RunView
 
 __all__ = ["SORTS", "State", "chosen", "render"]
 
+STATES = {"running": "green", "finished": "dim", "lost": "bold red"}
+FIRST = ("running", "lost", "finished")
+"""What needs attention comes first, as on the page."""
 SORTS: dict[str, Callable[[RunLine], tuple[float | str, ...]]] = {
-    "newest": lambda line: (-line.created,),
+    "newest": lambda line: (FIRST.index(line.state), -line.created),
     "name": lambda line: (line.run_id,),
     "ratio": lambda line: (-(line.ratio or 0.0),),
     "non-finite": lambda line: (-line.nonfinite_steps,),
     "age": lambda line: (-(line.updated or 0.0),),
 }
 SMALLEST = (20, 5)
-STATES = {"running": "green", "finished": "dim", "lost": "bold red"}
 HIGH, VERY_HIGH = 3.0, 10.0
 """Times the usual norm from which a number is yellow, and red."""
 HELP = (

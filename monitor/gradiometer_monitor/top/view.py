@@ -308,4 +308,4 @@ def _stage(stage: Any) -> str:
         return str(stage)
     ((kind, settings),) = stage.items()
     given = ", ".join(f"{name}={value}" for name, value in settings.items()) if isinstance(settings, dict) else ""
-    return f"{kind}({given})"
+    return f"{kind}({given})" if given else str(kind)

@@ -34,8 +34,12 @@ def token(
         return
     try:
         _add(file, line)
-    except (SettingsError, OSError) as error:
+    except SettingsError as error:
         typer.echo(f"gradiometer: {error}", err=True)
+        raise typer.Exit(1) from error
+    except OSError as error:
+        said = f"--file {str(file)!r}: cannot be written ({error.strerror}); the directory must be there, and be yours"
+        typer.echo(f"gradiometer: {said}", err=True)
         raise typer.Exit(1) from error
     typer.echo(made)
 

@@ -78,9 +78,13 @@ async function follow(state, query, on, told) {
       const more = state.id ? { "Last-Event-ID": state.id } : {};
       const response = await request(`stream?${new URLSearchParams(query)}`, { headers: more, signal: state.abort.signal });
       if (response.status === 404) {
+        state.heard = Date.now(); // no such run; it may come
         told("live");
         on.gone?.();
-      } else if (response.ok) {
+        await pause(RETRY_MS.at(-1));
+        continue;
+      }
+      if (response.ok) {
         await read(response, state, on, () => told("live"));
         if (!state.closed && Date.now() - begun > 2000) continue; // it ended in order, as it does now and then
       }
@@ -89,11 +93,12 @@ async function follow(state, query, on, told) {
     }
     if (state.closed) return;
     told("lost", state.heard);
-    const wait = RETRY_MS[Math.min(state.failures++, RETRY_MS.length - 1)];
-    await new Promise((resolve) => setTimeout(resolve, wait));
+    await pause(RETRY_MS[Math.min(state.failures++, RETRY_MS.length - 1)]);
     if (Date.now() - state.heard > SILENCE_MS) state.heard = Math.max(state.heard, Date.now() - SILENCE_MS + 5000);
   }
 }
+
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 async function read(response, state, on, alive) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -23,6 +23,11 @@ export function put(element, text) {
   if (element.textContent !== String(text)) element.textContent = text;
 }
 
+// A text whose long names may break after a dot or an underscore.
+export function breakable(text) {
+  return text.split(/(?<=[._/])(?=\w)/).flatMap((part, place) => (place ? [h("wbr"), part] : [part]));
+}
+
 export function say(text) {
   put(document.getElementById("say"), text);
 }

@@ -26,13 +26,12 @@ export function percent(share) {
   return `${hundredths > 0 && hundredths < 0.95 ? hundredths.toPrecision(1) : Math.round(hundredths)} %`;
 }
 
-export function age(seconds) {
-  if (seconds === null || Number.isNaN(seconds)) return NONE;
+export function ago(seconds) {
   if (seconds < 2) return "now";
-  if (seconds < 60) return `${Math.round(seconds)} s`;
-  if (seconds < 3600) return `${Math.round(seconds / 60)} min`;
-  if (seconds < 172800) return `${Math.round(seconds / 3600)} h`;
-  return `${Math.round(seconds / 86400)} days`;
+  if (seconds < 60) return `${Math.round(seconds)} s ago`;
+  if (seconds < 3600) return `${Math.round(seconds / 60)} min ago`;
+  if (seconds < 172800) return `${Math.round(seconds / 3600)} h ago`;
+  return `${Math.round(seconds / 86400)} days ago`;
 }
 
 export function clock(seconds) {

@@ -46,7 +46,7 @@ export class Heatmap {
     const bad = layers.filter((layer) => layer.nonfinite.length).length;
     const top = this.largest;
     put(this.caption, layers.length && keep.length
-      ? `${whole(layers.length)} layers, ${said(doc.steps[keep[0]], doc.last_steps[keep.at(-1)])}. `
+      ? `${whole(layers.length)} ${layers.length === 1 ? "layer" : "layers"}, ${said(doc.steps[keep[0]], doc.last_steps[keep.at(-1)])}. `
         + (top ? `Largest: ${layers[top.layer].name}, ${number(top.value)} at step ${whole(doc.steps[top.bucket])}. ` : "")
         + (bad ? `${bad} ${bad === 1 ? "layer was" : "layers were"} not finite in some step.` : "")
       : "No step yet.");
@@ -131,7 +131,7 @@ export class Heatmap {
     ctx.textBaseline = "middle";
     const every = Math.ceil(READABLE / row);
     this.doc.layers.forEach((layer, place) => {
-      if (place % every === 0) ctx.fillText(cut(ctx, layer.name, label - 10), 0, (place + Math.min(every, rows - place) / 2) * row);
+      if (place % every === 0 && (place + every <= rows || !place)) ctx.fillText(cut(ctx, layer.name, label - 10), 0, (place + Math.min(every, rows - place) / 2) * row);
     });
     this.axis(ctx, label, plot, height);
     this.cursor(ctx, label, plot, row, height);
@@ -243,16 +243,22 @@ function hatch(ctx, left, width, height) {
   ctx.restore();
 }
 
-// Names are told apart by their ends: what is too long loses its beginning.
+// A name that is too long: its modules become initials, the outermost first, while numbers stay, for they tell blocks apart;
+// if that is not enough, the middle of its last part is left out.
 function cut(ctx, name, width) {
-  if (ctx.measureText(name).width <= width) return name;
-  let [low, high] = [0, name.length];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (ctx.measureText(`…${name.slice(middle)}`).width <= width) high = middle;
-    else low = middle + 1;
+  const fits = (text) => ctx.measureText(text).width <= width;
+  const parts = name.split(".");
+  for (let place = 0; place < parts.length - 1 && !fits(parts.join(".")); place++) {
+    if (!/^\d+$/.test(parts[place])) parts[place] = parts[place].slice(0, 1);
   }
-  return `…${name.slice(low)}`;
+  const short = parts.join(".");
+  if (fits(short)) return short;
+  const last = parts.at(-1);
+  const begin = short.slice(0, -last.length);
+  let kept = last.length - 1;
+  const text = () => `${begin}${last.slice(0, kept >> 1)}…${last.slice(last.length - ((kept + 1) >> 1))}`;
+  while (kept > 1 && !fits(text())) kept -= 1;
+  return text();
 }
 
 function pack(hex) {

@@ -1,6 +1,6 @@
 // The layers that stand out, as a table with a line of its recent norms for each.
 
-import { h, put, svg } from "./dom.js";
+import { breakable, h, put, svg } from "./dom.js";
 import { number, percent, times, whole } from "./format.js";
 
 const FEW = 12;
@@ -56,7 +56,7 @@ function row(layer, series, places) {
   const marks = [layer.vanishing && "vanishing", layer.exploding && "exploding"].filter(Boolean).map((text) => h("span", { class: "chip", "data-kind": text }, text));
   const cell = (title, content, level) => h("td", { role: "cell", class: "number", "data-label": title, "data-level": level }, content);
   return h("tr", { role: "row" },
-    h("th", { role: "rowheader", scope: "row" }, layer.name, ...marks),
+    h("th", { role: "rowheader", scope: "row" }, ...breakable(layer.name), ...marks),
     h("td", { role: "cell", class: "sparkcell" }, series ? spark(series, places) : null),
     cell("Norm", number(layer.last)),
     cell("Largest", number(layer.window_max)),

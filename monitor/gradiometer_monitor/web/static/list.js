@@ -1,7 +1,7 @@
 // All runs: a table that sorts and filters, kept in place while it changes.
 
 import { h, put } from "./dom.js";
-import { age, number, percent, times, whole } from "./format.js";
+import { ago, number, percent, times, whole } from "./format.js";
 
 const ORDER = { running: 0, lost: 1, finished: 2 };
 const now = () => Date.now() / 1000;
@@ -23,7 +23,7 @@ const COLUMNS = [
   },
   {
     key: "age", title: "Last step", number: true,
-    text: (run) => (run.last_step_timestamp_seconds ? age(now() - run.last_step_timestamp_seconds) : "–"),
+    text: (run) => (run.last_step_timestamp_seconds ? ago(now() - run.last_step_timestamp_seconds) : "–"),
     by: (run) => -(run.last_step_timestamp_seconds ?? 0),
   },
 ];

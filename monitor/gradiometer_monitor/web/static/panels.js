@@ -1,10 +1,10 @@
 // Beside the charts: what happened to the run, and by which policy it is clipped.
 
-import { h, put } from "./dom.js";
+import { breakable, h, put } from "./dom.js";
 import { clock, number, percent, whole } from "./format.js";
 
-const GRAVE = new Set(["nonfinite", "lost", "callback_failed", "policy_rejected", "clip_misuse", "unreadable"]);
-const MILD = new Set(["policy_action", "scalar_refused", "backward_order"]);
+const GRAVE = new Set(["nonfinite", "run_lost", "callback_failed", "policy_rejected", "request_failed", "request_unanswered", "clip_misuse"]);
+const MILD = new Set(["policy_action", "alert_action", "request_refused", "scalar_refused", "backward_order", "rows_not_pushed", "series_not_pushed"]);
 const KEPT = 500, SHOWN = 60;
 
 export class Incidents {
@@ -34,7 +34,7 @@ export class Incidents {
     const parts = [
       h("span", { class: "when" }, h("time", { datetime: new Date(seconds * 1000).toISOString() }, clock(seconds)), event.step === null ? null : h("span", {}, `step ${whole(event.step)}`)),
       h("span", { class: "chip", "data-level": level }, event.kind.replaceAll("_", " ")),
-      h("span", { class: "what" }, event.message || JSON.stringify(event.data)),
+      h("span", { class: "what" }, ...breakable(event.message || JSON.stringify(event.data))),
     ];
     if (event.step === null) return h("li", {}, h("div", { class: "incident" }, ...parts));
     return h("li", {}, h("button", { type: "button", class: "incident", "data-event": event.id, title: "Show this step", onclick: () => this.pick(event.step) }, ...parts));

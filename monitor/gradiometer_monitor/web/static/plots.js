@@ -7,7 +7,8 @@ const uPlot = globalThis.uPlot;
 const sync = uPlot.sync("steps");
 
 export class Plot {
-  // `lines` are {name, label, colour, width, dash, fill}; on.zoom(first, last) is called with what was dragged over.
+  // `lines` are {name, label, colour, width, dash, fill}; on.zoom(first, last) is called with what was dragged over. The axis is
+  // logarithmic with `log` true, and with "wide" where all values are above 0 and span more than two decades.
   constructor({ title, note, lines, log = false, height = 220, on, marks = null }) {
     Object.assign(this, { title, lines, log, height, on, marks });
     this.plot = null;
@@ -26,7 +27,10 @@ export class Plot {
   // `data` is [steps, ...one list for each line]; `context` is given to the marks; `text` says it in words.
   draw(data, context, text) {
     this.context = context;
-    this.data = this.log ? [data[0], ...data.slice(1).map((list) => list.map((y) => (y > 0 ? y : null)))] : data;
+    const logarithmic = this.log === true || (this.log === "wide" && isWide(data.slice(1).flat()));
+    if (logarithmic !== this.logarithmic) this.forget();
+    this.logarithmic = logarithmic;
+    this.data = logarithmic ? [data[0], ...data.slice(1).map((list) => list.map((y) => (y > 0 ? y : null)))] : data;
     put(this.caption, text);
     if (!this.plot) this.make();
     else this.plot.setData(this.data);
@@ -48,7 +52,7 @@ export class Plot {
     }));
     this.plot = new uPlot({
       width, height: narrow ? Math.min(this.height, 200) : this.height, padding: [12, 24, 0, 0], series: [{ label: "step", value: (_, value) => whole(value) }, ...series],
-      scales: { x: { time: false }, y: this.log ? { distr: 3 } : { range: around } },
+      scales: { x: { time: false }, y: this.logarithmic ? { distr: 3 } : { range: around } },
       axes: [
         { ...axis, size: 30, values: (_, found) => found.map((tick) => (Number.isInteger(tick) ? whole(tick) : "")) },
         { ...axis, size: (_, found) => 22 + 6.8 * Math.max(3, ...(found ?? []).map((text) => text.length)), values: (_, found) => ticks(found) },
@@ -99,9 +103,13 @@ export class Plot {
   }
 
   remake() {
+    this.forget();
+    this.make();
+  }
+
+  forget() {
     this.plot?.destroy();
     this.plot = null;
-    this.make();
   }
 
   destroy() {
@@ -113,6 +121,13 @@ export class Plot {
 // Without a cursor the legend tells of the newest step.
 function newest(plot) {
   if (plot.cursor.idx === null || plot.cursor.idx === undefined) plot.setLegend({ idx: plot.data[0].length ? plot.data[0].length - 1 : null }, false);
+}
+
+// Whether a spike would press all else to the foot of a linear axis.
+function isWide(values) {
+  const known = values.filter((value) => value !== null);
+  const [low, high] = known.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, 0]);
+  return low > 0 && high > 100 * low;
 }
 
 // Room around what is drawn; a line that is constant is in the middle.

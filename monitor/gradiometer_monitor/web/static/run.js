@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { colour, h, put, say } from "./dom.js";
-import { age, clock, number, percent, steps as said, times, whole } from "./format.js";
+import { ago, clock, number, percent, steps as said, times, whole } from "./format.js";
 import { Heatmap } from "./heatmap.js";
 import { LayerTable } from "./layers.js";
 import { Incidents, PolicyPanel } from "./panels.js";
@@ -44,7 +44,7 @@ export class RunView {
     });
     this.norm.figure.querySelector("figcaption").append(h("div", { class: "key" },
       h("span", { class: "pair" }, h("i", { class: "swatch clip" }), "clipped"), h("span", { class: "pair" }, h("i", { class: "swatch bad" }), "not finite")));
-    this.loss = new Plot({ title: "Loss", height: 180, on, marks: drawFocus, lines: [{ label: "loss", colour: "line", gaps: true }] });
+    this.loss = new Plot({ title: "Loss", log: "wide", height: 180, on, marks: drawFocus, lines: [{ label: "loss", colour: "line", gaps: true }] });
     this.rate = new Plot({ title: "Learning rate", height: 180, on, marks: drawFocus, lines: [{ label: "rate", colour: "line", gaps: true }] });
     this.heat = new Heatmap({ on });
     this.table = new LayerTable();
@@ -141,6 +141,8 @@ export class RunView {
     this.summary = found ?? this.summary;
     this.vanished = !found;
     if (this.summary) this.drawSummary();
+    if (found && this.missing) this.start();
+    if (found) this.missing = false;
   }
 
   rows(doc) {
@@ -157,7 +159,10 @@ export class RunView {
   }
 
   gone() {
-    if (!this.scalars.doc) this.tell(`No run ${this.runId} is followed here. It may be over for a while: gradiometer show reads its directory.`);
+    if (this.scalars.doc) return;
+    this.tell(`No run ${this.runId} is followed here. It has not begun, or has been over for a while: gradiometer show ${this.runId} reads what it left.`);
+    this.missing = true;
+    this.main.classList.add("unknown");
   }
 
   drawSummary() {
@@ -187,7 +192,7 @@ export class RunView {
     if (!time) return;
     const silent = Date.now() / 1000 - time;
     const cell = this.tiles.at["Last step"];
-    put(cell, silent < 2 ? "now" : `${age(silent)} ago`);
+    put(cell, ago(silent));
     cell.dataset.level = this.summary?.state === "running" && silent > 60 ? "raised" : "";
   }
 
@@ -203,6 +208,7 @@ export class RunView {
 
   draw() {
     this.drawnAt = Date.now();
+    this.main.classList.remove("unknown");
     const { doc } = this.scalars;
     this.tell(doc.complete || !doc.steps.length || this.range.last ? null : `The ring holds the run from ${said(doc.first_step, doc.first_step)} on; what came before is overwritten.`);
     this.notice.classList.toggle("mild", true);
@@ -301,6 +307,7 @@ export class RunView {
     clearInterval(this.slow);
     clearTimeout(this.waiting);
     document.body.classList.remove("paused", "stale");
+    this.main.classList.remove("unknown");
     [this.norm, this.loss, this.rate, this.heat].forEach((part) => part.destroy());
   }
 }
@@ -354,5 +361,5 @@ function extremes(title, x, values, bad = []) {
   if (!known.length) return title === "Loss" ? "No loss was logged: agent.log(loss=loss)." : "Not known.";
   const worse = bad.reduce((total, count) => total + count, 0);
   const [low, high] = known.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, -Infinity]);
-  return `${title} ${number(known.at(-1))} now; ${number(low)} to ${number(high)} in what is shown${worse ? `; not finite in ${whole(worse)} steps` : ""}.`;
+  return `${title} ${number(known.at(-1))} now; ${number(low)} to ${number(high)} in what is shown${worse ? `; not finite in ${whole(worse)} ${worse === 1 ? "step" : "steps"}` : ""}.`;
 }
