@@ -25,6 +25,7 @@ from gradiometer.records import (
     Rows,
     RunFormatError,
     State,
+    rank_of,
     read_manifest,
 )
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
@@ -52,7 +53,7 @@ class RankTail:
 
     def __init__(self, path: Path, recall: Callable[[RankTail], dict[str, Any] | None] | None = None) -> None:
         self.path = path
-        self.run_id, self.rank = path.parent.name, int(path.name.removeprefix("rank-"))
+        self.run_id, self.rank = path.parent.name, rank_of(path)
         self.identity = identity(path)
         self.manifest = read_manifest(path / "manifest.json")
         if len(self.manifest.parameters) != self.manifest.ring.parameters:

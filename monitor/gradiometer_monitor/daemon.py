@@ -29,7 +29,6 @@ from gradiometer_monitor.following.incidents import Incidents
 from gradiometer_monitor.following.retention import RetentionService
 from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.gpu.service import GpuService
-from gradiometer_monitor.grafana.service import GrafanaService
 from gradiometer_monitor.notify import notify, watchdog_seconds
 from gradiometer_monitor.remote_write.service import RemoteWrite
 from gradiometer_monitor.server import GRACE_SECONDS, Server, Switch
@@ -236,6 +235,8 @@ def _services(settings: Settings, context: Context) -> list[Service]:
     if settings.gpu.enabled:
         services.append(GpuService(settings.gpu, context))
     if settings.grafana is not None:
+        from gradiometer_monitor.grafana.service import GrafanaService  # slow to load, and most monitors have none
+
         services.append(GrafanaService(settings.grafana, context))
     if settings.alerts is not None:
         services.append(AlertService(settings.alerts, context))

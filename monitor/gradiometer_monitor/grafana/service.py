@@ -9,7 +9,6 @@ that Grafana will never take is counted and passed over. Nothing here is in the 
 from __future__ import annotations
 
 import hashlib
-import random
 import threading
 import time
 import weakref
@@ -22,6 +21,7 @@ from gradiometer_monitor.grafana.annotations import event_tag, opened_by, tags_o
 from gradiometer_monitor.grafana.client import Grafana, GrafanaError
 from gradiometer_monitor.grafana.provision import CHANGED, Change, apply, run_dashboard
 from gradiometer_monitor.grafana.settings import GrafanaSettings
+from gradiometer_monitor.retrying import backoff
 from gradiometer_monitor.services import Context, Service
 from gradiometer_monitor.store import Event
 
@@ -277,8 +277,7 @@ class GrafanaService(Service):
         self._disconnect()
         self._up = int(error.status > 0)
         (log.debug if self._tries else log.warning)("%s; events wait, and it will be tried again", error)
-        wait = min(LAST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** min(self._tries, 20)) * random.uniform(0.5, 1.0)
-        wait = max(wait, error.wait_seconds)
+        wait = max(backoff(self._tries, FIRST_WAIT_SECONDS, LAST_WAIT_SECONDS), error.wait_seconds)
         self._tries += 1
         self._not_before = time.monotonic() + wait
         return wait

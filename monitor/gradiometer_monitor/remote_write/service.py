@@ -15,7 +15,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from gradiometer.records import Manifest, RunFormatError, read_manifest
+from gradiometer.records import Manifest, RunFormatError, rank_directory, rank_of, read_manifest
 from gradiometer.tail import Sample
 from gradiometer_monitor.remote_write.columns import own_labels
 from gradiometer_monitor.remote_write.delivery import Postman, UnavailableError
@@ -279,7 +279,7 @@ class RemoteWrite(Service):
                 feed.columns.with_layers = lead
 
     def _key(self, path: Path, manifest: Manifest) -> str:
-        return key_of(self._settings.name, path.parent.name, int(path.name[5:10]), manifest.created_ns)
+        return key_of(self._settings.name, path.parent.name, rank_of(path), manifest.created_ns)
 
     def _adopt(self, path: Path, manifest: Manifest, rows: int) -> None:
         key = self._key(path, manifest)
@@ -331,7 +331,7 @@ class RemoteWrite(Service):
         prefix = f"remote_write/{self._settings.name}/"
         for key, note in self._context.store.notes(prefix).items():
             run_id, rank, created = key.removeprefix(prefix).split("/")
-            path = self._context.runs.root / run_id / f"rank-{int(rank):05d}"
+            path = rank_directory(self._context.runs.root / run_id, int(rank))
             if not path.parent.is_dir():
                 self._context.store.add([], {key: None, OPEN + key: None})
             elif not note["done"] and key not in self._feeds and (found := _find(path, int(created))) is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.layer_norms import LayerNorms
 from gradiometer.live.revisions import Revision
 from gradiometer.records import STATS, Flag, RingReader, Rows, RunFormatError, read_events
 from gradiometer.summary import RunSummary
@@ -177,9 +178,7 @@ class History:
         manifest = tail.manifest
         self._path, self._run_id = tail.path, tail.run_id
         self._ring = RingReader(tail.path / "steps.ring", manifest.ring)
-        index = manifest.layer_index
-        self._order = np.argsort(index, kind="stable")
-        self._starts = np.searchsorted(index[self._order], np.arange(len(manifest.layers)))
+        self._norms = LayerNorms(manifest)
         self._limit = max(1, min(STEPS, HISTORY_BYTES // manifest.ring.dtype.itemsize))
         self._after = max(0, int(self._ring.status()["head"]) - self._limit)
         self._rows: deque[tuple[int, float, int]] = deque(maxlen=self._limit)
@@ -216,9 +215,9 @@ class History:
         self._after = int(rows["begin"][-1])
         columns = (rows[name].tolist() for name in ("step", "grad_norm_preclip", "flags"))
         self._rows.extend(zip(*columns, strict=True))
-        norms = np.square(rows["parameters"][:, _PRECLIP, :][:, self._order].astype(np.float64))
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._layers.extend(np.sqrt(np.add.reduceat(norms, self._starts, axis=1)).astype(np.float32))
+        norms, _ = self._norms.compose(rows["parameters"][:, _PRECLIP, :])
+        with np.errstate(over="ignore"):
+            self._layers.extend(norms.astype(np.float32))
 
     def _read_incidents(self, run: Run) -> None:
         new = []
