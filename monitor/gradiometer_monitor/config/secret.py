@@ -20,8 +20,8 @@ def read_secret(path: Path) -> str:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path} is not a regular file")
+            raise ValueError(f"{path} is not a regular file: expected one that holds a secret")
         found = file.read(MAX_SECRET_BYTES + 1).strip()
     if not found or len(found) > MAX_SECRET_BYTES or not all(0x20 <= byte < 0x7F for byte in found):
-        raise ValueError(f"{path} is empty, or holds more than one line of ASCII")
+        raise ValueError(f"{path}: expected one line of printable ASCII, of at most {MAX_SECRET_BYTES} bytes")
     return found.decode("ascii")
