@@ -12,6 +12,7 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from gradiometer.commands.policy import app as policy_app
 from gradiometer.commands.prune import prune
@@ -28,14 +29,6 @@ from gradiometer.runs import find_run
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    help="An instrument that measures gradients: per-layer norms and clip events of live PyTorch runs.",
-    no_args_is_help=True,
-    rich_markup_mode=None,  # which would take "[default: 9477]" for a style
-    pretty_exceptions_enable=False,
-)
-app.add_typer(policy_app, name="policy")
-PIPE_WIDTH = 1000
 MONITOR_COMMANDS = {
     "monitor": ("gradiometer_monitor.cli:monitor", "Serve this host's runs: metrics, an API, and a page"),
     "top": ("gradiometer_monitor.top.command:top", "Watch this host's runs in the terminal"),
@@ -43,6 +36,53 @@ MONITOR_COMMANDS = {
     "token": ("gradiometer_monitor.web.token_command:token", "Make a token for a client of the monitor"),
 }
 """Commands that need the extra: where each is, and what it does."""
+
+
+class _Commands(TyperGroup):
+    """The commands, of which those of the monitor are imported when they are asked for: that takes a second."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *MONITOR_COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _of_monitor(cmd_name) if cmd_name in MONITOR_COMMANDS else super().get_command(ctx, cmd_name)
+
+
+def _of_monitor(name: str) -> Any:
+    """Make a command of the monitor, or what says which of its dependencies is missing."""
+    place, said = MONITOR_COMMANDS[name]
+    module, _, attribute = place.partition(":")
+    made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    try:
+        found = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+
+        @made.command(
+            name,
+            help=f"{said} (needs the extra 'monitor').",
+            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        )
+        def refuse() -> None:
+            subject = "the monitor" if name == "monitor" else f"gradiometer {name}"
+            raise UsageError(f"{subject} needs {missing}: pip install 'gradiometer[monitor]'")
+
+        return typer.main.get_command(made)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    made.command(name)(found)
+    return typer.main.get_command(made)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="An instrument that measures gradients: per-layer norms and clip events of live PyTorch runs.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # which would take "[default: 9477]" for a style
+    pretty_exceptions_enable=False,
+)
+app.add_typer(policy_app, name="policy")
+PIPE_WIDTH = 1000
 Dir = Annotated[
     Path | None,
     typer.Option("--dir", help="Where runs live [env: GRADIOMETER_DIR; default: the user's state directory]."),
@@ -173,35 +213,6 @@ def run(
         verbose=verbose,
     )
     launch(command or [], settings)
-
-
-def _add_monitor() -> None:
-    """Add the commands of the monitor, or what says which of its dependencies is missing."""
-    for name, (place, said) in MONITOR_COMMANDS.items():
-        module, _, attribute = place.partition(":")
-        try:
-            found = getattr(import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            _add_missing(name, said, str(error.name))
-            continue
-        if isinstance(found, typer.Typer):
-            app.add_typer(found, name=name)
-        else:
-            app.command(name)(found)
-
-
-def _add_missing(command: str, said: str, module: str) -> None:
-    @app.command(
-        command,
-        help=f"{said} (needs the extra 'monitor').",
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )
-    def missing() -> None:
-        subject = "the monitor" if command == "monitor" else f"gradiometer {command}"
-        raise UsageError(f"{subject} needs {module}: pip install 'gradiometer[monitor]'")
-
-
-_add_monitor()
 
 
 def _listed(path: Path) -> dict[str, Any]:

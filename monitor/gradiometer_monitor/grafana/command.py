@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -14,14 +14,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from gradiometer_monitor.grafana.client import Grafana, GrafanaError
+from gradiometer_monitor.grafana.provision import Change
+from gradiometer_monitor.grafana.provision import apply as provision
 from gradiometer_monitor.grafana.settings import GrafanaSettings
-
-if TYPE_CHECKING:
-    from gradiometer_monitor.grafana.provision import Change
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Put the dashboards into a Grafana.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False, help="Put the dashboards into a Grafana.", no_args_is_help=True, rich_markup_mode=None
+)
 WIDTH = 200
 FAILED, USAGE, KEPT, PENDING = 1, 2, 3, 4
 
@@ -92,8 +94,6 @@ def _settings(given: dict[str, Any]) -> GrafanaSettings:
 
 
 def _apply(settings: GrafanaSettings, *, dry_run: bool) -> tuple[str, list[Change]]:
-    from gradiometer_monitor.grafana.client import Grafana, GrafanaError  # slow to load, and other commands load this
-    from gradiometer_monitor.grafana.provision import apply
 
     try:
         grafana = Grafana(settings)
@@ -101,7 +101,7 @@ def _apply(settings: GrafanaSettings, *, dry_run: bool) -> tuple[str, list[Chang
         typer.echo(f"gradiometer: {error}", err=True)
         raise typer.Exit(USAGE) from error
     try:
-        return apply(grafana, dry_run=dry_run, wait=time.sleep)
+        return provision(grafana, dry_run=dry_run, wait=time.sleep)
     except GrafanaError as error:
         typer.echo(f"gradiometer: {error}", err=True)
         raise typer.Exit(FAILED) from error
