@@ -247,10 +247,8 @@ class GrafanaService(Service):
 
     def _skip_surplus(self) -> None:
         """Pass over the oldest of what waits beyond the bound."""
-        kinds, surplus = (
-            self._settings.annotations.kinds,
-            self._count_waiting() - self._settings.annotations.max_waiting,
-        )
+        kinds = self._settings.annotations.kinds
+        surplus = self._count_waiting() - self._settings.annotations.max_waiting
         if surplus > 0:
             log.warning("Grafana was away for too long: the oldest %d events that waited are not annotated", surplus)
         while surplus > 0 and (batch := self._store.events(after=self._cursor, kinds=kinds, limit=min(surplus, 1000))):
