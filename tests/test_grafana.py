@@ -232,7 +232,7 @@ def test_a_file_without_a_token_is_refused(tmp_path: Path, text: str) -> None:
     """What cannot be a token is not sent, nor quoted."""
     file = tmp_path / "token"
     file.write_text(text)
-    with pytest.raises(ValueError, match="expected one (token|line)"):
+    with pytest.raises(ValueError, match=r"expected one (token|line)"):
         Grafana(GrafanaSettings.model_validate({"url": "http://127.0.0.1:1", "token_file": file}))
 
 
