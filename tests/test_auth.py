@@ -43,7 +43,8 @@ def test_without_a_valid_token_nothing_is_told(guarded: tuple[Monitor, Path]) ->
     """Every path but the probes and the page answers 401, names the scheme, and says nothing of what there is."""
     monitor, _ = guarded
     wrong = [{"Authorization": value} for value in (f"Basic {READ}", "Bearer", f"Bearer {READ}x")]
-    asked = [(path, {}) for path in PATHS] + [("/api/v1/runs", header) for header in wrong]  # fewer than are told 429
+    asked: list[tuple[str, dict[str, str]]] = [(path, {}) for path in PATHS]
+    asked += [("/api/v1/runs", header) for header in wrong]  # together fewer than are told 429
     for path, header in asked:
         status, body, headers = monitor.get(path, **header)
         assert status == 401
