@@ -56,7 +56,7 @@ def launch(
     command = (sys.executable, "-m", "gradiometer_monitor", "--dir", root, "--port", "0", "--port-file", port_file)
     process = spawn(*command, "--poll-seconds", "0.1", *options, **more)
     wait_until(lambda: port_file.exists() or process.poll() is not None)
-    assert process.poll() is None, process.communicate()[1]
+    assert process.poll() is None, process.communicate()[1] or "the monitor ended: see its output"
     monitor = Monitor(process=process, url=f"http://127.0.0.1:{port_file.read_text().strip()}", root=root)
     wait_until(lambda: monitor.get("/-/ready")[0] == 200)
     return monitor

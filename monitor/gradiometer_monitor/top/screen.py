@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from rich.text import Text
 
+from gradiometer.tail import RunState
 from gradiometer_monitor.top.draw import UNICODE, Glyphs, age, bar, chart, fit, number, peaks, spark
 from gradiometer_monitor.top.follower import Snapshot
 from gradiometer_monitor.top.view import Incident, LayerLine, RunLine, RunView
@@ -24,7 +25,7 @@ SORTS: dict[str, Callable[[RunLine], tuple[float | str, ...]]] = {
     "age": lambda line: (-(line.updated or 0.0),),
 }
 SMALLEST = (20, 5)
-STATES = {"running": "green", "finished": "dim", "lost": "bold red"}
+STATES: dict[RunState, str] = {"running": "green", "finished": "dim", "lost": "bold red"}
 HIGH, VERY_HIGH = 3.0, 10.0
 """Times the usual norm from which a number is yellow, and red."""
 HELP = (

@@ -14,7 +14,7 @@ from gradiometer.layer_norms import LayerNorms
 from gradiometer.live.revisions import Revision
 from gradiometer.records import STATS, Flag, RingReader, Rows, RunFormatError, read_events
 from gradiometer.summary import RunSummary
-from gradiometer.tail import RankTail
+from gradiometer.tail import RankTail, RunState
 from gradiometer_monitor.following.runs import Run
 
 __all__ = ["History", "Incident", "LayerLine", "RunLine", "RunView", "Speed", "line_of"]
@@ -36,7 +36,7 @@ class RunLine:
     """One run in the list. A number that is not known is None."""
 
     run_id: str
-    state: str
+    state: RunState
     ranks: int
     created: float
     """When the run was started, Unix time."""
