@@ -37,7 +37,7 @@ from gradiometer_monitor.store import Store
 from gradiometer_monitor.web.app import app
 from gradiometer_monitor.web.connections import server_config
 from gradiometer_monitor.web.listen import Listener, listen
-from gradiometer_monitor.web.scrape import HEALTHY_POLLS, HEALTHY_SECONDS
+from gradiometer_monitor.web.scrape import poll_limit
 
 __all__ = ["Daemon", "serve"]
 
@@ -120,7 +120,7 @@ class Daemon:
     def healthy(self) -> bool:
         """Whether polls are done, and requests served, as often as they should be."""
         oldest = min(self.context.runs.polled_at, self._server.ticked_at)
-        return time.monotonic() - oldest <= max(HEALTHY_SECONDS, HEALTHY_POLLS * self.settings.poll_seconds)
+        return time.monotonic() - oldest <= poll_limit(self.settings)
 
     def apply(self, wanted: Settings) -> None:
         """Change to other settings, as far as that can be done now. Raises what building from them raises."""
