@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,6 +21,8 @@ class Monitor:
 
     process: subprocess.Popen[str]
     url: str
+    root: Path
+    """Where its runs live."""
 
     def get(self, path: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
         """Ask for a path: status, body and headers."""
@@ -41,6 +46,20 @@ class Monitor:
     def state(self, run_id: str) -> str | None:
         """Ask the API for the state of one run."""
         return self.runs().get(run_id, {}).get("state")
+
+
+def launch(
+    spawn: Callable[..., subprocess.Popen[str]], wait_until: Callable[..., Any], root: Path, *options: str, **more: Any
+) -> Monitor:
+    """Start a daemon over ``root`` on a free port, with ``more`` for its process, and wait until it is ready."""
+    port_file = root.with_name(f"{root.name}-port")
+    command = (sys.executable, "-m", "gradiometer_monitor", "--dir", root, "--port", "0", "--port-file", port_file)
+    process = spawn(*command, "--poll-seconds", "0.1", *options, **more)
+    wait_until(lambda: port_file.exists() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[1] or "the monitor ended: see its output"
+    monitor = Monitor(process=process, url=f"http://127.0.0.1:{port_file.read_text().strip()}", root=root)
+    wait_until(lambda: monitor.get("/-/ready")[0] == 200)
+    return monitor
 
 
 WRITER = """

@@ -36,6 +36,12 @@ def write_config(path: Path, **settings: Any) -> str:
     return str(path)
 
 
+def with_tokens(directory: Path) -> tuple[str, str]:
+    """Write tokens of a reader and a writer, and a config that names them; return the option that names the config."""
+    tokens = write_tokens(directory / "tokens")
+    return "--config", write_config(directory / "monitor.yaml", auth={"tokens_file": str(tokens)})
+
+
 def send(
     monitor: Monitor, method: str, path: str, body: Any = None, **headers: str
 ) -> tuple[int, dict[str, Any], dict[str, str]]:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +21,7 @@ import pytest
 
 from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.records import Flag, Manifest, ParameterInfo, RingGeometry
-from tests._monitor import WRITER, Monitor
+from tests._monitor import WRITER, Monitor, launch
 
 NAN = float("nan")
 START_NS = 1_700_000_000_000_000_000
@@ -193,8 +195,8 @@ def wait_until() -> WaitUntil:
     return wait
 
 
-@pytest.fixture
-def spawn() -> Iterator[Spawn]:
+@contextmanager
+def _spawning() -> Iterator[Spawn]:
     """Give a function that starts a process with this Python's path, and stop what it started."""
     started: list[subprocess.Popen[str]] = []
 
@@ -204,31 +206,50 @@ def spawn() -> Iterator[Spawn]:
         started.append(process)
         return process
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream:
-                stream.close()
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream:
+                    stream.close()
 
 
 @pytest.fixture
-def start(tmp_path: Path, spawn: Spawn, wait_until: WaitUntil) -> Callable[..., Monitor]:
+def spawn() -> Iterator[Spawn]:
+    """Give a function that starts a process with this Python's path, and stop what it started after the test."""
+    with _spawning() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared_spawn() -> Iterator[Spawn]:
+    """Give what ``spawn`` does, for processes that the tests of a file share."""
+    with _spawning() as start:
+        yield start
+
+
+@pytest.fixture
+def start(tmp_path: Path, spawn: Spawn, wait_until: WaitUntil) -> Start:
     """Give a function that starts a daemon over ``tmp_path`` on a free port, and waits until it is ready."""
+    return partial(launch, spawn, wait_until, tmp_path, stderr=subprocess.PIPE)
 
-    def launch(*options: str) -> Monitor:
-        port_file = tmp_path.with_name(f"{tmp_path.name}-port")
-        command = (sys.executable, "-m", "gradiometer_monitor", "--dir", tmp_path, "--port", "0")
-        more = ("--port-file", port_file, "--poll-seconds", "0.1", *options)
-        process = spawn(*command, *more, stderr=subprocess.PIPE)
-        wait_until(lambda: port_file.exists() or process.poll() is not None)
-        assert process.poll() is None, process.communicate()[1]
-        monitor = Monitor(process=process, url=f"http://127.0.0.1:{port_file.read_text().strip()}")
-        wait_until(lambda: monitor.get("/-/ready")[0] == 200)
-        return monitor
 
-    return launch
+@pytest.fixture(scope="module")
+def shared_start(
+    shared_spawn: Spawn, wait_until: WaitUntil, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Monitor]:
+    """Give a function that starts a daemon that the tests of a file share, over a directory of its own.
+
+    It takes ``--`` options, and ``root`` for a directory that has runs already. Its log is the tests' own output.
+    """
+
+    def start(*options: str, root: Path | None = None) -> Monitor:
+        return launch(shared_spawn, wait_until, root or tmp_path_factory.mktemp("runs"), *options)
+
+    return start
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from gradiometer.records import Flag
-from tests._monitor import Monitor
-from tests._web import AS_READER, AS_WRITER, JOB, send, write_config, write_tokens
+from tests._monitor import WRITER, Monitor
+from tests._web import AS_READER, AS_WRITER, JOB, send, with_tokens
 
 if TYPE_CHECKING:
     from tests.conftest import MakeManifest, Spawn, Start, Train, WaitUntil, WriteRun
 
+Working = tuple[Monitor, "subprocess.Popen[str]"]
 CLIP = {"pipeline": [{"nonfinite": {}}, {"global_norm": {"max_norm": 1.0}}]}
 
 
@@ -33,19 +34,28 @@ def ask(monitor: Monitor, path: str) -> Any:
 @pytest.fixture
 def served(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Monitor:
     """Start a daemon with a reader and a writer."""
-    directory = tmp_path_factory.mktemp("config")
-    tokens = write_tokens(directory / "tokens")
-    return start("--config", write_config(directory / "monitor.yaml", auth={"tokens_file": str(tokens)}))
+    return start(*with_tokens(tmp_path_factory.mktemp("config")))
 
 
-@pytest.fixture
-def job(tmp_path: Path, served: Monitor, spawn: Spawn, wait_until: WaitUntil) -> subprocess.Popen[str]:
-    """Start a job that trains until it is killed, and wait until the daemon follows it."""
-    process = spawn(sys.executable, "-c", JOB, tmp_path, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "attached\n"
-    wait_until(lambda: [run["state"] for run in ask(served, "/runs")["runs"]] == ["running"])
-    return process
+@pytest.fixture(scope="module")
+def working(
+    shared_start: Start, shared_spawn: Spawn, make_manifest: MakeManifest, wait_until: WaitUntil,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Working:  # fmt: skip
+    """Start a daemon with tokens over ``job``, which trains, ``still``, which only runs, and ``over``; give the job."""
+    root = tmp_path_factory.mktemp("runs")
+    job = shared_spawn(sys.executable, "-c", JOB, root, stdout=subprocess.PIPE)
+    for run_id, end in (("still", "stay"), ("over", "finish")):
+        manifest = make_manifest(run_id).model_dump_json()
+        writer = shared_spawn(sys.executable, "-c", WRITER, root, manifest, "3", end, stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "written\n"
+    assert job.stdout is not None
+    assert job.stdout.readline() == "attached\n"
+    monitor = shared_start(*with_tokens(tmp_path_factory.mktemp("config")), root=root)
+    states = {"job": "running", "still": "running", "over": "finished"}
+    wait_until(lambda: {run["run_id"]: run["state"] for run in ask(monitor, "/runs")["runs"]} == states)
+    return monitor, job
 
 
 def test_runs_are_chosen_sorted_and_paged(
@@ -143,11 +153,12 @@ def test_events_by_run_kind_and_number(
         text = "".join(json.dumps(line) + "\n" for line in lines)
         with (tmp_path / run_id / "rank-00000" / "events.jsonl").open("a") as file:
             file.write(text)
-    wait_until(lambda: len(ask(served, "/events")["events"]) == 8)
+    wait_until(lambda: len(ask(served, "/events?kind=a&kind=b")["events"]) == 6)
+    wait_until(lambda: len(ask(served, "/events?kind=run_started")["events"]) == 2)
     numbers = [event["number"] for event in ask(served, "/events")["events"]]
     assert numbers == sorted(numbers)
-    kinds = [event["kind"] for event in ask(served, "/runs/one/events")["events"]]
-    assert [kind for kind in kinds if kind != "run_started"] == ["a", "b", "a"]
+    found = ask(served, "/runs/one/events")["events"]
+    assert [event["kind"] for event in found if event["rank"] is not None] == ["a", "b", "a"]
     assert [event["step"] for event in ask(served, "/runs/two/events?kind=a")["events"]] == [0, 2]
     found = ask(served, f"/events?after={numbers[1]}&limit=2")["events"]
     assert [event["number"] for event in found] == numbers[2:4]
@@ -155,40 +166,48 @@ def test_events_by_run_kind_and_number(
     assert [event["number"] for event in found] == [numbers[3]]
 
 
-def test_a_policy_is_put_and_got(served: Monitor, job: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_policy_is_put_and_got(working: Working) -> None:
     """A running job takes up a policy; its history and an event say who asked, by his token and address."""
-    status, body, _ = send(
-        served, "PUT", "/api/v1/runs/job/policy?wait=30", {"policy": CLIP, "note": "why"}, **AS_WRITER
+    served, _ = working
+    known = ask(served, "/runs/job/policy")["revisions"]
+    path, policy = (
+        "/api/v1/runs/job/policy?wait=30",
+        {"pipeline": [{"nonfinite": {}}, {"global_norm": {"max_norm": 5}}]},
     )
-    assert (status, body["status"], body["revision"]) == (200, "applied", 1)
+    assert send(served, "PUT", path, {"policy": policy}, **AS_WRITER)[0] == 200
+    status, body, _ = send(served, "PUT", path, {"policy": CLIP, "note": "why"}, **AS_WRITER)
+    assert (status, body["status"], body["revision"]) == (200, "applied", len(known) + 1)
     found = ask(served, "/runs/job/policy")
-    assert [revision["source"] for revision in found["revisions"]] == ["attach", "request"]
+    assert [revision["source"] for revision in found["revisions"]] == ["attach", *["request"] * (len(known) + 1)]
     assert found["in_force"] == found["revisions"][-1]
     assert found["in_force"]["policy"]["pipeline"][1]["global_norm"]["max_norm"] == 1.0
     assert found["in_force"]["change"] == "global_norm.max_norm 5.0 -> 1.0"
     assert found["in_force"]["by"] == "oncall (127.0.0.1)"
     assert found["in_force"]["request"] == body["request"]
     assert found["in_force"]["step"] == body["step"]
-    (event,) = ask(served, "/runs/job/events?kind=policy_requested")["events"]
+    event = ask(served, "/runs/job/events?kind=policy_requested")["events"][-1]
     assert event["data"]["by"] == "oncall (127.0.0.1)"
     assert event["data"]["note"] == "why"
-    request = tmp_path / "job" / "rank-00000" / "control.json"
+    request = served.root / "job" / "rank-00000" / "control.json"
     assert request.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_job_that_refuses_is_409(served: Monitor, job: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_job_that_refuses_is_409(working: Working) -> None:
     """What only the job can know to be wrong comes back with its reason, and the old policy stays."""
+    served, _ = working
+    before = ask(served, "/runs/job/policy")["in_force"]
     path = "/api/v1/runs/job/policy?wait=30"
     impossible = CLIP | {"actions": [{"when": {"consecutive_skips": 10}, "do": {"callback": "save"}}]}
     status, body, _ = send(served, "PUT", path, {"policy": impossible}, **AS_WRITER)
     assert status == 409, body
     assert "and its old policy stays: " in body["detail"]
     assert "attach(callbacks=...)" in body["detail"]
-    assert ask(served, "/runs/job/policy")["in_force"]["revision"] == 0
+    assert ask(served, "/runs/job/policy")["in_force"] == before
 
 
-def test_without_waiting_it_is_202(served: Monitor, job: subprocess.Popen[str], wait_until: WaitUntil) -> None:
+def test_without_waiting_it_is_202(working: Working, wait_until: WaitUntil) -> None:
     """A request that is not waited for, or not answered in time, is 202, and stands."""
+    served, job = working
     job.send_signal(19)  # it is stopped, so it cannot answer
     for path in ("/api/v1/runs/job/policy", "/api/v1/runs/job/policy?wait=0.2"):
         status, body, _ = send(served, "PUT", path, {"policy": None}, **AS_WRITER)
@@ -206,45 +225,35 @@ def test_without_waiting_it_is_202(served: Monitor, job: subprocess.Popen[str], 
         ({"pipelines": []}, "pipelines"),
     ],
 )
-def test_a_wrong_policy_is_422_and_reaches_no_job(
-    served: Monitor, train: Train, make_manifest: MakeManifest, wait_until: WaitUntil, tmp_path: Path,
-    policy: dict[str, Any], said: str,
-) -> None:  # fmt: skip
+def test_a_wrong_policy_is_422_and_reaches_no_job(working: Working, policy: dict[str, Any], said: str) -> None:
     """What is wrong is told by its path, before anything is written; a dry run says the same."""
-    train(make_manifest("run"), 3)
-    wait_until(lambda: ask(served, "/runs")["runs"])
+    served, _ = working
     for query in ("", "?dry_run=true"):
-        status, body, _ = send(served, "PUT", f"/api/v1/runs/run/policy{query}", {"policy": policy}, **AS_WRITER)
+        status, body, _ = send(served, "PUT", f"/api/v1/runs/still/policy{query}", {"policy": policy}, **AS_WRITER)
         assert status == 422
         assert said in body["detail"]
-    assert not (tmp_path / "run" / "rank-00000" / "control.json").exists()
+    assert not (served.root / "still" / "rank-00000" / "control.json").exists()
 
 
-def test_a_dry_run_tells_what_is_covered(
-    served: Monitor, train: Train, make_manifest: MakeManifest, wait_until: WaitUntil, tmp_path: Path
-) -> None:
+def test_a_dry_run_tells_what_is_covered(working: Working) -> None:
     """A check needs no job, writes nothing, tells no event, and counts parameters and units of each stage."""
-    train(make_manifest("run"), 3, "finish")
-    wait_until(lambda: ask(served, "/runs")["runs"])
+    served, _ = working
     policy = CLIP | {"shadow": [{"group_norm": {"max_norm": 1.0, "scope": "layer"}}]}
-    status, body, _ = send(served, "PUT", "/api/v1/runs/run/policy?dry_run=true", {"policy": policy}, **AS_WRITER)
+    status, body, _ = send(served, "PUT", "/api/v1/runs/over/policy?dry_run=true", {"policy": policy}, **AS_WRITER)
     assert (status, body["status"], body["request"]) == (200, "valid", None)
     assert body["stages"][1:] == [
         {"name": "global_norm", "mode": "act", "parameters": 4, "units": 1},
         {"name": "group_norm", "mode": "shadow", "parameters": 4, "units": 3},
     ]
-    assert not (tmp_path / "run" / "rank-00000" / "control.json").exists()
-    assert ask(served, "/events?kind=policy_requested")["events"] == []
+    assert not (served.root / "over" / "rank-00000" / "control.json").exists()
+    assert ask(served, "/runs/over/events?kind=policy_requested")["events"] == []
 
 
-def test_a_run_that_is_over_is_409(
-    served: Monitor, train: Train, make_manifest: MakeManifest, wait_until: WaitUntil
-) -> None:
+def test_a_run_that_is_over_is_409(working: Working) -> None:
     """A finished run takes up no policy, which is said without a path of the disk."""
-    train(make_manifest("run"), 3, "finish")
-    wait_until(lambda: ask(served, "/runs")["runs"])
-    status, body, _ = send(served, "PUT", "/api/v1/runs/run/policy", {"policy": None}, **AS_WRITER)
+    served, _ = working
+    status, body, _ = send(served, "PUT", "/api/v1/runs/over/policy", {"policy": None}, **AS_WRITER)
     assert status == 409
-    assert body["detail"].startswith("the run in run/rank-00000 does not run any more")
-    status, body, _ = send(served, "PUT", "/api/v1/runs/run/policy", {"policy": None, "rank": 7}, **AS_WRITER)
-    assert (status, body["detail"]) == (404, "no rank 7 in run")
+    assert body["detail"].startswith("the run in over/rank-00000 does not run any more")
+    status, body, _ = send(served, "PUT", "/api/v1/runs/over/policy", {"policy": None, "rank": 7}, **AS_WRITER)
+    assert (status, body["detail"]) == (404, "no rank 7 in over")

@@ -397,7 +397,9 @@ def test_only_the_kinds_that_were_asked_for(
     service = serve(annotations={"kinds": ["run_lost"]})
     wait_until(lambda: counted(service) == {"created": 1})
     assert numbers(grafana) == [2]
+    wait_until(lambda: value(service, "annotations_waiting") == 0)
     context.store.add([happened(3, "scalars")])
+    service.wake()
     assert value(service, "annotations_waiting") == 0
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tests.conftest import Append, MakeManifest, Spawn, Start, Train, WaitUntil, WriteRun
 
 NAN = float("nan")
+Follow = Callable[[], Monitor]
 STAT = "grad_norm_preclip"
 
 
@@ -84,9 +86,29 @@ def spiky(count: int, seed: int = 0) -> npt.NDArray[np.float64]:
     return norms
 
 
+@pytest.fixture(scope="module")
+def served(shared_start: Start) -> Monitor:
+    """Start the daemon that most tests of this file share."""
+    return shared_start()
+
+
+@pytest.fixture
+def follow(served: Monitor, tmp_path: Path, wait_until: WaitUntil) -> Iterator[Follow]:
+    """Give a function that moves the run to where the daemon follows it, where it can be written on; remove it."""
+
+    def move() -> Monitor:
+        (tmp_path / "run").rename(served.root / "run")
+        wait_until(lambda: served.state("run"))
+        return served
+
+    yield move
+    shutil.rmtree(served.root / "run")
+    wait_until(lambda: not served.runs())
+
+
 @pytest.mark.parametrize(("written", "points"), [(50, 1000), (300, 1000), (300, 16), (300, 1)])
 def test_rows_equal_the_run(
-    start: Start, make_manifest: MakeManifest, write_run: WriteRun, tmp_path: Path, written: int, points: int
+    follow: Follow, make_manifest: MakeManifest, write_run: WriteRun, written: int, points: int
 ) -> None:
     """With and without a wrapped ring, every bucket holds the largest of its rows, composed by layer."""
     manifest = make_manifest(capacity=256, created_ns=time.time_ns())
@@ -95,10 +117,11 @@ def test_rows_equal_the_run(
     norms = spiky(written)
     flags = [f | int(Flag.NONFINITE) * (not np.isfinite(n).all()) for f, n in zip(flags, norms, strict=True)]
     write_run(manifest, norms, loss=losses, flags=flags)
-    found = rows(start(), query=f"points={points}&layers=*")
+    served = follow()
+    found = rows(served, query=f"points={points}&layers=*")
     assert len(found["steps"]) <= points
     assert found["complete"] is (written <= 255)
-    assert_equals_reference(found, open_run(tmp_path / "run"))
+    assert_equals_reference(found, open_run(served.root / "run"))
     assert (found["first_step"], found["last_step"]) == (found["steps"][0], written - 1)
 
 
@@ -123,10 +146,10 @@ def test_large_rings_are_merged_from_kept_buckets(
             assert window.baseline[-1] == np.median(usual[-512:])
 
 
-def test_a_range_has_the_steps_asked_for(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+def test_a_range_has_the_steps_asked_for(follow: Follow, make_manifest: MakeManifest, write_run: WriteRun) -> None:
     """from, to and after cut the rows; where the ring has overwritten some of them the answer says so."""
     write_run(make_manifest(capacity=64, created_ns=time.time_ns()), np.ones((100, 4)))
-    monitor = start()
+    monitor = follow()
     found = rows(monitor, query="from_step=50&to_step=59")
     assert (found["steps"], found["complete"], found["bucket_steps"]) == (list(range(50, 60)), True, 1)
     assert rows(monitor, query="from_step=10&to_step=59")["complete"] is False
@@ -138,11 +161,11 @@ def test_a_range_has_the_steps_asked_for(start: Start, make_manifest: MakeManife
 
 
 def test_an_answer_is_continued_by_the_next(
-    start: Start, make_manifest: MakeManifest, write_run: WriteRun, append: Append
+    follow: Follow, make_manifest: MakeManifest, write_run: WriteRun, append: Append
 ) -> None:
     """Buckets after a sequence, of the same size, replace the last of the earlier answer and follow it."""
     recorder = write_run(make_manifest(capacity=512, created_ns=time.time_ns()), spiky(101))
-    monitor = start()
+    monitor = follow()
     before = rows(monitor, query="points=20&layers=*")
     append(recorder, spiky(60, seed=3))
     query = f"after_sequence={before['last_sequence'] - 1}&bucket_steps={before['bucket_steps']}&points=20&layers=*"
@@ -178,11 +201,11 @@ def test_no_torn_row_while_a_process_writes(
         seen = max(0, found["last_sequence"] - 30)
 
 
-def test_a_run_that_went_back_to_a_checkpoint(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+def test_a_run_that_went_back_to_a_checkpoint(follow: Follow, make_manifest: MakeManifest, write_run: WriteRun) -> None:
     """Steps that were taken again are there twice, in the order in which they were written."""
     steps = [0, 1, 2, 3, 2, 3, 4]
     write_run(make_manifest(created_ns=time.time_ns()), np.ones((7, 4)), step=steps)
-    monitor = start()
+    monitor = follow()
     assert rows(monitor)["steps"] == steps
     assert rows(monitor, query="from_step=4")["steps"] == [4]
     assert rows(monitor, query="points=1")["last_step"] == 4
@@ -202,12 +225,12 @@ def test_a_run_that_began_anew_is_another(
     assert (second["steps"], second["columns"][STAT]) == ([0, 1, 2], [4.0] * 3)
 
 
-def test_each_rank_has_its_own_rows(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+def test_each_rank_has_its_own_rows(follow: Follow, make_manifest: MakeManifest, write_run: WriteRun) -> None:
     """The rows of a rank are its own; a rank that is not there is told with those that are."""
     for rank in (0, 1):
         manifest = make_manifest(rank=rank, world_size=2, created_ns=time.time_ns())
         write_run(manifest, (rank + 1) * np.ones((5, 4)))
-    monitor = start()
+    monitor = follow()
     assert rows(monitor, query="rank=1")["columns"][STAT] == [4.0] * 5
     status, body, _ = monitor.get("/api/v1/runs/run/rows?rank=7")
     assert (status, json.loads(body)["detail"]) == (
@@ -228,22 +251,22 @@ WRONG = [
 ]
 
 
-def test_wrong_requests_name_the_remedy(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+def test_wrong_requests_name_the_remedy(follow: Follow, make_manifest: MakeManifest, write_run: WriteRun) -> None:
     """What is wrong with a request is said, with what would be right."""
     write_run(make_manifest(created_ns=time.time_ns()), np.ones((3, 4)))
-    monitor = start()
+    monitor = follow()
     for path, status, said in WRONG:
         found, body, _ = monitor.get(f"/api/v1/runs/{path}")
         assert (path, found) == (path, status)
         assert said in body.decode().replace('\\"', '"')
 
 
-def test_only_what_was_asked_for_is_sent(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> None:
+def test_only_what_was_asked_for_is_sent(follow: Follow, make_manifest: MakeManifest, write_run: WriteRun) -> None:
     """Columns and layers are chosen by name; a layer without a gradient is null, and so is a loss not logged."""
     norms = np.ones((3, 4))
     norms[1:, 3] = -0.0
     write_run(make_manifest(created_ns=time.time_ns()), norms, loss=NAN)
-    found = rows(start(), query="columns=loss&columns=coefficient&layers=head&layers=embed")
+    found = rows(follow(), query="columns=loss&columns=coefficient&layers=head&layers=embed")
     assert found["columns"] == {"loss": [None] * 3, "coefficient": [1.0] * 3}
     assert {layer["name"]: layer["values"] for layer in found["layers"]} == {
         "embed": [1.0] * 3,
@@ -252,7 +275,7 @@ def test_only_what_was_asked_for_is_sent(start: Start, make_manifest: MakeManife
 
 
 def test_policies_are_named_by_the_revision_of_the_row(
-    start: Start, make_manifest: MakeManifest, write_run: WriteRun, tmp_path: Path
+    follow: Follow, make_manifest: MakeManifest, write_run: WriteRun, tmp_path: Path
 ) -> None:
     """After a change of the policy the same slot is another's; buckets do not mix the two."""
     recorder = write_run(make_manifest(policies=("a",), created_ns=time.time_ns()), np.empty((0, 4)))
@@ -265,7 +288,7 @@ def test_policies_are_named_by_the_revision_of_the_row(
         recorder.policies[0, 0] = step + 1
         recorder.stats[:] = 1
         recorder.commit(_header(step, revision=step // 3))
-    found = rows(start(), query="points=2")
+    found = rows(follow(), query="points=2")
     assert found["rows"] == [3, 1, 2]
     assert {p["name"]: (p["threshold"], p["clipped_steps"]) for p in found["policies"]} == {
         "a": ([3.0, None, None], [3, 0, 0]),

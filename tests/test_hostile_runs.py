@@ -40,24 +40,24 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def told(monitor: Monitor) -> str:
     """Return everything that the monitor shows."""
-    paths = ("/metrics", "/", "/api/v1/runs", "/api/v1/events", "/api/v1/runs/evil", "/api/v1/runs/evil/policy")
-    return "".join(monitor.get(path)[1].decode() for path in paths)
+    evil = [f"/api/v1/runs/{run.name}{of_it}" for run in monitor.root.glob("evil*") for of_it in ("", "/policy")]
+    return "".join(monitor.get(path)[1].decode() for path in ("/metrics", "/", "/api/v1/runs", "/api/v1/events", *evil))
 
 
-@pytest.mark.parametrize("level", ["run", "rank", *FILES[:4]])
 def test_a_link_out_of_the_root_is_not_followed(
     tmp_path: Path, start: Start, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil,
-    elsewhere: Path, level: str,
+    elsewhere: Path,
 ) -> None:  # fmt: skip
     """A run, a rank or a file that is a link shows nothing of where it leads, and the good run beside it is served."""
     write_run(make_manifest("good", created_ns=time.time_ns()), [[1.0] * 4])
-    write_run(make_manifest("evil", created_ns=time.time_ns()), [[1.0] * 4])
-    evil = tmp_path / "evil"
-    place = {"run": evil, "rank": evil / "rank-00000"}.get(level, evil / "rank-00000" / level)
-    target = {"run": elsewhere.parent, "rank": elsewhere}.get(level, elsewhere / level)
-    if place.exists():
-        place.rename(tmp_path / ".away")
-    place.symlink_to(target)
+    for level in ("run", "rank", *FILES[:4]):
+        write_run(make_manifest(f"evil-{level}", created_ns=time.time_ns()), [[1.0] * 4])
+        evil = tmp_path / f"evil-{level}"
+        place = {"run": evil, "rank": evil / "rank-00000"}.get(level, evil / "rank-00000" / level)
+        target = {"run": elsewhere.parent, "rank": elsewhere}.get(level, elsewhere / level)
+        if place.exists():
+            place.rename(tmp_path / f".away-{level}")
+        place.symlink_to(target)
     monitor = start()
     wait_until(lambda: monitor.state("good"))
     shown = told(monitor)
@@ -115,17 +115,7 @@ def test_the_users_own_link_is_followed(tmp_path: Path, make_manifest: MakeManif
     assert len(open_run(tmp_path / "latest")) == 1
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "steps.ring", "events.jsonl", "policy.json"])
-@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "directory"])
-def test_what_is_no_file_holds_nothing_up(
-    tmp_path: Path, start: Start, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil, name: str,
-    kind: str,
-) -> None:  # fmt: skip
-    """A pipe, a socket, a device or a directory in place of a file is passed over; the good run is served."""
-    for run_id in ("evil", "good"):
-        write_run(make_manifest(run_id, created_ns=time.time_ns()), [[1.0] * 4])
-    path = tmp_path / "evil" / "rank-00000" / name
-    path.unlink(missing_ok=True)
+def make_no_file(path: Path, kind: str) -> None:
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "directory":
@@ -140,6 +130,19 @@ def test_what_is_no_file_holds_nothing_up(
     else:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(os.path.relpath(path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "directory"])
+def test_what_is_no_file_holds_nothing_up(
+    tmp_path: Path, start: Start, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil, kind: str
+) -> None:
+    """A pipe, a socket, a device or a directory in place of a file is passed over; the good run is served."""
+    write_run(make_manifest("good", created_ns=time.time_ns()), [[1.0] * 4])
+    for name in FILES[:4]:
+        write_run(make_manifest(f"evil-{name}", created_ns=time.time_ns()), [[1.0] * 4])
+        path = tmp_path / f"evil-{name}" / "rank-00000" / name
+        path.unlink(missing_ok=True)
+        make_no_file(path, kind)
     monitor = start()
     wait_until(lambda: monitor.state("good"))
     assert monitor.get("/metrics")[0] == 200

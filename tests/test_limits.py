@@ -11,26 +11,44 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests._monitor import Monitor
-from tests._web import connect, read_to_end, send, write_config, write_tokens
+from tests._web import AS_WRITER, connect, read_to_end, send, with_tokens, write_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.conftest import Start, WaitUntil
 
+    Limited = Callable[..., Monitor]
+
 POLICY = "/api/v1/runs/run/policy"
 HEAD = b"GET /-/ready HTTP/1.1\r\nHost: localhost\r\n"
 
 
-@pytest.fixture
-def limited(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Monitor]:
-    """Give a function that starts a daemon with these limits."""
+@pytest.fixture(scope="module")
+def limited(shared_start: Start, tmp_path_factory: pytest.TempPathFactory) -> Limited:
+    """Give a function that starts a daemon with these limits, or gives the one that has been."""
+    started: dict[tuple[Any, ...], Monitor] = {}
 
     def launch(**limits: Any) -> Monitor:
-        directory = tmp_path_factory.mktemp("config")
-        return start("--config", write_config(directory / "monitor.yaml", limits=limits))
+        key = tuple(limits.items())
+        if key not in started:
+            config = write_config(tmp_path_factory.mktemp("config") / "monitor.yaml", limits=limits)
+            started[key] = shared_start("--config", config)
+        return started[key]
 
     return launch
+
+
+@pytest.fixture(scope="module")
+def tight(limited: Limited) -> Monitor:
+    """Give a daemon that takes little of each part of a request."""
+    return limited(max_body_bytes=2048, max_header_bytes=4096, max_query_bytes=300)
+
+
+@pytest.fixture(scope="module")
+def writable(shared_start: Start, tmp_path_factory: pytest.TempPathFactory) -> Monitor:
+    """Give a daemon that a token may write to."""
+    return shared_start(*with_tokens(tmp_path_factory.mktemp("config")))
 
 
 def status(answer: bytes) -> int:
@@ -38,14 +56,12 @@ def status(answer: bytes) -> int:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_long_body_is_413(limited: Callable[..., Monitor], tmp_path_factory: pytest.TempPathFactory,
-                            start: Start, chunked: bool) -> None:  # fmt: skip
+def test_a_long_body_is_413(tight: Monitor, chunked: bool) -> None:
     """A body beyond the limit is refused, said by its length or found while it comes, and one within it is not."""
-    monitor = limited(max_body_bytes=2048)
     for size, expected in ((2049, 413), (2000, 403)):
         head = "PUT /api/v1/runs/run/policy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         body = json.dumps({"policy": None, "note": ""}).encode().ljust(size)
-        with connect(monitor) as connection:
+        with connect(tight) as connection:
             if chunked:
                 chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:1000], body[1000:]))
                 connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + b"0\r\n\r\n")
@@ -55,10 +71,9 @@ def test_a_long_body_is_413(limited: Callable[..., Monitor], tmp_path_factory: p
 
 
 @pytest.mark.parametrize("parts", [1, 40], ids=["at once", "in parts"])
-def test_long_headers_are_431(limited: Callable[..., Monitor], parts: int) -> None:
+def test_long_headers_are_431(tight: Monitor, parts: int) -> None:
     """Headers beyond the limit are refused however they come, as JSON that names the limit."""
-    monitor = limited(max_header_bytes=4096)
-    with connect(monitor) as connection:
+    with connect(tight) as connection:
         text = HEAD + b"X-Long: " + b"a" * 8000 + b"\r\n\r\n"
         size = -(-len(text) // parts)
         try:
@@ -72,11 +87,10 @@ def test_long_headers_are_431(limited: Callable[..., Monitor], parts: int) -> No
     assert b"the headers are longer than 4096 bytes" in answer
 
 
-def test_a_long_query_is_414(limited: Callable[..., Monitor]) -> None:
+def test_a_long_query_is_414(tight: Monitor) -> None:
     """A query beyond the limit is refused."""
-    monitor = limited(max_query_bytes=300)
-    assert monitor.get("/api/v1/runs?" + "a" * 301)[0] == 414
-    assert monitor.get("/api/v1/runs?" + "a" * 300)[0] == 200
+    assert tight.get("/api/v1/runs?" + "a" * 301)[0] == 414
+    assert tight.get("/api/v1/runs?" + "a" * 300)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -90,7 +104,7 @@ def test_a_long_query_is_414(limited: Callable[..., Monitor]) -> None:
     ],
     ids=["nothing", "part of a line", "part of the headers", "part of a body", "no body"],
 )
-def test_a_slow_client_is_cut_off(limited: Callable[..., Monitor], said: bytes, expected: int) -> None:
+def test_a_slow_client_is_cut_off(limited: Limited, said: bytes, expected: int) -> None:
     """A request that does not arrive whole in time is 408 or just closed, though bytes of it keep coming."""
     monitor = limited(request_seconds=0.6)
     with connect(monitor) as connection:
@@ -132,7 +146,7 @@ def test_what_is_no_request_is_400(start: Start) -> None:
     assert "Traceback" not in log
 
 
-def test_who_takes_nothing_is_cut_off(limited: Callable[..., Monitor], wait_until: WaitUntil) -> None:
+def test_who_takes_nothing_is_cut_off(limited: Limited, wait_until: WaitUntil) -> None:
     """A client that asks again and again and reads nothing is cut off; nobody else notices."""
     monitor = limited(answer_seconds=1)
     with connect(monitor) as connection:
@@ -153,7 +167,7 @@ def test_who_takes_nothing_is_cut_off(limited: Callable[..., Monitor], wait_unti
 
 
 @pytest.mark.parametrize("said", [b"", HEAD, HEAD + b"\r\n"], ids=["silent", "slow", "idle"])
-def test_who_holds_connections_keeps_nobody_out(limited: Callable[..., Monitor], said: bytes) -> None:
+def test_who_holds_connections_keeps_nobody_out(limited: Limited, said: bytes) -> None:
     """With every connection taken by clients that are waited for, a scrape is served at once."""
     monitor = limited(max_connections=16, max_connections_per_client=12, request_seconds=60)
     with ExitStack() as stack:
@@ -166,7 +180,7 @@ def test_who_holds_connections_keeps_nobody_out(limited: Callable[..., Monitor],
         assert b"HTTP/1.1 200" not in read_to_end(held[0])[20:] or said  # the longest waiting made room
 
 
-def test_a_slow_answer_is_given_up(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_slow_answer_is_given_up() -> None:
     """An answer of the API that does not begin in time is 504, and what comes after it reaches nobody."""
     import anyio
 
@@ -210,35 +224,22 @@ def test_a_slow_answer_is_given_up(tmp_path_factory: pytest.TempPathFactory) -> 
         ({}, 404),
     ],
 )
-def test_a_page_of_the_web_cannot_write(
-    start: Start, tmp_path_factory: pytest.TempPathFactory, headers: dict[str, str], expected: int
-) -> None:
+def test_a_page_of_the_web_cannot_write(writable: Monitor, headers: dict[str, str], expected: int) -> None:
     """A write that a foreign page could make a browser send is refused, even if it had a token."""
-    from tests._web import AS_WRITER
-
-    directory = tmp_path_factory.mktemp("config")
-    tokens = write_tokens(directory / "tokens")
-    monitor = start("--config", write_config(directory / "monitor.yaml", auth={"tokens_file": str(tokens)}))
-    found, body, _ = send(monitor, "PUT", POLICY, {"policy": None}, **AS_WRITER, **headers)
+    found, body, _ = send(writable, "PUT", POLICY, {"policy": None}, **AS_WRITER, **headers)
     assert found == expected, body
 
 
-def test_the_own_page_may_write(start: Start, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_own_page_may_write(writable: Monitor) -> None:
     """The page that the monitor itself serves sends its own Origin, and is let through."""
-    from tests._web import AS_WRITER
-
-    directory = tmp_path_factory.mktemp("config")
-    tokens = write_tokens(directory / "tokens")
-    monitor = start("--config", write_config(directory / "monitor.yaml", auth={"tokens_file": str(tokens)}))
-    headers = {"Origin": monitor.url, "Sec-Fetch-Site": "same-origin"}
-    assert send(monitor, "PUT", POLICY, {"policy": None}, **AS_WRITER, **headers)[0] == 404
+    headers = {"Origin": writable.url, "Sec-Fetch-Site": "same-origin"}
+    assert send(writable, "PUT", POLICY, {"policy": None}, **AS_WRITER, **headers)[0] == 404
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/api/v1/runs", "/-/ready", "/nothing", "/api/v1/runs?limit=x"])
-def test_every_answer_has_the_headers_that_guard_a_browser(start: Start, path: str) -> None:
+def test_every_answer_has_the_headers_that_guard_a_browser(tight: Monitor, path: str) -> None:
     """No type is guessed, no frame and no foreign page may show it, no script of elsewhere runs, nothing is shared."""
-    monitor = start()
-    headers = monitor.get(path, Origin="https://evil.example")[2]
+    headers = tight.get(path, Origin="https://evil.example")[2]
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
     assert headers["cross-origin-resource-policy"] == "same-origin"

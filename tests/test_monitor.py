@@ -88,14 +88,12 @@ def test_http_interface(start: Start, train: Train, make_manifest: MakeManifest,
     assert "/tmp" not in index + json.dumps(described)
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [("localhost:9477", 200), ("127.0.0.1", 200), ("[::1]:9477", 200), ("evil.example:9477", 400), ("", 400)],
-)
-def test_only_requests_to_this_host_are_served(start: Start, host: str, status: int) -> None:
+def test_only_requests_to_this_host_are_served(start: Start) -> None:
     """A name that somebody else lets resolve to loopback is refused, on every path."""
     monitor = start()
-    assert [monitor.get(path, Host=host)[0] for path in ("/metrics", "/api/v1/runs")] == [status] * 2
+    hosts = {"localhost:9477": 200, "127.0.0.1": 200, "[::1]:9477": 200, "evil.example:9477": 400, "": 400}
+    for path in ("/metrics", "/api/v1/runs"):
+        assert {host: monitor.get(path, Host=host)[0] for host in hosts} == hosts
 
 
 def test_a_stuck_poll_is_not_healthy(tmp_path: Path) -> None:

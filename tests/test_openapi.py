@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.result import Ok
 from schemathesis.generation import GenerationMode
 
+from gradiometer.recorder import Recorder
 from gradiometer_monitor.config.settings import Settings
 from gradiometer_monitor.exposition.exposition import Exposition
 from gradiometer_monitor.following.events import Events
@@ -29,10 +30,10 @@ from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Store
 from gradiometer_monitor.web.app import app
 from tests._monitor import Monitor
-from tests._web import AS_WRITER, JOB, send, write_config, write_tokens
+from tests._web import AS_WRITER, JOB, send, with_tokens
 
 if TYPE_CHECKING:
-    from tests.conftest import MakeManifest, Spawn, Start, WaitUntil, WriteRun
+    from tests.conftest import Append, MakeManifest, Spawn, Start, WaitUntil
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "docs" / "openapi.json"
@@ -111,22 +112,24 @@ def test_every_parameter_is_bounded(document: dict[str, Any]) -> None:
             assert _bounded(parameter["schema"]), f"{method} {path}: {parameter['name']} {parameter['schema']}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served(
-    tmp_path: Path, start: Start, spawn: Spawn, make_manifest: MakeManifest, write_run: WriteRun,
-    wait_until: WaitUntil, tmp_path_factory: pytest.TempPathFactory,
-) -> Monitor:  # fmt: skip
+    shared_start: Start, shared_spawn: Spawn, make_manifest: MakeManifest, append: Append, wait_until: WaitUntil,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Monitor]:  # fmt: skip
     """Start a daemon over a job that trains, a run that is over, and one of non-finite norms."""
-    process = spawn(sys.executable, "-c", JOB, tmp_path, stdout=subprocess.PIPE)
-    write_run(make_manifest("over", created_ns=time.time_ns()), [[1.0] * 4] * 100, close=True)
-    write_run(make_manifest("bad", created_ns=time.time_ns()), [[float("nan"), 1.0, float("inf"), 0.0]] * 3)
+    root = tmp_path_factory.mktemp("runs")
+    process = shared_spawn(sys.executable, "-c", JOB, root, stdout=subprocess.PIPE)
+    over, bad = (Recorder(root, make_manifest(name, created_ns=time.time_ns())) for name in ("over", "bad"))
+    append(over, [[1.0] * 4] * 100)
+    over.close()
+    append(bad, [[float("nan"), 1.0, float("inf"), 0.0]] * 3)
     assert process.stdout is not None
     assert process.stdout.readline() == "attached\n"
-    directory = tmp_path_factory.mktemp("config")
-    tokens = write_tokens(directory / "tokens")
-    monitor = start("--config", write_config(directory / "monitor.yaml", auth={"tokens_file": str(tokens)}))
+    monitor = shared_start(*with_tokens(tmp_path_factory.mktemp("config")), root=root)
     wait_until(lambda: monitor.get("/api/v1/runs", **AS_WRITER)[1].count(b"run_id") == 3)
-    return monitor
+    yield monitor
+    bad.close()
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "wrong"])
@@ -185,8 +188,11 @@ def _ask(operation: Any, mode: GenerationMode, checks: list[Any], asked: set[str
     call()
 
 
-def test_every_operation_wants_its_token_and_method(served: Monitor, document: dict[str, Any]) -> None:
+def test_every_operation_wants_its_token_and_method(
+    start: Start, document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Without a token each is 401; with one, a method that a path has not is 405 and told which it has."""
+    served = start(*with_tokens(tmp_path_factory.mktemp("config")))  # one that has refused nobody yet
     for path, method, _ in operations(document):
         where = path.replace("{run_id}", "job")
         assert send(served, method.upper(), where)[0] == 401

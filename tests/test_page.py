@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.run import open_run
 from tests._monitor import Monitor
 from tests._web import READ, write_config, write_tokens
@@ -98,8 +99,10 @@ def run_page(visit: Open, monitor: Monitor, run_id: str = "run", **options: Any)
     return page
 
 
-@pytest.fixture
-def two_runs(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> Monitor:
+@pytest.fixture(scope="module")
+def two_runs(
+    shared_start: Start, make_manifest: MakeManifest, append: Append, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Monitor]:
     """Give a monitor over a run with a spike, a step that was not finite and an incident, and over one that is over."""
     norms = np.random.default_rng(0).random((400, 4)) + 0.5
     norms[250, 2], norms[300, 1] = 5000.0, NAN
@@ -108,7 +111,8 @@ def two_runs(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> 
         "policies": ("global_norm",),
         "policy": {"pipeline": [{"global_norm": {"max_norm": 1.0}}]},
     }
-    recorder = write_run(make_manifest(capacity=512, created_ns=time.time_ns(), **policies), np.empty((0, 4)))
+    root = tmp_path_factory.mktemp("runs")
+    recorder = Recorder(root, make_manifest(capacity=512, created_ns=time.time_ns(), **policies))
     recorder.policies[:, 0] = 1.0
     now = time.time_ns()
     for step, row in enumerate(norms):
@@ -116,13 +120,14 @@ def two_runs(start: Start, make_manifest: MakeManifest, write_run: WriteRun) -> 
         recorder.commit(_header(step, row, now + step * 10**6))
     recorder.event("nonfinite", "blocks.0.1 is not finite", step=300)
     recorder.event("backward_order", "of less weight", step=301)
-    write_run(make_manifest("another", created_ns=time.time_ns()), np.ones((3, 4)), close=True)
-    return start()
+    another = Recorder(root, make_manifest("another", created_ns=time.time_ns()))
+    append(another, np.ones((3, 4)))
+    another.close()
+    yield shared_start(root=root)
+    recorder.close()
 
 
-def _header(step: int, row: Any, time_ns: int) -> Any:
-    from gradiometer.recorder import RowHeader
-
+def _header(step: int, row: Any, time_ns: int) -> RowHeader:
     norm = float(np.sqrt(np.square(row.astype(np.float64)).sum()))
     flags = 128 + (4 if math.isfinite(norm) else 3)
     return RowHeader(step, time_ns, flags, 1, 0, 1, -1, 0, norm, 1.0, 0.5, 0.001, 2.0 - step / 400, NAN, 0.001, 0.0)
@@ -272,9 +277,8 @@ def test_dragging_over_a_chart_zooms(two_runs: Monitor, visit: Open) -> None:
     assert page.locator("#range").input_value() == "custom"
 
 
-@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_nothing_is_wider_than_the_screen(
-    start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open, viewport: dict[str, int]
+    start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open
 ) -> None:
     """Long names break or are cut; there is no horizontal scrolling, in the list or in a run."""
     name = "a" * 120
@@ -282,12 +286,13 @@ def test_nothing_is_wider_than_the_screen(
     recorder = write_run(make_manifest(name, layers=layers, created_ns=time.time_ns()), np.ones((20, 2)))
     recorder.event("nonfinite", "y" * 300, step=3)
     monitor = start()
-    page = visit(monitor, viewport=viewport)
-    page.wait_for_selector(".runs tbody tr")
-    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
-    page = run_page(visit, monitor, name, viewport=viewport)
-    page.wait_for_selector(".incident")
-    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    for viewport in (WIDE, NARROW):
+        page = visit(monitor, viewport=viewport)
+        page.wait_for_selector(".runs tbody tr")
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+        page = run_page(visit, monitor, name, viewport=viewport)
+        page.wait_for_selector(".incident")
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
 
 
 def test_a_lost_run_stands_out(start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open) -> None:
@@ -438,10 +443,9 @@ def test_new_rows_continue_a_chart_at_every_range(
     page.wait_for_selector(".span:text('\u20131\u202f429')")
 
 
-def test_the_page_loads_nothing_it_does_not_bring(start: Start) -> None:
+def test_the_page_loads_nothing_it_does_not_bring(two_runs: Monitor) -> None:
     """Its files say so themselves: no script or style in the document, a policy that allows none, and the licence."""
-    monitor = start()
-    status, body, headers = monitor.get("/")
+    status, body, headers = two_runs.get("/")
     text = body.decode()
     assert status == 200
     assert "default-src 'self'" in headers["content-security-policy"]
@@ -449,7 +453,7 @@ def test_the_page_loads_nothing_it_does_not_bring(start: Start) -> None:
     assert "://" not in text
     assert not re.search(r"<style|style=|<script(?![^>]*\bsrc=)| on\w+=", text)
     for name in re.findall(r'(?:src|href)="(static/[^"]+)"', text):
-        assert monitor.get(f"/{name}")[0] == 200
-    assert b"MIT License" in monitor.get("/static/uPlot.LICENSE.txt")[1]
-    assert monitor.get("/static/..%2f..%2fapp.py")[0] == 404
-    assert monitor.get("/", **{"If-None-Match": headers["etag"]})[0] == 304
+        assert two_runs.get(f"/{name}")[0] == 200
+    assert b"MIT License" in two_runs.get("/static/uPlot.LICENSE.txt")[1]
+    assert two_runs.get("/static/..%2f..%2fapp.py")[0] == 404
+    assert two_runs.get("/", **{"If-None-Match": headers["etag"]})[0] == 304

@@ -325,8 +325,10 @@ def test_credentials_come_from_files_that_may_change(
     """Each request carries what the files hold then; none of it is in what the settings print."""
     secrets = tmp_path.with_name(f"{tmp_path.name}-secrets")
     secrets.mkdir()
+    (secrets / "mounted").mkdir()
     for name in ("token", "key"):
-        (secrets / name).write_text("first-secret\n")
+        (secrets / "mounted" / name).write_text("first-secret\n")
+        (secrets / name).symlink_to(f"mounted/{name}")  # as Kubernetes mounts them
     recorder = write_run(make_manifest("run"), np.ones((2, 4)), time_ns=recent(2))
     files = {"bearer_token_file": secrets / "token", "header_files": {"X-Key": secrets / "key"}, "tenant": "team"}
     pusher = push(taking.url, **files)

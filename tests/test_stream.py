@@ -179,13 +179,14 @@ def test_a_client_that_takes_nothing_holds_up_nobody(
         assert seen == list(range(5, 1205))
 
 
-@pytest.mark.parametrize(("query", "status"), [("run_id=other", 404), ("run_id=run&rank=3", 404), ("rank=-1", 422)])
 def test_what_is_not_there_is_told_at_once(
-    start: Start, make_manifest: MakeManifest, write_run: WriteRun, listen: Listen, query: str, status: int
+    start: Start, make_manifest: MakeManifest, write_run: WriteRun, listen: Listen
 ) -> None:
     """A run or rank that is not followed is no stream that stays silent."""
     write_run(make_manifest(created_ns=time.time_ns()), np.ones((2, 4)))
-    assert listen(start(), query).response.status == status
+    monitor = start()
+    for query, status in (("run_id=other", 404), ("run_id=run&rank=3", 404), ("rank=-1", 422)):
+        assert listen(monitor, query).response.status == status
 
 
 def test_the_end_is_clean_with_streams_open(start: Start, listen: Listen) -> None:

@@ -23,6 +23,7 @@ from gradiometer.records import (
     RunFormatError,
     SampleInfo,
     find_ranks,
+    rank_of,
     read_events,
     read_manifest,
 )
@@ -295,7 +296,7 @@ def bad_episodes(run: Path) -> list[Episode]:
 
 
 def _ranks(run: Path) -> Mapping[int, Path]:
-    return {int(path.name.removeprefix("rank-")): path for path in find_ranks(run)}
+    return {rank_of(path): path for path in find_ranks(run)}
 
 
 def _readable(path: Path) -> dict[int, float]:

@@ -38,6 +38,7 @@ from gradiometer.records import (
     RingGeometry,
     RunFormatError,
     State,
+    rank_directory,
     read_manifest,
 )
 
@@ -256,7 +257,7 @@ class Recorder(RingWriter):
     """The ring of what is measured every so many steps only, if anything is."""
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
-        self.path = root / check_run_id(manifest.run_id) / f"rank-{manifest.rank:05d}"
+        self.path = rank_directory(root / check_run_id(manifest.run_id), manifest.rank)
         self._ring = self._events = -1
         _make_directory(self.path)
         try:

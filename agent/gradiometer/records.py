@@ -50,6 +50,8 @@ __all__ = [
     "find_runs",
     "installed_version",
     "own_clipping",
+    "rank_directory",
+    "rank_of",
     "read_bounded",
     "read_events",
     "read_manifest",
@@ -301,6 +303,16 @@ def _is_run(path: Path) -> bool:
         return bool(find_ranks(path))
     except PermissionError:
         return True
+
+
+def rank_directory(run: Path, rank: int) -> Path:
+    """Return where a rank of a run is recorded."""
+    return run / f"rank-{rank:05d}"
+
+
+def rank_of(directory: Path) -> int:
+    """Return the rank that a rank directory is of; an earlier start's has a number after it, as in ``rank-00000.1``."""
+    return int(directory.name.removeprefix("rank-").partition(".")[0])
 
 
 def find_ranks(run: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from gradiometer.records import (
     RingReader,
     Rows,
     own_clipping,
+    rank_directory,
     read_events,
     read_manifest,
 )
@@ -276,7 +277,7 @@ def open_run(path: str | os.PathLike[str], rank: int = 0) -> Run:
     if directory.is_symlink() or directory.parent.is_symlink():  # the user's own, of which files are opened by no other
         directory = directory.resolve()
     if not (directory / "manifest.json").is_file():
-        directory = directory / f"rank-{rank:05d}"
+        directory = rank_directory(directory, rank)
     if not (directory / "manifest.json").is_file():
         raise FileNotFoundError(
             f"no run at {path}: {directory / 'manifest.json'} is not there ('gradiometer runs' lists runs)"

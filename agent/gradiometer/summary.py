@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiometer.insight import NoiseAverage, Samples, microbatch_norms, replicas
+from gradiometer.layer_norms import LayerNorms
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS
 from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows, own_clipping
 from gradiometer.windows import BASELINE_STEPS, WARMUP_STEPS, LayerBaseline, Streak, WindowMax, WindowRatio
@@ -40,8 +41,6 @@ LAYER_METRICS = (
 """Metrics of which each exported layer has one series, in every run."""
 SAMPLED_METRICS = ("gradiometer_layer_weight_norm", "gradiometer_layer_update_ratio")
 COSINE_METRIC = "gradiometer_layer_grad_cosine"
-NEGATIVE_ZERO = np.float32(-0.0).view(np.uint32)
-"""Bits of the norm of a parameter that had no gradient."""
 _PRECLIP = STATS.index("grad_norm_preclip")
 
 
@@ -85,10 +84,9 @@ class LayerSummary:
         index = manifest.layer_index
         self.names = manifest.layers
         count = len(self.names)
-        self._order = np.argsort(index, kind="stable")
-        self._starts = np.searchsorted(index[self._order], np.arange(count))
+        self._norms = LayerNorms(manifest)
         trainable = np.array([parameter.trainable for parameter in manifest.parameters], np.bool_)
-        self.exported: Mask = np.logical_or.reduceat(trainable[self._order], self._starts)
+        self.exported: Mask = self._norms.any_of(trainable)
         """Layers of which some parameter is trainable or ever had a gradient, bool[L]."""
         self.metrics: tuple[str, ...] = LAYER_METRICS
         """Metrics of which each exported layer of this run has one series."""
@@ -112,18 +110,12 @@ class LayerSummary:
 
     def norms(self, parameter_norms: npt.NDArray[np.float32]) -> Floats:
         """Compose float32[T, P] norms of parameters to float64[T, L] of layers."""
-        return self._compose(parameter_norms[:, self._order])
-
-    def _compose(self, ordered: npt.NDArray[np.float32]) -> Floats:
-        norms: Floats = np.sqrt(np.add.reduceat(np.square(ordered, dtype=np.float64), self._starts, axis=1))
-        return norms
+        return self._norms.compose(parameter_norms)[0]
 
     def update(self, time_ns: Integers, parameter_norms: npt.NDArray[np.float32], fresh: int) -> None:
         """Take in float32[T, P] norms of the rows at int64[T], of which the last ``fresh`` are to be counted."""
-        ordered = parameter_norms[:, self._order]
-        absent = np.logical_and.reduceat(ordered.view(np.uint32) == NEGATIVE_ZERO, self._starts, axis=1)
+        norms, absent = self._norms.compose(parameter_norms)
         self.exported |= ~absent.all(axis=0)
-        norms = self._compose(ordered)
         self.last, self.present = norms[-1], ~absent[-1]
         self.nonfinite += np.count_nonzero(~np.isfinite(norms[len(norms) - fresh :]), axis=0)
         self._window.add(time_ns, norms)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +25,18 @@ from gradiometer.records import (
     Rows,
     RunFormatError,
     State,
+    rank_of,
     read_manifest,
 )
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
-__all__ = ["STATES", "Frame", "RankTail", "Sample", "frame", "identity"]
+__all__ = ["Frame", "RankTail", "RunState", "Sample", "frame", "identity"]
 
 POLL_BYTES = 4 * 2**20
 """Bytes of rows that one poll reads at most, so that a scrape does not wait long; a larger row is read alone."""
 NAMED_LAYERS = 20
 """Vanishing layers, and exploding ones, that a scrape names; the others are counted."""
-STATES = ("running", "finished", "lost")
+RunState = Literal["running", "finished", "lost"]
 
 Sample = tuple[str, tuple[str, ...], float]
 """Name in the catalogue, label values in the catalogue's order, value."""
@@ -52,7 +53,7 @@ class RankTail:
 
     def __init__(self, path: Path, recall: Callable[[RankTail], dict[str, Any] | None] | None = None) -> None:
         self.path = path
-        self.run_id, self.rank = path.parent.name, int(path.name.removeprefix("rank-"))
+        self.run_id, self.rank = path.parent.name, rank_of(path)
         self.identity = identity(path)
         self.manifest = read_manifest(path / "manifest.json")
         if len(self.manifest.parameters) != self.manifest.ring.parameters:
@@ -189,8 +190,8 @@ class Frame:
     """Of the lowest rank: replicated layers are exported once."""
 
 
-def frame(ranks: Sequence[RankTail], state: str) -> Frame:
-    """Frame the ranks of one run, lowest first and at least one; ``state`` is one of :data:`STATES`.
+def frame(ranks: Sequence[RankTail], state: RunState) -> Frame:
+    """Frame the ranks of one run, lowest first and at least one; ``state`` is the run's.
 
     A gauge whose value is not known is left out. Series without a rank are the lowest rank's, except what is lost or
     spent on the run's behalf, which is summed over the ranks.
@@ -211,7 +212,7 @@ def frame(ranks: Sequence[RankTail], state: str) -> Frame:
     return Frame(run_id=lead.run_id, samples=samples, histograms=histograms, layers=summary.layers)
 
 
-def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
+def _run_samples(ranks: Sequence[RankTail], state: RunState) -> Iterator[Sample]:
     lead, run = ranks[0], (ranks[0].run_id,)
     for name in ("steps", "nonfinite_steps", "skipped_steps"):
         yield f"gradiometer_{name}_total", run, int(lead.summary.status[name])
@@ -221,7 +222,7 @@ def _run_samples(ranks: Sequence[RankTail], state: str) -> Iterator[Sample]:
     missed = sum(int(tail.summary.status["rows_dropped"]) + tail.summary.rows_missed for tail in ranks)
     yield "gradiometer_rows_dropped_total", run, missed
     yield "gradiometer_uncounted_steps", run, lead.summary.uncounted
-    for name in STATES:
+    for name in get_args(RunState):
         yield "gradiometer_run_state", (*run, name), int(name == state)
     manifest = lead.manifest
     for label in manifest.labels.items():

@@ -29,7 +29,6 @@ from gradiometer_monitor.following.incidents import Incidents
 from gradiometer_monitor.following.retention import RetentionService
 from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.gpu.service import GpuService
-from gradiometer_monitor.grafana.service import GrafanaService
 from gradiometer_monitor.notify import notify, watchdog_seconds
 from gradiometer_monitor.remote_write.service import RemoteWrite
 from gradiometer_monitor.server import GRACE_SECONDS, Server, Switch
@@ -39,7 +38,7 @@ from gradiometer_monitor.web.app import app
 from gradiometer_monitor.web.connections import server_config
 from gradiometer_monitor.web.history import HistoryCache
 from gradiometer_monitor.web.listen import Listener, listen
-from gradiometer_monitor.web.scrape import HEALTHY_POLLS, HEALTHY_SECONDS
+from gradiometer_monitor.web.scrape import poll_limit
 
 __all__ = ["Daemon", "serve"]
 
@@ -123,7 +122,7 @@ class Daemon:
     def healthy(self) -> bool:
         """Whether polls are done, and requests served, as often as they should be."""
         oldest = min(self.context.runs.polled_at, self._server.ticked_at)
-        return time.monotonic() - oldest <= max(HEALTHY_SECONDS, HEALTHY_POLLS * self.settings.poll_seconds)
+        return time.monotonic() - oldest <= poll_limit(self.settings)
 
     def apply(self, wanted: Settings) -> None:
         """Change to other settings, as far as that can be done now. Raises what building from them raises."""
@@ -243,6 +242,8 @@ def _services(settings: Settings, context: Context) -> list[Service]:
     if settings.gpu.enabled:
         services.append(GpuService(settings.gpu, context))
     if settings.grafana is not None:
+        from gradiometer_monitor.grafana.service import GrafanaService  # slow to load, and most monitors have none
+
         services.append(GrafanaService(settings.grafana, context))
     if settings.alerts is not None:
         services.append(AlertService(settings.alerts, context))

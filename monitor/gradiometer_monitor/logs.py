@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from gradiometer_monitor.config.section import Section
 
-__all__ = ["LogSettings", "configure", "dropped", "escape", "log_to_stderr"]
+__all__ = ["LogSettings", "configure", "dropped", "escape", "log_to_stderr", "one_line"]
 
 LOGGERS = ("gradiometer", "gradiometer_monitor", "uvicorn")
 WINDOW_SECONDS = 60.0
@@ -43,6 +43,11 @@ def escape(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def one_line(text: str) -> str:
+    """Leave the printable words of a text of somebody else's, with one space between them."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 class _Text(logging.Formatter):

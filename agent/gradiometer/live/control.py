@@ -26,7 +26,16 @@ from gradiometer.policy.audit import cover
 from gradiometer.policy.problems import PolicyError
 from gradiometer.policy.spec import PolicySource, load_policy
 from gradiometer.process import process_alive
-from gradiometer.records import RingReader, State, find_ranks, read_bounded, read_events, read_manifest
+from gradiometer.records import (
+    RingReader,
+    State,
+    find_ranks,
+    rank_directory,
+    rank_of,
+    read_bounded,
+    read_events,
+    read_manifest,
+)
 
 __all__ = [
     "Answer",
@@ -91,13 +100,13 @@ def requests_rank(run: Path, rank: int | None = None) -> Path:
     Raises FileNotFoundError if there is no such run, RequestError if the rank that reads is not in this directory.
     """
     if (run / "manifest.json").is_file():
-        run, rank = run.parent, int(run.name.removeprefix("rank-"))
+        run, rank = run.parent, rank_of(run)
     ranks = find_ranks(run)
-    found = ranks[:1] if rank is None else [path for path in ranks if path.name == f"rank-{rank:05d}"]
+    found = ranks[:1] if rank is None else [path for path in ranks if rank_of(path) == rank]
     if not found:
         raise FileNotFoundError(f"no run at {run}" if rank is None else f"no rank {rank} in {run}")
     leader = read_history(found[0], read_manifest(found[0] / "manifest.json")).leader
-    directory = run / f"rank-{leader:05d}"
+    directory = rank_directory(run, leader)
     if directory not in ranks:
         raise RequestError(
             f"requests of {found[0].name} are read by rank {leader}, whose directory is not in {run}: ask on the host "

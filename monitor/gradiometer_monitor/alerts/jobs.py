@@ -11,7 +11,7 @@ from gradiometer.live.control import RequestError, request_policy, requests_rank
 from gradiometer.live.requests import request_loop
 from gradiometer.live.revisions import Revision, read_history
 from gradiometer.policy.problems import PolicyError
-from gradiometer.records import RUN_ID, RunFormatError, read_manifest
+from gradiometer.records import RUN_ID, RunFormatError, rank_directory, rank_of, read_manifest
 from gradiometer_monitor.alerts.settings import Rule
 
 __all__ = ["REFUSED", "Target", "find_target"]
@@ -30,7 +30,7 @@ class Target:
 
     def in_force(self) -> Revision:
         """Return the policy in force; raises OSError or RunFormatError."""
-        directory = self.run / f"rank-{self.rank:05d}"
+        directory = rank_directory(self.run, self.rank)
         return read_history(directory, read_manifest(directory / "manifest.json")).newest
 
     def ask(self, rule: Rule, request: str, by: str, note: str) -> None:
@@ -59,4 +59,4 @@ def find_target(root: Path, run_id: str, rank: int | None, *, own_host_only: boo
         return None
     if own_host_only and read_manifest(directory / "manifest.json").host != socket.gethostname():
         return None
-    return Target(run=run, rank=int(directory.name.removeprefix("rank-")), wanted_rank=rank)
+    return Target(run=run, rank=rank_of(directory), wanted_rank=rank)

@@ -81,10 +81,10 @@ def leaves(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
         yield path, value
 
 
-def redact(value: Any, *, secret: bool = False) -> Any:
+def redact(value: Any) -> Any:
     """Return a value as it may be shown: no secret, and no password in a URL."""
-    if secret or isinstance(value, SecretStr):
-        return None if value is None else HIDDEN
+    if isinstance(value, SecretStr):
+        return HIDDEN
     if isinstance(value, list | tuple):
         return [redact(each) for each in value]
     if isinstance(value, Mapping):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from ipaddress import ip_address
 from logging import getLogger
 
+from gradiometer_monitor.config.section import is_loopback
 from gradiometer_monitor.config.settings import RESTART, Settings, SettingsError
 from gradiometer_monitor.services import Service, stop_all
 
@@ -27,7 +27,7 @@ def keep_fixed(old: Settings, wanted: Settings) -> Settings:
         for name in RESTART_OF_AUTH
         if getattr(old.auth, name) != getattr(wanted.auth, name)
     }
-    if wanted.auth.tokens_file is None and old.auth.tokens_file is not None and not _loopback(old.host):
+    if wanted.auth.tokens_file is None and old.auth.tokens_file is not None and not is_loopback(old.host):
         raise SettingsError(
             f"auth.tokens_file is taken away, and host is {old.host!r}: whoever reaches it would be let in; "
             "restart on 127.0.0.1 for that"
@@ -38,13 +38,6 @@ def keep_fixed(old: Settings, wanted: Settings) -> Settings:
     if of_auth:
         fixed["auth"] = wanted.auth.model_copy(update=of_auth)
     return wanted.model_copy(update=fixed) if fixed else wanted
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def changed(old: Settings, new: Settings) -> set[str]:

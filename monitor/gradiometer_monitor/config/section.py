@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
-__all__ = ["BASE", "UNITS", "Range", "Section", "between", "kinds", "placed"]
+__all__ = ["BASE", "UNITS", "Range", "Section", "between", "is_loopback", "kinds", "placed"]
 
 BASE = "base"
 """In the context of a validation: the directory that relative paths, given as texts, begin at."""
@@ -99,3 +100,11 @@ class Range:
 def between(low: float, high: float) -> Any:
     """Make the annotation of a number that must lie from ``low`` to ``high``."""
     return Range(low, high)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host, as a setting names it, is this one seen from itself; no name but localhost is looked up."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

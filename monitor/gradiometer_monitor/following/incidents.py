@@ -26,7 +26,7 @@ import numpy as np
 
 from gradiometer.process import process_alive
 from gradiometer.records import STATS, Flag, Rows, find_ranks
-from gradiometer.tail import RankTail
+from gradiometer.tail import RankTail, RunState
 from gradiometer_monitor.following.events import Events
 from gradiometer_monitor.following.runs import HEARTBEAT_SECONDS, Run, Runs
 
@@ -176,17 +176,20 @@ def _opened(path: Path) -> Iterator[Run | None]:
         for rank in find_ranks(path)[:RANKS_NAMED]:
             tails.append(RankTail(rank))
             tails[-1].summary.newest = tails[-1].newest()
-        states = tuple("finished" if tail.finished else "lost" if _silent(tail) else "running" for tail in tails)
-        state = "lost" if "lost" in states else "finished"
+        states = tuple(map(_state, tails))
+        state: RunState = "lost" if "lost" in states else "finished"
         yield Run(run_id=path.name, state=state, ranks=tails, states=states) if tails else None
     finally:
         for tail in tails:
             tail.close()
 
 
-def _silent(tail: RankTail) -> bool:
+def _state(tail: RankTail) -> RunState:
+    if tail.finished:
+        return "finished"
     alive = process_alive(tail.manifest)
-    return time.time() - tail.heartbeat > HEARTBEAT_SECONDS if alive is None else not alive
+    silent = time.time() - tail.heartbeat > HEARTBEAT_SECONDS if alive is None else not alive
+    return "lost" if silent else "running"
 
 
 def _newest_step(tail: RankTail) -> int | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gradiometer.process import process_alive
 from gradiometer.records import find_ranks, find_runs
-from gradiometer.tail import Frame, RankTail, frame, identity
+from gradiometer.tail import Frame, RankTail, RunState, frame, identity
 from gradiometer_monitor.following.counts import Counts
 from gradiometer_monitor.store import Store
 
@@ -50,7 +50,7 @@ class _Rank:
     """A rank directory that is followed."""
 
     tail: RankTail
-    state: str = "running"
+    state: RunState = "running"
     scrapes: int = 0
     """Scrapes since the rank was over."""
     gone_at: float | None = None
@@ -105,10 +105,10 @@ class Run:
     """One run as it is now; valid while the lock of :meth:`Runs.snapshot` is held."""
 
     run_id: str
-    state: str
+    state: RunState
     ranks: list[RankTail]
     """Lowest first, at least one."""
-    states: tuple[str, ...] = ()
+    states: tuple[RunState, ...] = ()
     """Of each rank."""
 
     @property

@@ -119,10 +119,9 @@ class GpuService(Service):
         seen = {device.uuid or self._key(device.gpu): device for device in devices}
         for key, known in list(self._known.items()):
             now = seen.pop(key, None)
+            # One that was never read may be one of those that tell their uuid now; an instance may be divided anew.
             if now is None and (not known.uuid or "/" in known.gpu):
-                del self._known[
-                    key
-                ]  # never read, so that it may be one of those that tell their uuid now; or divided anew
+                del self._known[key]
                 continue
             now = now or replace(known, error="it is not there any more")
             if now.error and not known.error:

@@ -10,6 +10,7 @@ import hashlib
 import html
 from collections.abc import Sequence
 
+from gradiometer_monitor.logs import one_line
 from gradiometer_monitor.store import Event, Store
 
 __all__ = ["TAG", "event_tag", "opened_by", "tags_of", "text_of", "told_first"]
@@ -43,11 +44,10 @@ def text_of(event: Event, layer: str | None, end: Event | None = None) -> str:
     where += [f"layer {layer}"] if layer else []
     said = [event.message or event.kind.replace("_", " ")]
     said += [end.message] if end else []
-    message = "; ".join(" ".join(each.split()) for each in said)
+    message = "; ".join(map(one_line, said))
     if len(message) > TEXT_CHARACTERS:
         message = f"{message[:TEXT_CHARACTERS]}…"
-    text = f"{', '.join(where)}: {message}"
-    return html.escape("".join(each if each.isprintable() else " " for each in text), quote=False)
+    return html.escape(f"{one_line(', '.join(where))}: {message}", quote=False)
 
 
 def opened_by(store: Store, event: Event) -> Event | None:

@@ -6,9 +6,6 @@ and take the token elsewhere. grafana-client tries each request once: who calls 
 
 from __future__ import annotations
 
-import contextlib
-import email.utils
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +15,7 @@ from grafana_client.api import GrafanaApi
 from grafana_client.client import GrafanaException, GrafanaTimeoutError
 
 from gradiometer_monitor.grafana.settings import GrafanaSettings
+from gradiometer_monitor.retrying import retry_after
 
 __all__ = ["Grafana", "GrafanaError"]
 
@@ -222,13 +220,7 @@ class Grafana:
 
     def _note_wait(self, response: Any, **_: Any) -> None:
         """Take down what an answer says of when to come again."""
-        asked, seconds = str(response.headers.get("Retry-After") or ""), 0.0
-        with contextlib.suppress(ValueError):
-            if asked.isdecimal():
-                seconds = float(asked)
-            elif asked:
-                seconds = email.utils.parsedate_to_datetime(asked).timestamp() - time.time()
-        self._asked_wait = min(max(seconds, 0.0), MAX_WAIT_SECONDS)
+        self._asked_wait = retry_after(str(response.headers.get("Retry-After") or ""), MAX_WAIT_SECONDS)
 
 
 def _reason(error: BaseException) -> str:

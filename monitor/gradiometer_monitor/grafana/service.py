@@ -9,7 +9,6 @@ that Grafana will never take is counted and passed over. Nothing here is in the 
 from __future__ import annotations
 
 import hashlib
-import random
 import threading
 import time
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from gradiometer_monitor.grafana.annotations import event_tag, opened_by, tags_o
 from gradiometer_monitor.grafana.client import Grafana, GrafanaError
 from gradiometer_monitor.grafana.provision import CHANGED, Change, apply, run_dashboard
 from gradiometer_monitor.grafana.settings import GrafanaSettings
+from gradiometer_monitor.retrying import backoff
 from gradiometer_monitor.services import Context, Service
 from gradiometer_monitor.store import Event
 
@@ -250,10 +250,8 @@ class GrafanaService(Service):
 
     def _skip_surplus(self) -> None:
         """Pass over the oldest of what waits beyond the bound."""
-        kinds, surplus = (
-            self._settings.annotations.kinds,
-            self._count_waiting() - self._settings.annotations.max_waiting,
-        )
+        kinds = self._settings.annotations.kinds
+        surplus = self._count_waiting() - self._settings.annotations.max_waiting
         if surplus > 0:
             log.warning("Grafana was away for too long: the oldest %d events that waited are not annotated", surplus)
         while surplus > 0 and (batch := self._store.events(after=self._cursor, kinds=kinds, limit=min(surplus, 1000))):
@@ -280,8 +278,7 @@ class GrafanaService(Service):
         self._disconnect()
         self._up = int(error.status > 0)
         (log.debug if self._tries else log.warning)("%s; events wait, and it will be tried again", error)
-        wait = min(LAST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** min(self._tries, 20)) * random.uniform(0.5, 1.0)
-        wait = max(wait, error.wait_seconds)
+        wait = max(backoff(self._tries, FIRST_WAIT_SECONDS, LAST_WAIT_SECONDS), error.wait_seconds)
         self._tries += 1
         self._not_before = time.monotonic() + wait
         return wait

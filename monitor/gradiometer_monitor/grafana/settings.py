@@ -8,6 +8,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
+from gradiometer_monitor.config.secret import read_secret
 from gradiometer_monitor.config.section import Section, between
 
 __all__ = ["KINDS", "AnnotationSettings", "GrafanaSettings"]
@@ -19,7 +20,6 @@ KINDS = (
     *("alert_action", "request_taken", "request_done", "request_failed", "request_refused", "request_unanswered"),
 )
 """Kinds of events that become annotations unless told otherwise."""
-MAX_TOKEN_BYTES = 4096
 UID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$"
 """What Grafana takes for a uid."""
 PREFIX = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,23}$"
@@ -145,8 +145,7 @@ class GrafanaSettings(Section):
         """
         if self.token_file is None:
             return None
-        with self.token_file.open("rb") as file:
-            token = file.read(MAX_TOKEN_BYTES + 1).strip()
-        if not token or len(token) > MAX_TOKEN_BYTES or not token.isascii() or len(token.split()) != 1:
+        token = read_secret(self.token_file)
+        if " " in token:
             raise ValueError(f"token_file {self.token_file}: expected one token and nothing else")
-        return token.decode("ascii")
+        return token

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.layer_norms import LayerNorms
 from gradiometer.live.revisions import read_history
 from gradiometer.records import OWN_CLIPPING, STATS, Flag, Manifest, Rows, RunFormatError
 from gradiometer_monitor.remote_write.protocol import Block, LabelError, Series, make_series, normal
@@ -82,9 +83,7 @@ class Columns:
         """Why a series cannot be sent, by what tells it from the others of its rank."""
         self._known: dict[Key, Series | None] = {}
         self._keys: dict[Series, Key] = {}
-        index = manifest.layer_index
-        self._order = np.argsort(index, kind="stable")
-        self._starts = np.searchsorted(index[self._order], np.arange(len(manifest.layers)))
+        self._norms = LayerNorms(manifest)
         chosen = np.array([_matches(settings.layers, name) for name in manifest.layers], np.bool_)
         places = max(0, self._budget - self._fixed) // max(1, len(self._stats))
         self._chosen = chosen & (np.cumsum(chosen) <= places)
@@ -181,9 +180,7 @@ class Columns:
 
     def _layer_group(self, stat: str, rows: Rows) -> _Group:
         """Compose the norms of layers as the monitor does; one without a gradient in a step has no sample there."""
-        ordered = rows["parameters"][:, STATS.index(stat), :][:, self._order].astype(np.float64)
-        absent = np.logical_and.reduceat((ordered == 0) & np.signbit(ordered), self._starts, axis=1)
-        norms: Floats = np.sqrt(np.add.reduceat(np.square(ordered), self._starts, axis=1))
+        norms, absent = self._norms.compose(rows["parameters"][:, STATS.index(stat), :])
         chosen = self._chosen
         return _Group(keys=self._layer_keys[stat], values=norms[:, chosen], present=~absent[:, chosen])
 

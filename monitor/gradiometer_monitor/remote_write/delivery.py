@@ -10,7 +10,6 @@ refuses all of it but what it has not had. It is sent row by row, and rows of wh
 
 from __future__ import annotations
 
-import random
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import numpy as np
 from gradiometer_monitor.remote_write.pieces import Delivery, Piece
 from gradiometer_monitor.remote_write.protocol import Block, Series, encode, make_series
 from gradiometer_monitor.remote_write.receiver import TOO_LARGE, Answer, Receiver
+from gradiometer_monitor.retrying import backoff
 
 __all__ = ["Delivery", "Postman", "UnavailableError"]
 
@@ -193,9 +193,9 @@ class Postman:
             said = f"{answer.status} {answer.words}" if answer.status else answer.words
             log.warning("receiver %s takes no samples, they wait in the rings: %s", self._name, said)
         self.up = False
-        pause = min(BACKOFF_SECONDS * 2.0 ** min(self._failures, 20), self._backoff_max)
+        pause = backoff(self._failures, BACKOFF_SECONDS, self._backoff_max)
         self._failures += 1
-        raise UnavailableError(max(pause * random.uniform(0.5, 1.0), answer.retry_after_seconds))
+        raise UnavailableError(max(pause, answer.retry_after_seconds))
 
     def _recovered(self) -> None:
         if not self.up:

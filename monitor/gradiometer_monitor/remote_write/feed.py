@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradiometer.process import process_alive
-from gradiometer.records import Manifest, RingReader, Rows, State
+from gradiometer.records import Manifest, RingReader, Rows, State, rank_of
 from gradiometer_monitor.remote_write.clock import place
 from gradiometer_monitor.remote_write.columns import Columns, Key
 from gradiometer_monitor.remote_write.protocol import STALE, Block, Series
@@ -94,7 +94,7 @@ class Feed:
 
     def __init__(self, path: Path, manifest: Manifest, settings: RemoteWriteSettings, cursor: Cursor) -> None:
         self.path, self.manifest, self.cursor = path, manifest, cursor
-        self.run_id, self.rank = path.parent.name, int(path.name[5:10])
+        self.run_id, self.rank = path.parent.name, rank_of(path)
         self.key = key_of(settings.name, self.run_id, self.rank, manifest.created_ns)
         self.columns = Columns(path, self.run_id, self.rank, manifest, settings)
         self._attempted = cursor.attempted

@@ -6,14 +6,15 @@ import base64
 import ssl
 import time
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Literal
 
 import httpx
 
-from gradiometer.records import RunFormatError, installed_version, read_bounded
+from gradiometer.records import installed_version
+from gradiometer_monitor.config.secret import read_secret
+from gradiometer_monitor.logs import one_line
 from gradiometer_monitor.remote_write.settings import RemoteWriteSettings
+from gradiometer_monitor.retrying import retry_after
 
 __all__ = ["Answer", "Receiver"]
 
@@ -21,7 +22,6 @@ MAX_ANSWER_BYTES = 16 * 1024
 """More of an answer is not read."""
 MAX_WORDS = 300
 """Characters of an answer that are logged."""
-MAX_SECRET_BYTES = 64 * 1024
 MAX_RETRY_AFTER_SECONDS = 600.0
 """A receiver that asks for a longer pause is asked again after this."""
 BUSY = (408, 425, 429, 502, 503, 504)
@@ -65,10 +65,10 @@ class Receiver:
                 connection = stream.get_extra_info("client_addr") if stream is not None else None
                 words = _words(response, time.monotonic() + seconds)  # read to its end, or the connection is lost
                 return _judge(response, words, connection)
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, RunFormatError, ValueError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
             # A connection is not used again after an answer that was cut short.
             self.close()
-            return Answer(verdict="later", words=_plain(f"{type(error).__name__}: {error}"))
+            return Answer(verdict="later", words=one_line(f"{type(error).__name__}: {error}")[:MAX_WORDS])
 
     def close(self) -> None:
         """Close the connection. Idempotent; another post opens one."""
@@ -87,13 +87,13 @@ class Receiver:
 
     def _headers(self) -> dict[str, str]:
         settings = self._settings
-        headers = {name: _secret(path) for name, path in settings.header_files.items()}
+        headers = {name: read_secret(path) for name, path in settings.header_files.items()}
         if settings.tenant:
             headers["X-Scope-OrgID"] = settings.tenant
         if settings.bearer_token_file:
-            headers["Authorization"] = f"Bearer {_secret(settings.bearer_token_file)}"
+            headers["Authorization"] = f"Bearer {read_secret(settings.bearer_token_file)}"
         if settings.username is not None and settings.password_file:
-            pair = f"{settings.username}:{_secret(settings.password_file)}"
+            pair = f"{settings.username}:{read_secret(settings.password_file)}"
             headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
         return headers | {
             "Content-Type": "application/x-protobuf",
@@ -103,14 +103,6 @@ class Receiver:
         }
 
 
-def _secret(path: Path) -> str:
-    """Read a secret; raises OSError, RunFormatError or ValueError, none of which holds any of it."""
-    found = read_bounded(path, MAX_SECRET_BYTES, "secret").strip()
-    if not found or not all(0x20 <= byte < 0x7F for byte in found):
-        raise ValueError(f"{path} is empty, or holds more than one line of ASCII")
-    return found.decode("ascii")
-
-
 def _words(response: httpx.Response, deadline: float) -> str:
     """Read the beginning of an answer, for as long as it may take."""
     taken = b""
@@ -118,12 +110,7 @@ def _words(response: httpx.Response, deadline: float) -> str:
         taken += part
         if len(taken) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
             break
-    return _plain(taken.decode("utf-8", "replace"))
-
-
-def _plain(text: str) -> str:
-    """Make one printable line: an answer must not be able to forge a log."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MAX_WORDS]
+    return one_line(taken.decode("utf-8", "replace"))[:MAX_WORDS]
 
 
 def _judge(response: httpx.Response, words: str, connection: object) -> Answer:
@@ -131,20 +118,8 @@ def _judge(response: httpx.Response, words: str, connection: object) -> Answer:
     if response.is_success:
         return Answer(verdict="accepted", status=status, connection=connection)
     if response.is_redirect:
-        target = _plain(response.headers.get("location", ""))
+        target = one_line(response.headers.get("location", ""))[:MAX_WORDS]
         words = f"redirects to {target}, which is not followed: give the url that it leads to"
     later = status < 400 or status in BUSY or status in MISCONFIGURED
-    wait = _retry_after(response.headers.get("retry-after", ""))
+    wait = retry_after(response.headers.get("retry-after", ""), MAX_RETRY_AFTER_SECONDS)
     return Answer(verdict="later" if later else "refused", status=status, words=words, retry_after_seconds=wait)
-
-
-def _retry_after(text: str) -> float:
-    """Read ``Retry-After``: seconds, or a date; 0 where it is neither."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(text).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS) if seconds == seconds else 0.0

@@ -15,7 +15,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from gradiometer.records import Manifest, RunFormatError, read_manifest
+from gradiometer.records import Manifest, RunFormatError, rank_directory, rank_of, read_manifest
 from gradiometer.tail import Sample
 from gradiometer_monitor.remote_write.columns import own_labels
 from gradiometer_monitor.remote_write.delivery import Postman, UnavailableError
@@ -117,22 +117,25 @@ class RemoteWrite(Service):
     def samples(self) -> Iterable[Sample]:
         """Give what was sent, lost and waits."""
         name, counts = self._settings.name, self._postman.counts
-        prefix = "gradiometer_remote_write"
-        yield f"{prefix}_up", (name,), int(self._postman.up)
-        yield f"{prefix}_samples_sent_total", (name,), counts["sent"]
-        yield f"{prefix}_rows_sent_total", (name,), self._rows_sent
+        yield "gradiometer_remote_write_up", (name,), int(self._postman.up)
+        yield "gradiometer_remote_write_samples_sent_total", (name,), counts["sent"]
+        yield "gradiometer_remote_write_rows_sent_total", (name,), self._rows_sent
         for reason in FAIL_REASONS:
-            yield f"{prefix}_samples_failed_total", (name, reason), self._failed[reason] or counts[reason]
+            yield (
+                "gradiometer_remote_write_samples_failed_total",
+                (name, reason),
+                self._failed[reason] or counts[reason],
+            )
         for reason in DROP_REASONS:
-            yield f"{prefix}_rows_dropped_total", (name, reason), self._dropped[reason]
+            yield "gradiometer_remote_write_rows_dropped_total", (name, reason), self._dropped[reason]
         for result in RESULTS:
-            yield f"{prefix}_requests_total", (name, result), counts[result]
-        yield f"{prefix}_request_seconds_total", (name,), self._postman.request_seconds
-        yield f"{prefix}_bytes_total", (name,), counts["bytes"]
+            yield "gradiometer_remote_write_requests_total", (name, result), counts[result]
+        yield "gradiometer_remote_write_request_seconds_total", (name,), self._postman.request_seconds
+        yield "gradiometer_remote_write_bytes_total", (name,), counts["bytes"]
         behind = [feed for feed in list(self._feeds.values()) if feed.pending_rows > 0]
-        yield f"{prefix}_pending_rows", (name,), sum(feed.pending_rows for feed in behind)
+        yield "gradiometer_remote_write_pending_rows", (name,), sum(feed.pending_rows for feed in behind)
         since = [feed.pending_since for feed in behind if feed.pending_since]
-        yield f"{prefix}_pending_seconds", (name,), max(0.0, time.time() - min(since)) if since else 0.0
+        yield "gradiometer_remote_write_pending_seconds", (name,), max(0.0, time.time() - min(since)) if since else 0.0
 
     def _advance(self, timeout_seconds: float | None = None) -> bool:
         """Send one delivery, begun or new; tell whether there was one."""
@@ -279,7 +282,7 @@ class RemoteWrite(Service):
                 feed.columns.with_layers = lead
 
     def _key(self, path: Path, manifest: Manifest) -> str:
-        return key_of(self._settings.name, path.parent.name, int(path.name[5:10]), manifest.created_ns)
+        return key_of(self._settings.name, path.parent.name, rank_of(path), manifest.created_ns)
 
     def _adopt(self, path: Path, manifest: Manifest, rows: int) -> None:
         key = self._key(path, manifest)
@@ -331,7 +334,7 @@ class RemoteWrite(Service):
         prefix = f"remote_write/{self._settings.name}/"
         for key, note in self._context.store.notes(prefix).items():
             run_id, rank, created = key.removeprefix(prefix).split("/")
-            path = self._context.runs.root / run_id / f"rank-{int(rank):05d}"
+            path = rank_directory(self._context.runs.root / run_id, int(rank))
             if not path.parent.is_dir():
                 self._context.store.add([], {key: None, OPEN + key: None})
             elif not note["done"] and key not in self._feeds and (found := _find(path, int(created))) is not None:

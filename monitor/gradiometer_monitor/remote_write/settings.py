@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from gradiometer_monitor.config.section import Section, between
+from gradiometer_monitor.config.section import Section, between, is_loopback
 
 __all__ = ["RemoteWriteReceivers", "RemoteWriteSettings"]
 
@@ -123,20 +122,13 @@ class RemoteWriteSettings(Section):
         if self.key_file and not self.certificate_file:
             raise ValueError("key_file needs certificate_file")
         secret = self.bearer_token_file or self.username or self.header_files
-        if secret and self.url.startswith("http://") and not self.plain_credentials and not _loopback(self.url):
+        parts = urlsplit(self.url)
+        if secret and parts.scheme == "http" and not self.plain_credentials and not is_loopback(parts.hostname or ""):
             raise ValueError(
                 "credentials would go over plain http to another host: use https, or plain_credentials: true if the "
                 "network is one you trust"
             )
         return self
-
-
-def _loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _names_are_unique(receivers: tuple[RemoteWriteSettings, ...]) -> tuple[RemoteWriteSettings, ...]:

@@ -83,13 +83,13 @@ def _heights(values: Floats, levels: int, low: float, high: float) -> npt.NDArra
     return np.where(usable, np.rint(places).astype(np.int64), -1)
 
 
-def _bounds(values: Floats, least: float = math.log(2.0)) -> tuple[float, float]:
+def _bounds(values: Floats) -> tuple[float, float]:
     """Return the logarithms between which the values lie, at least a factor of two apart."""
     usable = values[np.isfinite(values) & (values > 0)]
     if not len(usable):
         return 0.0, 1.0
     low, high = float(np.log(usable.min())), float(np.log(usable.max()))
-    missing = max(0.0, least - (high - low)) / 2
+    missing = max(0.0, math.log(2.0) - (high - low)) / 2
     return low - missing, high + missing
 
 

@@ -10,13 +10,14 @@ from typing import Literal
 import numpy as np
 from rich.text import Text
 
+from gradiometer.tail import RunState
 from gradiometer_monitor.top.draw import UNICODE, Glyphs, age, bar, chart, fit, number, peaks, spark
 from gradiometer_monitor.top.follower import Snapshot
 from gradiometer_monitor.top.view import Incident, LayerLine, RunLine, RunView
 
 __all__ = ["SORTS", "State", "chosen", "render"]
 
-STATES = {"running": "green", "finished": "dim", "lost": "bold red"}
+STATES: dict[RunState, str] = {"running": "green", "finished": "dim", "lost": "bold red"}
 FIRST = ("running", "lost", "finished")
 """What needs attention comes first, as on the page."""
 SORTS: dict[str, Callable[[RunLine], tuple[float | str, ...]]] = {

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.layer_norms import LayerNorms
 from gradiometer.live.revisions import Revision
 from gradiometer.records import STATS, Flag, RingReader, Rows, RunFormatError, read_events
 from gradiometer.summary import RunSummary
-from gradiometer.tail import RankTail
+from gradiometer.tail import RankTail, RunState
 from gradiometer_monitor.following.runs import Run
 
 __all__ = ["History", "Incident", "LayerLine", "RunLine", "RunView", "Speed", "line_of"]
@@ -35,7 +36,7 @@ class RunLine:
     """One run in the list. A number that is not known is None."""
 
     run_id: str
-    state: str
+    state: RunState
     ranks: int
     created: float
     """When the run was started, Unix time."""
@@ -177,9 +178,7 @@ class History:
         manifest = tail.manifest
         self._path, self._run_id = tail.path, tail.run_id
         self._ring = RingReader(tail.path / "steps.ring", manifest.ring)
-        index = manifest.layer_index
-        self._order = np.argsort(index, kind="stable")
-        self._starts = np.searchsorted(index[self._order], np.arange(len(manifest.layers)))
+        self._norms = LayerNorms(manifest)
         self._limit = max(1, min(STEPS, HISTORY_BYTES // manifest.ring.dtype.itemsize))
         self._after = max(0, int(self._ring.status()["head"]) - self._limit)
         self._rows: deque[tuple[int, float, int]] = deque(maxlen=self._limit)
@@ -216,9 +215,9 @@ class History:
         self._after = int(rows["begin"][-1])
         columns = (rows[name].tolist() for name in ("step", "grad_norm_preclip", "flags"))
         self._rows.extend(zip(*columns, strict=True))
-        norms = np.square(rows["parameters"][:, _PRECLIP, :][:, self._order].astype(np.float64))
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._layers.extend(np.sqrt(np.add.reduceat(norms, self._starts, axis=1)).astype(np.float32))
+        norms, _ = self._norms.compose(rows["parameters"][:, _PRECLIP, :])
+        with np.errstate(over="ignore"):
+            self._layers.extend(norms.astype(np.float32))
 
     def _read_incidents(self, run: Run) -> None:
         new = []

@@ -8,7 +8,7 @@ import numpy as np
 from fastapi import APIRouter, Query
 
 from gradiometer.records import RingReader, RunFormatError
-from gradiometer.tail import RankTail
+from gradiometer.tail import RankTail, RunState
 from gradiometer_monitor.following.runs import MAX_RANKS, Run
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Event
@@ -21,7 +21,6 @@ from gradiometer_monitor.web.schemas import (
     RunDetail,
     RunList,
     RunSummary,
-    State,
     Windows,
 )
 
@@ -44,7 +43,7 @@ def router(context: Context) -> APIRouter:
 
     @made.get("/runs", tags=["runs"])
     def list_runs(
-        state: Annotated[list[State], Query(max_length=3, description="Of these states only.")] = [],  # noqa: B006
+        state: Annotated[list[RunState], Query(max_length=3, description="Of these states only.")] = [],  # noqa: B006
         sort: Annotated[
             Literal["run_id", "newest"], Query(description="By name, or by the newest step, the newest first.")
         ] = "run_id",
@@ -107,7 +106,7 @@ def describe(run: Run) -> RunSummary:
     row, status = summary.newest, summary.status
     return RunSummary(
         run_id=run.run_id,
-        state=_state(run.state),
+        state=run.state,
         ranks=[tail.rank for tail in run.ranks],
         steps=int(status["steps"]),
         last_step=None if row is None else int(row["step"]),
@@ -120,10 +119,6 @@ def describe(run: Run) -> RunSummary:
         nonfinite_steps=int(status["nonfinite_steps"]),
         skipped_steps=int(status["skipped_steps"]),
     )
-
-
-def _state(state: str) -> State:
-    return "running" if state == "running" else "finished" if state == "finished" else "lost"
 
 
 def _detail(run: Run) -> RunDetail:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.layer_norms import LayerNorms
 from gradiometer.records import POLICY_SLOTS, STATS, Flag, Manifest, Rows
 
-__all__ = ["BUCKET", "Buckets", "LayerNorms", "bucket_rows", "merge", "newer"]
+__all__ = ["BUCKET", "Buckets", "StatNorms", "bucket_rows", "merge", "newer"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -88,31 +89,24 @@ class Buckets:
         return self.scalars.nbytes + self.layers.nbytes + self.bad.nbytes
 
 
-class LayerNorms:
-    """Composes the norms of layers from those of their parameters, as :class:`gradiometer.summary.LayerSummary`."""
+class StatNorms:
+    """The norms of layers of one stat, in the coding of :attr:`Buckets.layers`."""
 
     def __init__(self, manifest: Manifest, stat: str) -> None:
-        index = manifest.layer_index
-        self.count, self._stat = len(manifest.layers), STATS.index(stat)
-        order = np.argsort(index, kind="stable")
-        self._order = None if (order == np.arange(len(order))).all() else order
-        self._starts = np.searchsorted(index[order], np.arange(self.count))
+        self._norms, self._stat = LayerNorms(manifest), STATS.index(stat)
+        self.count = self._norms.count
 
     def of(self, rows: Rows) -> npt.NDArray[np.float32]:
         """Norms of the layers, float32[T, L]: not finite becomes NaN, without gradient negative zero."""
-        values = rows["parameters"][:, self._stat, :]
-        if self._order is not None:
-            values = values[:, self._order]
-        squares = np.square(values, dtype=np.float64)
+        composed, absent = self._norms.compose(rows["parameters"][:, self._stat, :])
         with np.errstate(over="ignore"):
-            norms = np.sqrt(np.add.reduceat(squares, self._starts, axis=1)).astype(np.float32)
+            norms = composed.astype(np.float32)
         norms[~np.isfinite(norms)] = np.nan
-        absent = np.logical_and.reduceat(np.signbit(values) & (values == 0), self._starts, axis=1)
         norms[absent] = -0.0
         return norms
 
 
-def bucket_rows(rows: Rows, norms: LayerNorms, level: int) -> Buckets:
+def bucket_rows(rows: Rows, norms: StatNorms, level: int) -> Buckets:
     """Put complete rows, oldest first, into buckets of 2**level."""
     single = np.zeros(len(rows), BUCKET)
     for name, column in (("first", "begin"), ("last", "begin"), ("step", "step"), ("last_step", "step")):

@@ -1,7 +1,7 @@
 """How connections are served: uvicorn's HTTP/1.1, with the limits that it does not have.
 
 Guarantees: a request that does not arrive in time, or whose headers are too long, is answered and closed, or just
-closed; an answer that is not taken in time is cut off; what a client does wrong is logged seldom.
+closed; an answer that is not taken in time is cut off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 import time
 from functools import partial
 from http import HTTPStatus
-from logging import Filter, LogRecord, getLogger
 from typing import Any, ClassVar, cast
 
 import h11
@@ -31,8 +30,6 @@ KEEP_ALIVE_SECONDS = 75
 """An idle connection is kept for this long, so that who scrapes once a minute need not connect each time."""
 MAX_UNSENT_BYTES = 256 * 2**20
 """Answers that clients have not taken yet, of all connections together; beyond, the one that holds most is cut."""
-LOGGED_AT_ONCE, LOG_REFILL_SECONDS = 10, 6.0
-"""Of each message about what clients do wrong, so many lines are logged at once, and then one in each such time."""
 
 
 class Connection(H11Protocol):
@@ -157,34 +154,9 @@ class Connection(H11Protocol):
             self._departure = None
 
 
-class _Seldom(Filter):
-    """Lets a bounded number of lines of each message through, and says how many it did not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._full_at: dict[str, float] = {}
-        self._passed_over: dict[str, int] = {}
-
-    def filter(self, record: LogRecord) -> bool:
-        message, now = str(record.msg), time.monotonic()
-        full_at = max(now, self._full_at.get(message, now)) + LOG_REFILL_SECONDS
-        if full_at - now > LOGGED_AT_ONCE * LOG_REFILL_SECONDS:
-            self._passed_over[message] = self._passed_over.get(message, 0) + 1
-            return False
-        self._full_at[message] = full_at
-        if count := self._passed_over.pop(message, 0):
-            record.msg = f"{message} ({count} more like this were not logged)"
-        return True
-
-
-SELDOM = _Seldom()
-"""For loggers that tell what clients do wrong: their messages must be few, with what differs as arguments."""
-
-
 def server_config(asgi: ASGIApp, settings: Settings, listener: Listener) -> uvicorn.Config:
     """Configure uvicorn to serve ``asgi`` to the connections of ``listener``. Raises SettingsError for TLS files."""
     auth, made = settings.auth, partial(Connection, gate=listener.gate)
-    getLogger("uvicorn.error").addFilter(SELDOM)
     config = uvicorn.Config(
         asgi,
         http=cast("type[asyncio.Protocol]", made),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gradiometer.records import Manifest, RingReader, Rows
 from gradiometer.windows import BASELINE_STEPS
-from gradiometer_monitor.web.buckets import Buckets, LayerNorms, bucket_rows, merge, newer
+from gradiometer_monitor.web.buckets import Buckets, StatNorms, bucket_rows, merge, newer
 
 __all__ = ["History", "HistoryCache", "Selection", "Source"]
 
@@ -90,7 +90,7 @@ class History:
 
     def __init__(self, source: Source, stat: str) -> None:
         self.source = source
-        self._norms = LayerNorms(source.manifest, stat)
+        self._norms = StatNorms(source.manifest, stat)
         self.lock = threading.Lock()
         ring = source.manifest.ring
         wanted = min(BASE_BUCKETS, max(BASE_BUCKETS_LEAST, BASE_BYTES // (5 * self._norms.count)))

@@ -14,7 +14,7 @@ from gradiometer.live.revisions import Revision, describe_change, read_history
 from gradiometer.policy.audit import cover
 from gradiometer.policy.problems import PolicyError
 from gradiometer.policy.spec import load_policy
-from gradiometer.records import RunFormatError, read_manifest
+from gradiometer.records import RunFormatError, rank_of, read_manifest
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Event
 from gradiometer_monitor.web.auth import Writer
@@ -49,7 +49,7 @@ def router(context: Context) -> APIRouter:
         history = _answered(leader.parent, lambda: read_history(leader, read_manifest(leader / "manifest.json")))
         refused = context.store.events(run_id=run_id, kinds=("policy_rejected",), limit=REJECTIONS)
         revisions = _described(history.revisions)
-        number = int(leader.name.removeprefix("rank-"))
+        number = rank_of(leader)
         return PolicyOut(
             run_id=run_id,
             rank=number,

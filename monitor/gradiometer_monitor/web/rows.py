@@ -11,7 +11,7 @@ from fastapi import APIRouter, HTTPException, Query, Response
 
 from gradiometer.live.revisions import History as PolicyHistory
 from gradiometer.live.revisions import read_history
-from gradiometer.records import OWN_CLIPPING, RunFormatError
+from gradiometer.records import OWN_CLIPPING, RunFormatError, rank_of
 from gradiometer.summary import LayerSummary
 from gradiometer.tail import RankTail
 from gradiometer_monitor.following.runs import Run
@@ -241,7 +241,7 @@ def answer(
     cache: HistoryCache, source: Source, stat: Stat, selection: Selection, columns: Iterable[str], layers: list[int]
 ) -> Rows:
     """Select from a history and put it in columns. Raises HTTPException where the ring cannot be read."""
-    manifest, run_id, rank = source.manifest, source.path.parent.name, int(source.path.name.removeprefix("rank-"))
+    manifest, run_id, rank = source.manifest, source.path.parent.name, rank_of(source.path)
     try:
         window = cache.select(source, stat, selection)
         policies = list(_policies(window.buckets, read_history(source.path, manifest)))

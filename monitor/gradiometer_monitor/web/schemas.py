@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gradiometer.records import PIPELINE_SLOTS
+from gradiometer.tail import RunState
 from gradiometer_monitor.web.lookup import MAX_RANK
 
 __all__ = [
@@ -37,7 +38,6 @@ def _finite(value: Any) -> Any:
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
 """A finite number, or null."""
-State = Literal["running", "finished", "lost"]
 
 
 class Model(BaseModel):
@@ -57,7 +57,7 @@ class RunSummary(Model):
     """One run, in a line."""
 
     run_id: str
-    state: State
+    state: RunState
     """A run is lost if its process is gone and did not say goodbye."""
     ranks: list[int]
     """Ranks whose directories are on this host."""

@@ -14,7 +14,7 @@ from gradiometer_monitor.exposition.exposition import Exposition
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.web.accept import accepts_gzip, negotiate
 
-__all__ = ["routes"]
+__all__ = ["poll_limit", "routes"]
 
 GZIP_LEVEL = 1
 """Level 6 makes a scrape of many layers cost eight times its rendering, for little less to send. At level 1
@@ -23,9 +23,14 @@ HEALTHY_SECONDS, HEALTHY_POLLS = 30.0, 10
 """A poll that is not done after the first, or after as many pauses between polls, is stuck."""
 
 
+def poll_limit(settings: Settings) -> float:
+    """Return after how many seconds without a poll the monitor is not healthy."""
+    return max(HEALTHY_SECONDS, HEALTHY_POLLS * settings.poll_seconds)
+
+
 def routes(context: Context, exposition: Exposition, settings: Settings) -> list[BaseRoute]:
     """Make the routes of the metrics and the probes."""
-    runs, limit = context.runs, max(HEALTHY_SECONDS, HEALTHY_POLLS * settings.poll_seconds)
+    runs, limit = context.runs, poll_limit(settings)
 
     def metrics(request: Request) -> Response:
         content_type = negotiate(_header(request, "accept"))

@@ -6,12 +6,12 @@ Guarantees: a new pair that does not fit, or cannot be read, changes nothing, an
 from __future__ import annotations
 
 import ssl
-import stat
 import time
 from logging import getLogger
 from pathlib import Path
 
 from gradiometer_monitor.config.settings import SettingsError
+from gradiometer_monitor.web.files import check_private, signature
 
 __all__ = ["Certificate"]
 
@@ -28,7 +28,7 @@ class Certificate:
         self._files = (certificate, key)
         self.context = _context()
         """The context of all connections; those made after a change see the new certificate."""
-        self._signature = self._look()
+        self._seen = self._look()
         self._load()
         self._checked_at = time.monotonic()
 
@@ -38,10 +38,10 @@ class Certificate:
         if now - self._checked_at < CHECK_SECONDS:
             return
         self._checked_at = now
-        signature = self._look()
-        if signature == self._signature:
+        seen = self._look()
+        if seen == self._seen:
             return
-        self._signature = signature
+        self._seen = seen
         try:
             self._load()
         except SettingsError as error:
@@ -52,12 +52,7 @@ class Certificate:
     def _load(self) -> None:
         certificate, key = self._files
         try:
-            mode = key.stat().st_mode
-            if mode & 0o027:
-                raise SettingsError(
-                    f"auth.tls_key {key} has mode {stat.S_IMODE(mode):04o}: others must not read it, nor its group "
-                    "write it; chmod 600 it, or 640"
-                )
+            check_private(f"auth.tls_key {key}", key.stat().st_mode)
             _read(_context(), certificate, key)  # a pair that does not fit would leave half of itself in the other
             _read(self.context, certificate, key)
         except ssl.SSLError as error:
@@ -70,8 +65,8 @@ class Certificate:
                 f"auth.tls_certificate {certificate} or auth.tls_key {key} cannot be read ({error.strerror})"
             ) from None
 
-    def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
-        return tuple(_signature(path) for path in self._files)
+    def _look(self) -> tuple[tuple[int, ...] | None, ...]:
+        return tuple(map(signature, self._files))
 
 
 def _context() -> ssl.SSLContext:
@@ -82,11 +77,3 @@ def _context() -> ssl.SSLContext:
 
 def _read(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     context.load_cert_chain(certificate, key, password=lambda: b"")  # or OpenSSL asks at the terminal
-
-
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from gradiometer_monitor.config.settings import SettingsError
+from gradiometer_monitor.web.files import check_private, signature
 
 __all__ = ["Principal", "Role", "Tokens", "read_tokens"]
 
@@ -63,7 +64,7 @@ class Tokens:
         self.path = path
         self.failed = False
         """Whether the file as it is now could not be taken."""
-        self._signature = _signature(path)
+        self._seen = signature(path)
         self._entries = read_tokens(path)
         self._checked_at = time.monotonic()
 
@@ -81,10 +82,10 @@ class Tokens:
         if now - self._checked_at < CHECK_SECONDS:
             return
         self._checked_at = now
-        signature = _signature(self.path)
-        if signature == self._signature:
+        seen = signature(self.path)
+        if seen == self._seen:
             return
-        self._signature = signature
+        self._seen = seen
         try:
             self._entries = read_tokens(self.path)
         except SettingsError as error:
@@ -137,11 +138,7 @@ def _read_private(path: Path) -> str:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise SettingsError(f"auth.tokens_file {path} is not a regular file")
-        if found.st_mode & 0o027:
-            raise SettingsError(
-                f"auth.tokens_file {path} has mode {stat.S_IMODE(found.st_mode):04o}: others must not read it, nor its "
-                "group write it; chmod 600 it, or 640"
-            )
+        check_private(f"auth.tokens_file {path}", found.st_mode)
         if found.st_uid not in (0, os.geteuid()):
             raise SettingsError(f"auth.tokens_file {path} is owned by user {found.st_uid}: chown it to root, or to who "
                                 "runs the monitor")  # fmt: skip
@@ -149,14 +146,6 @@ def _read_private(path: Path) -> str:
     if len(content) > MAX_FILE_BYTES:
         raise SettingsError(f"auth.tokens_file {path} has more than {MAX_FILE_BYTES} bytes")
     return content.decode()
-
-
-def _signature(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_dev, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _names(entries: Sequence[_Entry]) -> str:
