@@ -189,7 +189,7 @@ daemon._services = lambda settings, context: [Stuck()]
 routes = [Route("/stream", lambda request: StreamingResponse(endless())), Route("/hang", hang)]
 served = Starlette(routes=routes)
 served.state.streams = Streams()
-daemon.app = lambda context, exposition, settings: served
+daemon.app = lambda *arguments: served
 sys.exit(daemon.serve(resolve(Path(sys.argv[1]), port=0, port_file=Path(sys.argv[2]))))
 """
 """A monitor with a stream without end, a request that never returns, and a service that does not heed its end."""
