@@ -4,8 +4,8 @@ PYTHON ?= python3
 PIP_INSTALL_TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-# A file of tests stays in one process: what it has started serves all of it.
-PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist loadfile
+# A file of tests stays in one process: what it has started serves all of it. One more than there are cores, for some wait.
+PYTEST_JOBS ?= -n $(shell n=$$(($$(nproc) + 1)); echo $$((n < 4 ? n : 4))) --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 
 BIN := .venv/bin

@@ -35,8 +35,9 @@ class Pusher:
         self.service = RemoteWrite(RemoteWriteSettings.model_validate(chosen), self.context)
 
     def work(self) -> None:
-        """Look at the runs and send what there is."""
-        self.runs.poll()
+        """Look at the runs until all is read, and send what there is."""
+        while self.runs.poll():
+            pass
         self.service.work()
 
     def count(self, name: str, *labels: str) -> float:

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,8 +129,9 @@ def make_no_file(path: Path, kind: str) -> None:
         except PermissionError:
             pytest.skip("no device can be made here")
     else:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(os.path.relpath(path))
+        with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:
+            server.bind(f"{short}/socket")  # the path of one may have a hundred characters only
+            Path(short, "socket").rename(path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "directory"])

@@ -140,14 +140,20 @@ export class Heatmap {
   axis(ctx, label, plot, height) {
     const { steps, last_steps: last } = this.doc;
     if (!this.keep.length) return;
-    const count = Math.min(this.keep.length, Math.max(2, Math.floor(plot / 140)));
-    for (let tick = 0; tick < count; tick++) {
-      const column = Math.round((tick * (this.keep.length - 1)) / Math.max(1, count - 1));
-      const bucket = this.keep[column];
-      ctx.textAlign = tick === 0 ? "left" : tick === count - 1 ? "right" : "center";
-      const x = tick === count - 1 && count > 1 ? plot : (tick ? column + 0.5 : 0) * (plot / this.keep.length);
-      ctx.fillText(whole(tick === count - 1 ? last[bucket] : steps[bucket]), label + x, height + AXIS / 2 + 2);
-    }
+    const cell = plot / this.keep.length;
+    const apart = apartBy(last[this.keep.at(-1)] - steps[this.keep[0]], Math.max(1, plot / 90));
+    let free = 0;
+    ctx.textAlign = "center";
+    this.keep.forEach((bucket, column) => {
+      const step = Math.ceil(steps[bucket] / apart) * apart;
+      if (step > last[bucket]) return;
+      const half = ctx.measureText(whole(step)).width / 2;
+      const x = (column + (step - steps[bucket]) / (last[bucket] - steps[bucket] + 1)) * cell;
+      const centre = Math.max(half, Math.min(plot - half, x));
+      if (centre - half < free) return;
+      free = centre + half + 24;
+      ctx.fillText(whole(step), label + centre, height + AXIS / 2 + 2);
+    });
     ctx.textAlign = "left";
   }
 
@@ -264,4 +270,11 @@ function cut(ctx, name, width) {
 function pack(hex) {
   const value = parseInt(hex.slice(1), 16);
   return (255 << 24) | ((value & 255) << 16) | (value & 0xff00) | (value >> 16);
+}
+
+// How far apart steps are named: 1, 2 or 5 times a power of ten, so that about so many are.
+function apartBy(span, names) {
+  const wanted = Math.max(1, span / names);
+  const power = 10 ** Math.floor(Math.log10(wanted));
+  return power * [1, 2, 5, 10].find((each) => each * power >= wanted);
 }
