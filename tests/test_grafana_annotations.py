@@ -229,6 +229,7 @@ def test_events_wait_while_grafana_is_away(
 @pytest.mark.parametrize(
     "point", ["before sending", "about to send", "answered", "before moving on", "moved on"], ids=lambda p: p
 )
+@pytest.mark.slow
 def test_killed_at_any_point(
     grafana: ServedGrafana, context: Context, tmp_path: Path, spawn: Spawn, point: str
 ) -> None:

@@ -19,6 +19,8 @@ from gradiometer.launch import INJECTED
 from gradiometer.records import Flag, State
 from tests._launch import CLI, CLIP, PLAIN, execute, launch, numbers, recorded, script, the_run
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_program_runs_as_it_would_alone(tmp_path: Path) -> None:
     """Output, errors, input and exit status are the program's own, and every step is recorded from the first on."""

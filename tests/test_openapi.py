@@ -132,6 +132,7 @@ def served(
     bad.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "wrong"])
 def test_the_api_does_what_the_document_says(served: Monitor, mode: GenerationMode) -> None:
     """Over generated requests to every path but the stream, statuses, bodies, types and tokens are as documented."""

@@ -23,6 +23,8 @@ from gradiometer.live.control import RequestError, await_answer, request_policy
 from gradiometer.live.requests import MAX_WAITING, request_loop, waiting
 from tests._training import attach, backward, loss_of, small_model, train
 
+pytestmark = pytest.mark.slow
+
 JOB = """
     import sys, time
     from tests._training import attach, small_model, train
