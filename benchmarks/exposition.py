@@ -31,6 +31,7 @@ from benchmarks._measure import arguments, compare, report, write_json
 from benchmarks.ring import ROW, manifest
 from gradiometer.recorder import Recorder
 from gradiometer.summary import LAYER_METRICS
+from gradiometer.windows import WARMUP_STEPS
 from gradiometer_monitor.exposition.exposition import Exposition
 from gradiometer_monitor.following.runs import Runs
 from gradiometer_monitor.web.scrape import GZIP_LEVEL
@@ -89,6 +90,8 @@ def monitor(root: Path, layers: int, runs: int = 1) -> tuple[Exposition, Callabl
             recorder.commit(ROW)
         followed.poll()
 
+    for _ in range(WARMUP_STEPS + 2):  # before that many a layer has no score, and a series less
+        step()
     while followed.poll():
         pass
     return Exposition(followed, series_budget=10_000_000, total_series=10_000_000), step
