@@ -221,7 +221,14 @@ def test_a_run_that_began_anew_is_another(
     monitor = start()
     first = rows(monitor)
     write_run(make_manifest(created_ns=time.time_ns()), 2 * np.ones((3, 4)))
-    second = wait_until(lambda: found if (found := rows(monitor))["created_ns"] != first["created_ns"] else None)
+
+    def begun_anew() -> dict[str, Any] | None:
+        status, body, _ = monitor.get("/api/v1/runs/run/rows")
+        # Between the old directory, moved away, and the new one the monitor may find none.
+        found: dict[str, Any] = json.loads(body) if status == 200 else {"created_ns": first["created_ns"]}
+        return found if found["created_ns"] != first["created_ns"] and len(found["steps"]) == 3 else None
+
+    second = wait_until(begun_anew)
     assert (second["steps"], second["columns"][STAT]) == ([0, 1, 2], [4.0] * 3)
 
 
