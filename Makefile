@@ -78,7 +78,7 @@ wheel-test: $(STAMP)  ## Build sdist and wheel, and run the tests against the in
 	@$(WHEEL)/venv/bin/python -m pip install --disable-pip-version-check -qq -c constraints-dev.txt \
 		"$$(echo $(WHEEL)/dist/gradiometer-*.whl)[torch,monitor,dev]"
 	@away=$$(mktemp -d) && trap 'rm -rf "$$away"' EXIT && cp -R tests pyproject.toml "$$away" && cd "$$away" \
-		&& "$(CURDIR)/$(WHEEL)/venv/bin/python" -m pytest -p no:cacheprovider -m "not slow" $(PYTEST_JOBS) $(PYTEST_ARGS)
+		&& "$(CURDIR)/$(WHEEL)/venv/bin/python" -m pytest -p no:cacheprovider -m "not slow and not native" $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 clean:  ## Remove what was built and cached; .venv stays
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

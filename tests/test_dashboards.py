@@ -14,7 +14,7 @@ from grafana_foundation_sdk.models import units
 
 from gradiometer.metrics import CATALOGUE, Metric
 from gradiometer_dashboards import build, load, names
-from gradiometer_dashboards.queries import SELECTOR, metric
+from gradiometer_dashboards.promql import RUN, metric
 
 Json = dict[str, Any]
 NAMES = tuple(build.DASHBOARDS)
@@ -199,7 +199,7 @@ def test_target_matchers(title: str, expr: str) -> None:
     """Every selector carries the job, instance and run that were chosen."""
     for match in SELECTED.finditer(expr):
         mode = r', mode="(act|shadow)"' if "mode" in metric_of(match[1]).labels else ""
-        assert re.fullmatch(re.escape(f"{{{SELECTOR}") + mode + "}", match[2])
+        assert re.fullmatch(re.escape(f"{{{RUN}") + mode + "}", match[2])
 
 
 def metric_of(series: str) -> Metric:

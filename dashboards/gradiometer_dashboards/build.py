@@ -13,7 +13,7 @@ from pathlib import Path
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from gradiometer_dashboards.run import run
+from gradiometer_dashboards.boards.run import run
 
 __all__ = ["DASHBOARDS", "main", "render"]
 

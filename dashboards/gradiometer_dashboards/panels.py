@@ -12,15 +12,17 @@ from typing import TypeVar
 from grafana_foundation_sdk.builders import common as common_builders
 from grafana_foundation_sdk.builders import dashboard as dashboard_builders
 from grafana_foundation_sdk.builders import heatmap, prometheus, stat, table, timeseries
+from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from gradiometer_dashboards.queries import Query
+from gradiometer_dashboards.promql import Query
 
 __all__ = [
     "DATASOURCE",
     "Card",
+    "Panel",
     "bars",
     "graph",
     "histogram_map",
@@ -37,8 +39,10 @@ HEATMAP_POINTS = 240
 """Columns asked for in a layer heatmap: its cost is layers times columns."""
 
 HEATMAP_HIDDEN_BELOW = -1e300
+LETTERS = "ABCDEFGHIJ"
 
-Panel = TypeVar("Panel", stat.Panel, timeseries.Panel, heatmap.Panel, table.Panel)
+Panel = Builder[dashboard.Panel]
+AnyPanel = TypeVar("AnyPanel", stat.Panel, timeseries.Panel, heatmap.Panel, table.Panel)
 Step = tuple[float | None, str]
 
 
@@ -80,6 +84,10 @@ def graph(card: Card, *queries: Query) -> timeseries.Panel:
     """Draw series over time on a linear axis."""
     panel = _dress(timeseries.Panel(), card).legend(_legend()).tooltip(_tooltip()).line_width(1).fill_opacity(5)
     panel = panel.show_points(common.VisibilityMode.NEVER)
+    for index, query in enumerate(queries):
+        if query.colour:
+            fixed = {"mode": dashboard.FieldColorModeId.FIXED, "fixedColor": query.colour}
+            panel = panel.override_by_query(LETTERS[index], [dashboard.DynamicConfigValue("color", fixed)])
     return panel.targets([_target(query, index).range() for index, query in enumerate(queries)])
 
 
@@ -120,13 +128,13 @@ def ranking(card: Card, query: Query, *, label: str, column: str) -> table.Panel
     return panel.targets([_target(query, 0).instant().format(PromQueryFormat.TABLE)])
 
 
-def _dress(panel: Panel, card: Card) -> Panel:
+def _dress(panel: AnyPanel, card: Card) -> AnyPanel:
     panel = panel.id(card.id).title(card.title).description(card.description).unit(card.unit)
     return panel.datasource(DATASOURCE).span(card.width).height(card.height)
 
 
 def _target(query: Query, index: int) -> prometheus.Dataquery:
-    target = prometheus.Dataquery().ref_id("ABCDEFGHIJ"[index]).datasource(DATASOURCE)
+    target = prometheus.Dataquery().ref_id(LETTERS[index]).datasource(DATASOURCE)
     return target.expr(query.expr).legend_format(query.legend)
 
 

@@ -141,6 +141,26 @@ OF_RUNS = (
         help="Global L2 norm of the rank's own gradients, before clipping and the reduction between ranks, root mean "
         "square over the micro-batches of the newest step with armed backward hooks.",
     ),
+    Metric(
+        name="gradiometer_rank_norm_deviation",
+        kind="gauge",
+        labels=_RANK,
+        help="Largest relative difference of the rank's global norm from the median of the ranks that the monitor sees "
+        f"at the same step, in the last {WINDOW_SECONDS:g} s of steps; left out for a single rank.",
+    ),
+    Metric(
+        name="gradiometer_rank_steps_behind",
+        kind="gauge",
+        labels=_RANK,
+        help="Steps that the rank is behind the furthest of the ranks that the monitor sees.",
+    ),
+    Metric(
+        name="gradiometer_rank_lag_seconds",
+        kind="gauge",
+        labels=_RANK,
+        help="How much later than the first of the ranks that the monitor sees the rank ended the same step, mean over "
+        f"the last {WINDOW_SECONDS:g} s of steps; left out for a single rank.",
+    ),
     Metric(name="gradiometer_steps_total", kind="counter", labels=_RUN, help="Optimizer steps recorded."),
     Metric(
         name="gradiometer_nonfinite_steps_total",
@@ -153,6 +173,19 @@ OF_RUNS = (
         kind="counter",
         labels=_RUN,
         help="Steps in which the optimizer did not move the parameters.",
+    ),
+    Metric(
+        name="gradiometer_nonfinite_updates_total",
+        kind="counter",
+        labels=_RUN,
+        help="Steps in which the optimizer moved the parameters by gradients that held NaN or Inf.",
+    ),
+    Metric(
+        name="gradiometer_skipped_steps_in_a_row",
+        kind="gauge",
+        labels=_RUN,
+        help="Most consecutive steps that did not move the parameters, of those rows of steps that ended in the last "
+        f"{WINDOW_SECONDS:g} s of steps or go on; 0 without any.",
     ),
     Metric(
         name="gradiometer_clip_events_total",
