@@ -100,8 +100,8 @@ def chosen_in_view(expr: str, rank: str, *, by: str = "run_id", first: str = "to
 
 
 def firing(more: str = "") -> str:
-    """Select our alerts that fire; an alert that has no job is never left out."""
-    matchers = ['alertstate="firing"', 'alertname=~"Gradiometer.*"', *([more] if more else []), 'job=~"$job|"']
+    """Select our alerts that fire, which have a job and, being about a run on many hosts, no instance."""
+    matchers = ['alertstate="firing"', 'alertname=~"Gradiometer.*"', *([more] if more else []), 'job=~"$job"']
     return f"ALERTS{{{', '.join(matchers)}}}"
 
 
