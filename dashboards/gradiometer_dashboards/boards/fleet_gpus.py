@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradiometer_dashboards import colours, panels
+from gradiometer_dashboards import panels
 from gradiometer_dashboards.frame import Section
 from gradiometer_dashboards.panels import Card, Panel
 from gradiometer_dashboards.promql import FLEET, Query, chosen_in_view, increase, over_view, series
@@ -41,11 +41,8 @@ THROTTLED = Query(
     expr=f"sum by (reason) (max by (uuid, reason) ({series('gradiometer_gpu_throttled', of=FLEET)}))",
     legend="{{reason}}",
 )
-
-
-def _ecc(kind: str, colour: str) -> Query:
-    errors = increase("gradiometer_gpu_ecc_errors_total", of=FLEET & f'type="{kind}"')
-    return Query(expr=f"sum(max by (uuid) ({errors}))", legend=kind, colour=colour)
+_ECC = increase("gradiometer_gpu_ecc_errors_total", of=FLEET)
+ECC = Query(expr=f"sum by (type) (max by (uuid, type) ({_ECC}))", legend="{{type}}")
 
 
 def gpus(id_: int) -> Section:
@@ -107,5 +104,5 @@ def _health() -> list[Panel]:
     return [
         panels.graph(temperature, TEMPERATURE),
         panels.graph(throttled, THROTTLED).min(0),
-        panels.bars(ecc, _ecc("corrected", colours.WARNING), _ecc("uncorrected", colours.BAD)),
+        panels.bars(ecc, ECC),
     ]

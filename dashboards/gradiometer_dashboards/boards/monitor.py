@@ -268,7 +268,7 @@ def _lost() -> Section:
     )
     omitted = card(
         17,
-        "Series left out",
+        "Series left out by run",
         "Series of layers that a budget leaves out of each scrape, by run. What is left out are the layers that behave "
         "as usual; their quantiles are still exported.",
     )
