@@ -21,17 +21,12 @@ from gradiometer_dashboards.promql import (
 )
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
-_RUNNING_STATE = RUN & 'state="running"'
-RUNNING = f"max({series('gradiometer_run_state', of=_RUNNING_STATE)}) == 1"
 _STATES = series("gradiometer_run_state")
 STATE = Query(expr=f"max by (state) ({_STATES}) == 1", legend="{{state}}")
 STEPS = Query(expr=f"max({series('gradiometer_steps_total')})", legend="steps")
 _AGE = f"time() - min({series('gradiometer_last_step_timestamp_seconds')})"
-DATA_AGE = (
-    Query(expr=f"{_AGE} and on () ({RUNNING})", legend="since the newest step"),
-    Query(expr=f"{_AGE} unless on () ({RUNNING})", legend="since the last step", colour=colours.FINISHED),
-)
-"""While the run goes on, when a long time is bad, and after it."""
+DATA_AGE = Query(expr=f"({_AGE}) * on () group_right () (max by (state) ({_STATES}) == 1)", legend="{{state}}")
+"""By state: a long time is bad of a run that is running, and says nothing of one that is over."""
 NORM_OVER_BASELINE = Query(
     expr=f"max({series('gradiometer_grad_norm_window_max')}) / max({series('gradiometer_grad_norm_baseline')})",
     legend="largest norm / baseline",

@@ -58,7 +58,7 @@ def _alive() -> list[stat.Panel]:
         "Data age",
         "s",
         "Time since the newest step of the slowest rank. It grows when the run hangs: red is "
-        f"{THRESHOLDS.stalled_seconds:g} s. Blue once the run is over, when it only says how long ago that was.",
+        f"{THRESHOLDS.stalled_seconds:g} s. Blue once the run has finished, when it only says how long ago that was.",
         width=3,
         height=4,
     )
@@ -67,8 +67,8 @@ def _alive() -> list[stat.Panel]:
     return [
         panels.states(state, queries.STATE, colours.STATES),
         panels.value(steps, queries.STEPS),
-        panels.value(age, *queries.DATA_AGE, steps=judged).override_by_query(
-            "B", [dashboard.DynamicConfigValue("color", over)]
+        panels.value(age, queries.DATA_AGE, steps=judged).override_by_name(
+            "finished", [dashboard.DynamicConfigValue("color", over)]
         ),
     ]
 
