@@ -182,7 +182,8 @@ def test_table_has_one_row_a_run(tmp_path: Path, native_binary: Binary) -> None:
     expected = {
         "order": _by_run(wide=16 + 4 + 2 + 1, gone=8 + 2, done=0),
         "State": _by_run(wide=1, gone=2, done=0),
-        "Alerts": _by_run(wide=2, gone=0, done=0),
+        "Critical alerts": _by_run(wide=1, gone=0, done=0),
+        "Other alerts": _by_run(wide=1, gone=0, done=0),
         "Job": jobs,
         "Norm / baseline": _by_run(wide=6, gone=15),
         "Clip ratio": _by_run(wide=0.95),
