@@ -14,6 +14,7 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 from gradiometer_dashboards.boards.fleet import fleet
+from gradiometer_dashboards.boards.layers import layers
 from gradiometer_dashboards.boards.monitor import monitor
 from gradiometer_dashboards.boards.run import run
 
@@ -22,6 +23,7 @@ __all__ = ["DASHBOARDS", "main", "render"]
 DASHBOARDS: dict[str, Callable[[], Dashboard]] = {
     "fleet": fleet,
     "run": run,
+    "layers": layers,
     "monitor": monitor,
 }
 FOLDER = Path(__file__).parent / "json"

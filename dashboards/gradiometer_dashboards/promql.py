@@ -17,7 +17,9 @@ __all__ = [
     "TARGETS",
     "Query",
     "Selector",
+    "by_number",
     "chosen_in_view",
+    "finite",
     "firing",
     "increase",
     "increase_in_view",
@@ -103,6 +105,28 @@ def firing(more: str = "") -> str:
     """Select our alerts that fire, which have a job and, being about a run on many hosts, no instance."""
     matchers = ['alertstate="firing"', 'alertname=~"Gradiometer.*"', *([more] if more else []), 'job=~"$job"']
     return f"ALERTS{{{', '.join(matchers)}}}"
+
+
+def finite(expr: str) -> str:
+    """Leave out NaN and Inf, either of which takes a whole axis or scale of colours with it."""
+    return f"{expr} < Inf"
+
+
+def by_number(expr: str, label: str) -> str:
+    r"""Have the series of a graph come in natural order of ``label``, of up to two numbers: 2 before 10.
+
+    Prometheus sorts the series of a range by their labels, compared as text, and Grafana's heatmap draws them in the
+    order in which they come. So they get a label ``by_number``, which has to come before ``label`` in the alphabet: the
+    same text with a letter for the number of digits in front of each number.
+    """
+    assert label > "by_number", label
+    digit = r"\\d"
+    expr, source = f'label_replace({expr}, "by_number", "$1", "{label}", "(.*)")', "by_number"
+    for before, widths in ((r"\\D*\\d+\\D+", "abc"), (r"\\D*", "abcd")):
+        for digits, letter in enumerate(widths, start=1):
+            pattern = rf"({before})({digit * digits})(\\D.*|)"
+            expr = f'label_replace({expr}, "by_number", "$1 {letter}$2$3", "{source}", "{pattern}")'
+    return expr
 
 
 def scraped(name: str) -> str:
