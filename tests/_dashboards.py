@@ -34,7 +34,7 @@ PARTS = {f"{m.name}{p}": m for m in CATALOGUE.values() if m.kind == "histogram" 
 LABELS_OF = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
 WORDS = {"and", "or", "unless", "bool", "offset", "by", "without", "on", "ignoring", "group_left", "group_right"}
 WORDS |= {"Inf", "NaN", "inf", "nan"}
-RANGED = re.compile(r"(\w+)\(\s*(\w+)(?:\{[^}]*\})?\[([^\]]+)\]\s*\)")
+RANGED = re.compile(r"(\w+)\(\s*(\w+)(?:\{[^}]*\})?\[([^\]]+)\]\s*(?:@ end\(\)\s*)?\)")
 
 
 @dataclass(frozen=True, kw_only=True)
