@@ -24,7 +24,7 @@ from gradiometer_dashboards.evaluation import Answer, Prometheus, View
 from tests import _dashboard_job as job
 from tests._alerts import alert, notification, post
 from tests._dashboards import NAMES, Target, every_panel, panels, variables
-from tests._grafana import serve_grafana
+from tests._grafana import StubServer, token_of
 from tests._monitor import WRITER, launch
 from tests._nvml import LIBRARY
 from tests._receivers import Database, prometheus
@@ -37,6 +37,8 @@ pytestmark = [pytest.mark.native, pytest.mark.slow]
 
 Json = dict[str, Any]
 SCRAPE_SECONDS = 1.0
+NOWHERE = "http://127.0.0.1:1"
+"""Where nothing answers."""
 LAST_STEP = job.SICK_FROM + 100
 """By then the layers are known to be sick."""
 ABSENT = {
@@ -45,6 +47,29 @@ ABSENT = {
     "gradiometer_loss_scale": "the job has no GradScaler",
 }
 """Metrics that nothing here exports, and why: panels over one of them alone must be empty, and not an error."""
+UNLUCKY = """
+import os, sys, time
+import numpy as np, psutil
+from pathlib import Path
+from gradiometer.records import Manifest
+from gradiometer.recorder import Recorder, RowHeader
+
+manifest = Manifest.model_validate_json(sys.argv[2])
+mine = {"pid": os.getpid(), "process_start": psutil.Process().create_time(), "created_ns": time.time_ns()}
+recorder = Recorder(Path(sys.argv[1]), manifest.model_copy(update=mine))
+step = 0
+while True:
+    for _ in range(2 * manifest.ring.capacity):
+        recorder.stats[:] = 0.1 + step % 7
+        norm = float(np.sqrt(np.square(recorder.stats[0].astype(np.float64)).sum()))
+        recorder.commit(RowHeader(step, time.time_ns(), 0, 0, 0, 1, -1, 0, norm, norm, 1.0, 0.1, 2.0, 1.0, 0.01, 0.001))
+        step += 1
+    recorder.status.agent_errors += 1
+    if step == 2 * manifest.ring.capacity:
+        print("written", flush=True)
+    time.sleep(0.5)
+"""
+"""Writes faster than its ring can be read, fails now and then, and has more layers than the budget of series."""
 RULES: Json = {
     "groups": [
         {
@@ -93,22 +118,31 @@ def _free_port() -> int:
     return port
 
 
+def _written(spawn: Spawn, root: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a process that writes a run, and wait until its first rows are there."""
+    process = spawn(sys.executable, "-c", script, root, *arguments, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    return process
+
+
 def _train(spawn: Spawn, root: Path, make_manifest: MakeManifest) -> int:
-    """Start the job on its ranks, a run that finishes and one that is lost; return the process of the job's rank 0."""
-    port = str(_free_port())
-    command = (sys.executable, "-m", "tests._dashboard_job")
+    """Start the job on its ranks, and runs that finish, are lost, cannot be read in time and cannot be read at all.
+
+    Returns the process of the job's rank 0.
+    """
+    port, command = str(_free_port()), (sys.executable, "-m", "tests._dashboard_job")
     ranks = [
         spawn(*command, str(rank), port, root, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
         for rank in range(job.WORLD)
     ]
-    for run_id, end in (("done", "finish"), ("gone", "stay")):
-        manifest = make_manifest(run_id, capacity=512).model_dump_json()
-        other = spawn(sys.executable, "-c", WRITER, root, manifest, "200", end, stdout=subprocess.PIPE)
-        assert other.stdout is not None
-        assert other.stdout.readline() == "written\n"
-        if end == "stay":
-            other.kill()
-        other.wait(timeout=30)
+    done, gone = (make_manifest(run_id, capacity=64).model_dump_json() for run_id in ("done", "gone"))
+    _written(spawn, root, WRITER, done, "200", "finish").wait(timeout=30)
+    _written(spawn, root, WRITER, gone, "200", "stay").kill()
+    unlucky = make_manifest("unlucky", layers=[f"layers.{place:03}" for place in range(100)], capacity=64)
+    _written(spawn, root, UNLUCKY, unlucky.model_dump_json())
+    (root / "broken" / "rank-00000").mkdir(parents=True)
+    (root / "broken" / "rank-00000" / "manifest.json").write_text("{")
     return ranks[0].pid
 
 
@@ -119,16 +153,20 @@ def _gpu_library(folder: Path) -> None:
     subprocess.run(built, check=True, timeout=60)
 
 
-def _settings(side: Path, grafana: Json, receiver: str) -> str:
-    tokens = write_tokens(side / "tokens")
+def _settings(side: Path, grafana: str, receiver: str) -> str:
+    tokens, token = write_tokens(side / "tokens"), side / "grafana"
+    token.write_text(token_of("Admin"))
+    token.chmod(0o600)
+    push = {"flush_seconds": 0.5, "backoff_max_seconds": 0.5, "timeout_seconds": 2}
     settings = {
         "auth": {"tokens_file": str(tokens)},
         "gpu": {"interval_seconds": 0.5},
-        "grafana": {key: str(value) for key, value in grafana.items()} | {"apply": False},
+        "series_budget": 300,
+        "grafana": {"url": grafana, "token_file": str(token), "apply": False},
         "alerts": {
             "rules": [{"name": "keep", "alertname": "GradiometerSpike", "action": "checkpoint", "dry_run": True}]
         },
-        "remote_write": [{"name": "db", "url": receiver, "flush_seconds": 0.5, "backoff_max_seconds": 0.5}],
+        "remote_write": [{"name": "db", "url": receiver, **push}, {"name": "off", "url": NOWHERE, **push}],
     }
     (side / "monitor.yaml").write_text(yaml.safe_dump(settings))
     return str(side / "monitor.yaml")
@@ -140,7 +178,7 @@ def _scrape(side: Path, monitor: str) -> None:
     scrape = {
         "job_name": "gradiometer",
         "authorization": {"credentials_file": str(side / "read")},
-        "static_configs": [{"targets": [monitor.removeprefix("http://")]}],
+        "static_configs": [{"targets": [url.removeprefix("http://") for url in (monitor, NOWHERE)]}],
     }
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
@@ -164,15 +202,19 @@ def world(
     _gpu_library(side)
     database = prometheus(program, side, _free_port(), shared_spawn, wait_until)
     pid = _train(shared_spawn, root, make_manifest)
-    with pytest.MonkeyPatch.context() as patch, serve_grafana(side) as grafana:
+    grafana = StubServer("")
+    outage = grafana.stub.fault(drop=True)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LD_LIBRARY_PATH", str(side))
         patch.setenv("STUB_GPU_PID", str(pid))
-        config = _settings(side, grafana.settings, database.write_url)
+        config = _settings(side, grafana.url, database.write_url)
         monitor = launch(shared_spawn, wait_until, root, "--config", config, stderr=subprocess.DEVNULL)
         _scrape(side, monitor.url)
         database.start()
         made = World(database=database, root=root, began=began)
         assert post(monitor.url, notification(alert(job.RUN, "GradiometerSpike")), WRITE)[0] in (200, 202)
+        wait_until(lambda: made.has("gradiometer_grafana_up == 0"))
+        grafana.stub.faults.remove(outage)
         wait_until(lambda: made.has(f'gradiometer_steps_total{{run_id="{job.RUN}"}} > {LAST_STEP}'), 60)
         for selector in (
             'ALERTS{run_id="gone"}',
@@ -181,9 +223,12 @@ def world(
             f'gradiometer_gpu_run_info{{run_id="{job.RUN}"}}',
             "rate(gradiometer_remote_write_rows_sent_total[4s]) > 0",
             'gradiometer_run_state{run_id="done",state="finished"} == 1',
+            'increase(gradiometer_agent_errors_total{run_id="unlucky"}[4s]) > 0',
+            'increase(gradiometer_rows_dropped_total{run_id="unlucky"}[4s]) > 0',
         ):
             wait_until(partial(made.has, selector), 30)
         yield made
+    grafana.down()
 
 
 def _absent(expr: str) -> bool:
@@ -260,9 +305,9 @@ def test_variables_offer_what_there_is(name: str, world: World) -> None:
     """The choices of the variables are the job's, in order."""
     view = world.view(name)
     offered = {each: view.options(each) for each, v in variables(name).items() if v["type"] == "query"}
-    assert offered["job"] == ["gradiometer"]
     assert len(offered["instance"]) == 1
-    assert offered["run_id"] == ["job", "gone", "done"]
+    assert offered["job"] == ["gradiometer"]
+    assert offered["run_id"] == ["unlucky", "job", "gone", "done"]
     assert offered["rank"] == ["0", "1"]
     assert offered["layer"] == sorted(job.LAYERS)
 

@@ -52,20 +52,20 @@ def _of_every_run(expr: str) -> str:
 
 NONFINITE = _of_every_run(f"max by (run_id) ({increase_in_view('gradiometer_nonfinite_steps_total', of=FLEET)})")
 SKIPPED = _of_every_run(f"max by (run_id) ({increase_in_view('gradiometer_skipped_steps_total', of=FLEET)})")
-ALERTS = _of_every_run(f"count by (run_id) ({firing()})")
-_FIRING_CRITICAL = firing('severity="critical"')
-_CRITICAL = _of_every_run(f"count by (run_id) ({_FIRING_CRITICAL})")
+_CRITICAL, _OTHERS = firing('severity="critical"'), firing('severity!="critical"')
+CRITICAL = _of_every_run(f"count by (run_id) ({_CRITICAL})")
+OTHERS = _of_every_run(f"count by (run_id) ({_OTHERS})")
 ATTENTION = " + ".join(
     (
-        f"16 * ({_CRITICAL} > bool 0)",
+        f"16 * ({CRITICAL} > bool 0)",
         f"8 * ({STATE} == bool 2)",
-        f"4 * ({ALERTS} > bool 0)",
+        f"4 * ({OTHERS} > bool 0)",
         f"2 * ({NONFINITE} > bool 0)",
         f"2 * ({_of_every_run(LARGEST_NORM)} > bool {THRESHOLDS.spike_ratio:g})",
         f"({STATE} == bool 1)",
     )
 )
-"""A critical alert, a run that is lost, any alert, bad numbers, and then running before finished."""
+"""A critical alert, a run that is lost, another alert, bad numbers, and then running before finished."""
 
 TO_RUN = link_to("run", "Show the run")
 TO_LAYERS = link_to("layers", "Show its layers")
@@ -88,10 +88,11 @@ def runs_table(id_: int) -> table.Panel:
 
 def _who() -> list[Column]:
     job = f"topk by (run_id) (1, group by (run_id, job_name) ({series('gradiometer_run_info', of=FLEET)}))"
-    alerts = ((None, FINE), (1, colours.BAD))
+    critical, others = ((None, FINE), (1, colours.BAD)), ((None, FINE), (1, colours.WARNING))
     return [
         Column(title="State", expr=STATE, names=RUN_STATES, links=(TO_RUN,), width=90),
-        Column(title="Alerts", expr=ALERTS, decimals=0, steps=alerts, links=(TO_RUN,), width=80),
+        Column(title="Critical alerts", expr=CRITICAL, decimals=0, steps=critical, links=(TO_RUN,), width=120),
+        Column(title="Other alerts", expr=OTHERS, decimals=0, steps=others, links=(TO_RUN,), width=110),
         Column(title="Job", expr=job, label="job_name", links=(TO_RUN,)),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gradiometer_dashboards import colours, panels
 from gradiometer_dashboards.frame import Section
 from gradiometer_dashboards.panels import Card, Panel
-from gradiometer_dashboards.promql import FLEET, Query, increase, over_view, rate, series
+from gradiometer_dashboards.promql import FLEET, Query, chosen_in_view, increase, over_view, rate, series
 
 __all__ = ["outlets"]
 
@@ -43,8 +43,24 @@ CONFIG_AGE = Query(
     expr=f"time() - min({series('gradiometer_config_last_reload_success_timestamp_seconds', of=FLEET)})",
     legend="of the oldest",
 )
+
+
+def _by_host(name: str) -> Query:
+    """Count on each host, of the 20 where there was most; where there was nothing, nothing is drawn."""
+    full = f"gradiometer_{name}"
+    most = f"sum by (instance) ({over_view('increase', full, of=FLEET)}) > 0"
+    counted = f"sum by (instance) ({increase(full, of=FLEET)})"
+    return Query(expr=chosen_in_view(counted, most, by="instance"), legend="{{instance}}")
+
+
+_DISK = f"max by (instance) ({series('gradiometer_run_directories_bytes', of=FLEET)})"
 DISK = Query(
-    expr=f"topk(20, max by (instance) ({series('gradiometer_run_directories_bytes', of=FLEET)}))", legend="{{instance}}"
+    expr=chosen_in_view(
+        _DISK,
+        f"max by (instance) ({over_view('max_over_time', 'gradiometer_run_directories_bytes', of=FLEET)})",
+        by="instance",
+    ),
+    legend="{{instance}}",
 )
 
 
@@ -68,7 +84,7 @@ def _requests() -> list[Panel]:
         "Log messages dropped",
         "short",
         "Messages that were not logged because the same was said often enough within a minute: something repeats "
-        "itself, and the log says what.",
+        "itself, and the log says what. Of the 20 hosts with most.",
         width=6,
     )
     config = Card(
@@ -80,7 +96,7 @@ def _requests() -> list[Panel]:
     )
     return [
         panels.graph(requests, _per_second("http_requests_total", "path, code", "{{path}} {{code}}")).min(0),
-        panels.bars(messages, _counted("log_messages_dropped_total", "instance", "{{instance}}")),
+        panels.bars(messages, _by_host("log_messages_dropped_total")),
         panels.graph(config, CONFIG_AGE).min(0),
     ]
 
@@ -100,8 +116,8 @@ def _directories() -> list[Panel]:
     freed = Card(32, "Disk space freed", "bytes", "What these removals freed.", width=6)
     return [
         panels.graph(disk, DISK).min(0),
-        panels.bars(pruned, _counted("pruned_runs_total", "instance", "{{instance}}")),
-        panels.bars(freed, _counted("pruned_bytes_total", "instance", "{{instance}}")),
+        panels.bars(pruned, _by_host("pruned_runs_total")),
+        panels.bars(freed, _by_host("pruned_bytes_total")),
     ]
 
 
