@@ -13,11 +13,12 @@ from pathlib import Path
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+from gradiometer_dashboards.boards.ranks import ranks
 from gradiometer_dashboards.boards.run import run
 
 __all__ = ["DASHBOARDS", "main", "render"]
 
-DASHBOARDS: dict[str, Callable[[], Dashboard]] = {"run": run}
+DASHBOARDS: dict[str, Callable[[], Dashboard]] = {"run": run, "ranks": ranks}
 FOLDER = Path(__file__).parent / "json"
 
 
