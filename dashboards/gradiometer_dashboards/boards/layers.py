@@ -24,6 +24,8 @@ _CHOSEN = "Choose layers at the top to see others."
 _STAND_OUT = f"those furthest above their own usual norm in the time shown. {_CHOSEN}"
 _IN_MAP = f"Of more than {IN_MAP} layers, those that vanish or explode, and {_STAND_OUT}"
 _OF_MANY = f"Of more than {IN_GRAPH} layers, {_STAND_OUT}"
+_NAMED = "/^(?!all other layers$)/"
+"""Series that are a layer."""
 _OF_SERIES, _OF_CELL = "${__field.labels.layer}", "${__value.raw}"
 
 
@@ -81,7 +83,7 @@ def _by_layer(panel: timeseries.Panel) -> timeseries.Panel:
         layer_link("layers", "Only this layer", _OF_SERIES),
         layer_link("run", "The run at this time", _OF_SERIES),
     ]
-    return panel.override_by_regexp("/.*/", [dashboard.DynamicConfigValue("links", links)])
+    return panel.override_by_regexp(_NAMED, [dashboard.DynamicConfigValue("links", links)])
 
 
 def _from_top(card: Card, query: Query) -> heatmap.Panel:
