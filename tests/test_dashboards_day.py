@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.native, pytest.mark.slow]
 
 Json = dict[str, Any]
-RUN, END, DAY, SCRAPE = "day", 1_700_049_600, 86_400, 15
+RUN, END, DAY, SCRAPE, STEP = "day", 1_700_049_600, 86_400, 15, 3
 LAYERS = ("embed", "blocks.0", "blocks.1", "head")
 SPIKES = {
-    47: "head", 613: "embed", 1801: "blocks.1", 4099: "head", 9973: "blocks.0", 15_017: "embed", 20_011: "head",
-    30_559: "blocks.1", 41_333: "embed", 52_667: "head", 61_003: "blocks.0", 70_001: "blocks.1", 83_117: "embed",
+    51: "head", 612: "embed", 1806: "blocks.1", 4101: "head", 9972: "blocks.0", 15_021: "embed", 20_013: "head",
+    30_561: "blocks.1", 41_334: "embed", 52_671: "head", 61_002: "blocks.0", 70_002: "blocks.1", 83_118: "embed",
 }  # fmt: skip
-"""Seconds before the end, at which one step of one layer was a spike; a step is a second."""
+"""Seconds before the end, at which one step of one layer was a spike."""
 ZOOMS = {"1 h": 3600, "6 h": 6 * 3600, "24 h": DAY}
 WIDTH = 1440
 
 
 def _steps(first: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Make the norms of each layer in steps of which the first is so many seconds before the end, [T, L]."""
-    ago = np.arange(first, first - count, -1)
+    ago = first - STEP * np.arange(count)
     norms = 1.0 + 0.2 * np.sin(ago[:, None] * (1.0 + np.arange(len(LAYERS))))
     for place, each in enumerate(ago.tolist()):
         if each in SPIKES:
@@ -58,8 +58,8 @@ def _scrapes(root: Path, make_manifest: MakeManifest, append: Append) -> Iterato
     recorder, wanted = Recorder(root, manifest), {name for board in ("run", "layers") for name in _metrics(board)}
     tail, lines = RankTail(root / RUN / "rank-00000"), LayerLines(RUN, LAYERS)
     for first in range(DAY, 0, -SCRAPE):
-        times = [(END - first + place) * 10**9 for place in range(SCRAPE)]
-        append(recorder, _steps(first, SCRAPE), time_ns=times)
+        times = [(END - first + second) * 10**9 for second in range(0, SCRAPE, STEP)]
+        append(recorder, _steps(first, SCRAPE // STEP), time_ns=times)
         tail.poll()
         found = frame([tail], "running")
         text = [line(sample) for sample in found.samples if sample[0] in wanted]
