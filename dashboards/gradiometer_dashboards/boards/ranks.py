@@ -243,8 +243,8 @@ def _each_rank() -> Section:
         "Ranks",
         "none",
         "Every rank chosen, the oldest data first; of a run that is over all are old. Behind, lag and deviation are "
-        "against the other ranks of its host; empty where it is alone there. A GPU is named where the host's monitor sees one that the rank computes on. "
-        "Click a rank to see it alone, or its run and layers at this time.",
+        "against the other ranks of its host; empty where it is alone there. A GPU is named where the host's monitor "
+        "sees one that the rank computes on. Click a rank to see it alone, or its run and layers at this time.",
         width=24,
         height=12,
     )
