@@ -80,7 +80,12 @@ RULES: Json = {
                     "alert": "GradiometerAgentLost",
                     "expr": 'max by (job, run_id) (gradiometer_run_state{state="lost"}) == 1',
                     "labels": {"severity": "warning"},
-                }
+                },
+                {
+                    "alert": "GradiometerRemoteWriteBehind",
+                    "expr": "min by (job, instance) (gradiometer_remote_write_up) == 0",
+                    "labels": {"severity": "warning"},
+                },
             ],
         }
     ]

@@ -46,9 +46,9 @@ CONFIG_AGE = Query(
 
 
 def _by_host(name: str) -> Query:
-    """Count on each host, of the 20 where there was most; where there was nothing, nothing is drawn."""
+    """Count on each host, of the 20 where there was most."""
     full = f"gradiometer_{name}"
-    most = f"sum by (instance) ({over_view('increase', full, of=FLEET)}) > 0"
+    most = f"sum by (instance) ({over_view('increase', full, of=FLEET)})"
     counted = f"sum by (instance) ({increase(full, of=FLEET)})"
     return Query(expr=chosen_in_view(counted, most, by="instance"), legend="{{instance}}")
 
