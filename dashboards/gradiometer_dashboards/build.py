@@ -16,6 +16,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from gradiometer_dashboards.boards.fleet import fleet
 from gradiometer_dashboards.boards.layers import layers
 from gradiometer_dashboards.boards.monitor import monitor
+from gradiometer_dashboards.boards.ranks import ranks
 from gradiometer_dashboards.boards.run import run
 
 __all__ = ["DASHBOARDS", "main", "render"]
@@ -24,6 +25,7 @@ DASHBOARDS: dict[str, Callable[[], Dashboard]] = {
     "fleet": fleet,
     "run": run,
     "layers": layers,
+    "ranks": ranks,
     "monitor": monitor,
 }
 FOLDER = Path(__file__).parent / "json"

@@ -130,15 +130,18 @@ _ALL_SQUARES = (
 )
 
 
-def share(of: Selector = LAYERS) -> str:
+def share(of: Selector = LAYERS, rank: str | None = None) -> str:
     """Divide the square of each layer's norm by that of the whole gradient, as the same host saw them.
 
     Each host has all layers, at its own newest step; the mean of shares that sum to 1 sums to 1, their maxima do not.
+    Of many layers those that ``rank`` puts first are divided, which is cheaper than to choose afterwards.
     """
-    return f"avg by (layer) ({series(LAST, of=of)} ^ 2 / on ({_HOST}) group_left () {_ALL_SQUARES})"
+    squares = f"{series(LAST, of=of)} ^ 2"
+    chosen = _first(squares, IN_GRAPH, rank) if rank else squares
+    return f"avg by (layer) (({chosen}) / on ({_HOST}) group_left () {_ALL_SQUARES})"
 
 
-_SHARES = _first(share(), IN_GRAPH, _in_view(LAST))
+_SHARES = share(rank=_in_view(LAST))
 SHARES = Query(expr=_SHARES, legend="{{layer}}")
 OTHER_SHARES = Query(expr=f"clamp_min(1 - sum({_SHARES}), 0)", legend="all other layers", colour=colours.NEUTRAL)
 

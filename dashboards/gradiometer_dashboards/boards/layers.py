@@ -24,6 +24,8 @@ _CHOSEN = "Choose layers at the top to see others."
 _STAND_OUT = f"those furthest above their own usual norm in the time shown. {_CHOSEN}"
 _IN_MAP = f"Of more than {IN_MAP} layers, those that vanish or explode, and {_STAND_OUT}"
 _OF_MANY = f"Of more than {IN_GRAPH} layers, {_STAND_OUT}"
+_NAMED = "/^(?!all other layers$)/"
+"""Series that are a layer."""
 _OF_SERIES, _OF_CELL = "${__field.labels.layer}", "${__value.raw}"
 
 
@@ -81,7 +83,7 @@ def _by_layer(panel: timeseries.Panel) -> timeseries.Panel:
         layer_link("layers", "Only this layer", _OF_SERIES),
         layer_link("run", "The run at this time", _OF_SERIES),
     ]
-    return panel.override_by_regexp("/.*/", [dashboard.DynamicConfigValue("links", links)])
+    return panel.override_by_regexp(_NAMED, [dashboard.DynamicConfigValue("links", links)])
 
 
 def _from_top(card: Card, query: Query) -> heatmap.Panel:
@@ -143,7 +145,7 @@ def _now() -> Section:
         panels.value(vanishing, layer_queries.VANISHING, steps=_ONE_OR_MORE),
         panels.value(exploding, layer_queries.EXPLODING, steps=_ONE_OR_MORE_IS_BAD),
         panels.value(nonfinite, layer_queries.NONFINITE_LAYERS, steps=_ONE_OR_MORE_IS_BAD).decimals(0),
-        panels.value(furthest, best).text_mode(common.BigValueTextMode.VALUE_AND_NAME).decimals(1),
+        panels.value(furthest, best).text_mode(common.BigValueTextMode.VALUE_AND_NAME).decimals(1).no_value("not yet"),
         panels.value(left_out, layer_queries.LEFT_OUT, steps=_ONE_OR_MORE),
     ]
 
@@ -239,7 +241,7 @@ def _balance() -> Section:
     share_graph = panels.graph(shares, layer_queries.SHARES, layer_queries.OTHER_SHARES).stacking(stacked)
     return panels.row(102, "Balance"), [
         _by_layer(share_graph.fill_opacity(60).line_width(0).min(0).max(1)),
-        _by_layer(panels.graph(scores, layer_queries.ANOMALY)),
+        _by_layer(panels.graph(scores, layer_queries.ANOMALY).no_value("not yet")),
     ]
 
 
@@ -273,7 +275,7 @@ def _updates() -> Section:
     return panels.row(103, "Updates"), [
         _from_top(ratios, layer_queries.UPDATE_MAP),
         _by_layer(panels.log_graph(weights, layer_queries.WEIGHTS)),
-        _by_layer(panels.graph(cosine, layer_queries.COSINE).min(-1).max(1)),
+        _by_layer(panels.graph(cosine, layer_queries.COSINE).min(-1).max(1).no_value("not asked for: cosine=True")),
     ]
 
 
@@ -310,7 +312,7 @@ def _trouble() -> Section:
     return panels.row(104, "Trouble"), [
         panels.bars(counts, *layer_queries.STATE_COUNTS),
         _states(named),
-        _by_layer(panels.bars(nonfinite, layer_queries.NONFINITE)),
+        _by_layer(panels.bars(nonfinite, layer_queries.NONFINITE).no_value("none")),
         _outstanding(outstanding),
     ]
 

@@ -20,6 +20,7 @@ from gradiometer_dashboards.thresholds import THRESHOLDS
 __all__ = ["run"]
 
 _MINUTE = 60.0
+_NO_GPU = "no GPU of this run is known"
 _NONE_IS_GOOD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.WARNING))
 _NONE_OR_BAD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.BAD))
 _CLIPPED: tuple[Step, ...] = ((None, colours.GOOD), (THRESHOLDS.clip_ratio, colours.WARNING))
@@ -120,7 +121,7 @@ def _healthy() -> list[stat.Panel]:
             normal, queries.NORM_OVER_BASELINE, steps=((None, "green"), (spike / 2, "orange"), (spike, "red"))
         ),
         panels.value(incidents, *counts, steps=_NONE_IS_GOOD).decimals(0).override_by_query("C", red),
-        panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED),
+        panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED).no_value("not yet"),
         panels.value(
             alerts, queries.ALERTS, steps=((None, colours.GOOD), (0.5, colours.WARNING), (1.5, colours.BAD))
         ).text_mode(common.BigValueTextMode.NAME),
@@ -160,7 +161,7 @@ def _gradient() -> Section:
     dashed = dashboard.DynamicConfigValue("custom.lineStyle", {"fill": "dash", "dash": [10, 10]})
     return panels.row(101, "Gradient"), [
         panels.log_graph(norm, *norms).override_by_name(queries.SPIKE.legend, [dashed]),
-        panels.graph(loss, queries.LOSS),
+        panels.graph(loss, queries.LOSS).no_value("the job logs no loss"),
         panels.histogram_map(histogram, queries.NORM_HISTOGRAM),
     ]
 
@@ -224,7 +225,7 @@ def _training() -> Section:
     return panels.row(103, "Training"), [
         panels.graph(rate, queries.LEARNING_RATE),
         panels.graph(seconds, *(queries.step_seconds(quantile) for quantile in (0.5, 0.9, 0.99))),
-        panels.log_graph(scale, queries.LOSS_SCALE),
+        panels.log_graph(scale, queries.LOSS_SCALE).no_value("no GradScaler"),
     ]
 
 
@@ -317,7 +318,7 @@ def _policy() -> Section:
     return panels.row(108, "Policy"), [
         panels.graph(revision, queries.POLICY_REVISION).min(0).decimals(0),
         panels.bars(changes, queries.POLICY_CHANGES, queries.POLICY_REJECTIONS),
-        panels.bars(actions, queries.POLICY_ACTIONS),
+        panels.bars(actions, queries.POLICY_ACTIONS).no_value("the policy has no conditions"),
         panels.log_graph(thresholds, *shown),
         panels.graph(ratio, queries.CLIP_RATIO, queries.SHADOW_RATIO).min(0).max(1),
     ]
@@ -342,8 +343,8 @@ def _insight() -> Section:
         height=7,
     )
     return panels.row(106, "Insight"), [
-        panels.log_graph(noise, queries.NOISE_SCALE),
-        panels.graph(cosine, queries.GRAD_COSINE).min(-1).max(1),
+        panels.log_graph(noise, queries.NOISE_SCALE).no_value("one micro-batch a step, or not yet known"),
+        panels.graph(cosine, queries.GRAD_COSINE).min(-1).max(1).no_value("not asked for: cosine=True"),
     ]
 
 
@@ -373,11 +374,11 @@ def _gpus() -> Section:
         width=12,
     )
     return panels.row(109, "GPUs of this run"), [
-        panels.graph(utilization, queries.GPU_UTILIZATION).min(0).max(1),
-        panels.graph(memory, queries.GPU_MEMORY).min(0).max(1),
-        panels.graph(temperature, queries.GPU_TEMPERATURE),
-        panels.graph(power, queries.GPU_POWER).min(0),
-        panels.graph(throttled, queries.GPU_THROTTLED).min(0).max(1),
+        panels.graph(utilization, queries.GPU_UTILIZATION).min(0).max(1).no_value(_NO_GPU),
+        panels.graph(memory, queries.GPU_MEMORY).min(0).max(1).no_value(_NO_GPU),
+        panels.graph(temperature, queries.GPU_TEMPERATURE).no_value(_NO_GPU),
+        panels.graph(power, queries.GPU_POWER).min(0).no_value(_NO_GPU),
+        panels.graph(throttled, queries.GPU_THROTTLED).min(0).max(1).no_value(_NO_GPU),
     ]
 
 
