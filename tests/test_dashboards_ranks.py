@@ -235,7 +235,7 @@ def test_a_single_rank(ask: Ask) -> None:
     """One rank is shown with its age and own norm, and the board says that there is nothing to compare it with."""
     assert list(_shown(ask("single", 3))) == ["single rank: nothing to compare"]
     assert _shown(ask("single", 1)) == {"reporting": 1, "seen": 1}
-    for panel in (4, 5, 10, 13, 14, 17):
+    for panel in (4, 5, 10, 13, 14):
         assert _shown(ask("single", panel)) == {}
     assert set(_cells(ask("single", 15), "rank")) == {"0"}
 

@@ -63,18 +63,27 @@ WORLD_SIZE = Query(expr=f"max by (world_size) ({series('gradiometer_run_info')})
 
 _COUNT = f"count({_max_by_rank(series(_NEWEST_STEP))})"
 _MOST_ON_A_HOST = f"max(count by (instance) ({series(_NEWEST_STEP)}))"
-COMPARISON = (
-    Query(expr=f"{_COUNT} == 1", legend="single rank: nothing to compare"),
-    Query(expr=f"{_COUNT} > 1 and {_MOST_ON_A_HOST} == 1", legend="one rank a host: compare hosts"),
-    Query(expr=f"{_MOST_ON_A_HOST} > 1", legend="ranks of a host are compared"),
+
+
+def _said(condition: str, words: str) -> str:
+    return f'label_replace({condition}, "compared", "{words}", "", "")'
+
+
+COMPARISON = Query(
+    expr=" or ".join(
+        [
+            _said(f"{_COUNT} == 1", "single rank: nothing to compare"),
+            _said(f"{_COUNT} > 1 and {_MOST_ON_A_HOST} == 1", "one rank a host: compare hosts"),
+            _said(f"{_MOST_ON_A_HOST} > 1", "ranks of a host are compared"),
+        ]
+    ),
+    legend="{{compared}}",
 )
-"""At most one of them has an answer."""
 FURTHEST_BEHIND = Query(expr=f"topk(1, {by_rank('steps_behind')})", legend="rank {{rank}}")
 LARGEST_DEVIATION = Query(expr=f"topk(1, {by_rank('norm_deviation')})", legend="rank {{rank}}")
 BAD_IN_VIEW = _max_by_rank(increase_in_view(_BAD, of=RANKS))
 BAD_RANKS = Query(expr=f"sum({BAD_IN_VIEW} > bool 0)", legend="ranks")
 
-_LARGEST_OWN = finite(_max_by_rank(over_view("max_over_time", _OWN, of=RANKS)))
 _OWN_NOW = finite(by_rank("microbatch_norm_last"))
 # The colours span decades. The clamp keeps the logarithm finite: one infinite cell would flatten all the others.
 OWN_MAP = Query(
@@ -89,7 +98,7 @@ OWN_MAP = Query(
     ),
     legend="{{rank}}",
 )
-OWN_NORMS = _in_graph(_max_by_rank(peak(_OWN, of=RANKS)), _OWN)
+OWN_NORMS = _in_graph(finite(_max_by_rank(peak(_OWN, of=RANKS))), _OWN)
 OWN_RATIO = Query(expr=f"max({_OWN_NOW}) / (min({_OWN_NOW}) > 0)", legend="largest / smallest", colour=colours.PEAK)
 OWN_VARIATION = Query(
     expr=f"stddev({_OWN_NOW}) / (avg({_OWN_NOW}) > 0)", legend="standard deviation / mean", colour=colours.NORM
@@ -139,9 +148,9 @@ HOST_STEPS, HOST_BASELINE, HOST_NORM = (_by_host(name) for name in (_STEPS, _BAS
 
 
 def _apart(baseline: str) -> str:
-    """Say how far each of several hosts is from those in the middle, as a share."""
+    """Say how far each host is from those in the middle, as a share."""
     known = f"({finite(baseline)})"
-    return f"abs({known} / on () group_left () (quantile(0.5, {known}) > 0) - 1) and on () (count({known}) > 1)"
+    return f"abs({known} / on () group_left () (quantile(0.5, {known}) > 0) - 1)"
 
 
 HOSTS_APART = Query(

@@ -88,7 +88,7 @@ def _who_reports() -> list[Panel]:
         width=5,
         height=4,
     )
-    comparison = panels.value(compared, *rank_queries.COMPARISON).text_mode(common.BigValueTextMode.NAME)
+    comparison = panels.value(compared, rank_queries.COMPARISON).text_mode(common.BigValueTextMode.NAME)
     return [
         panels.value(reporting, rank_queries.REPORTING, rank_queries.SEEN),
         panels.states(size, rank_queries.WORLD_SIZE, {}),
@@ -152,7 +152,8 @@ def _own_gradients() -> Section:
         "Own gradient norm",
         "none",
         "Norm of each rank's own gradients in its newest step with armed backward hooks. Batches differ, so lines "
-        f"cross; one that stays apart is a rank with other data. {_OF_MANY}, those with the largest of the time shown.",
+        f"cross; one that stays apart is a rank with other data, and one that ends was not finite. "
+        f"{_OF_MANY}, those with the largest of the time shown.",
         width=12,
         height=10,
     )
@@ -241,9 +242,9 @@ def _each_rank() -> Section:
         15,
         "Ranks",
         "none",
-        "Every rank chosen, the oldest data first. Behind, lag and deviation are against the other ranks of its host; "
-        "empty where it is alone there. A GPU is named where the host's monitor sees one that the rank computes on. "
-        "Click a rank to see it alone, or its run and layers at this time.",
+        "Every rank chosen, the oldest data first; of a run that is over all are old. Behind, lag and deviation are "
+        "against the other ranks of its host; empty where it is alone there. A GPU is named where the host's monitor "
+        "sees one that the rank computes on. Click a rank to see it alone, or its run and layers at this time.",
         width=24,
         height=12,
     )
@@ -283,7 +284,7 @@ def _hosts() -> Section:
         "Baseline against the other hosts",
         "percentunit",
         "How far the usual norm of each host, the median of its last 512 steps, is from that of the hosts in the "
-        f"middle. At the lower edge is good; {_LIMIT} within a host. Empty with one host. Of more than {IN_GRAPH} "
+        f"middle. At the lower edge is good; {_LIMIT} within a host. One host has no other. Of more than {IN_GRAPH} "
         "hosts, the furthest.",
         width=12,
         height=9,
