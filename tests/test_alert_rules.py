@@ -128,7 +128,7 @@ def test_annotations_name_whom_it_is_about(
     ]
     (tmp_path / "rules.yml").write_text(prometheus_rules(Settings()))
     (tmp_path / "test.yml").write_text(json.dumps(unit_test))
-    command = [native_binary("promtool"), "test", "rules", tmp_path / "test.yml"]
+    command: list[str | Path] = [native_binary("promtool"), "test", "rules", tmp_path / "test.yml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     found = re.findall(r"^ +(?:Labels|Annotations):(\{.*\})", done.stdout + done.stderr, re.MULTILINE)
     written = [" ".join(re.sub(r'([{ ])(\w+)="', r'\n\1  \2="', text).split(" " * 9)) for text in found]
@@ -178,7 +178,8 @@ def _with_limits(change: Callable[[float], float]) -> str:
 )  # fmt: skip
 def test_a_threshold_that_is_changed_is_noticed(simulate: Simulate, threshold: str, value: float, name: str) -> None:
     """Every threshold that is not an alert's limit itself makes some case fail when it is another."""
-    rules = prometheus_rules(Settings(thresholds=replace(THRESHOLDS, **{threshold: value})))
+    changed: dict[str, Any] = {threshold: value}
+    rules = prometheus_rules(Settings(thresholds=replace(THRESHOLDS, **changed)))
     assert _wrong(CASES[name], simulate(rules, [CASES[name]]).get(name, {}))
 
 

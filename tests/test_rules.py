@@ -105,7 +105,7 @@ def test_promtool_finds_nothing_wrong(by: tuple[str, ...], native_binary: Callab
     recorded = [{"record": f"check:of_grafana:{place}", "expr": expr} for place, expr in enumerate(queries)]
     (tmp_path / "rules.yml").write_text(prometheus_rules(settings))
     (tmp_path / "grafana.yml").write_text(yaml.safe_dump({"groups": [{"name": "grafana", "rules": recorded}]}))
-    command = [native_binary("promtool"), "check", "rules", "--lint-fatal", *tmp_path.glob("*.yml")]
+    command: list[str | Path] = [native_binary("promtool"), "check", "rules", "--lint-fatal", *tmp_path.glob("*.yml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -116,7 +116,7 @@ def test_labels_that_are_kept_are_kept_everywhere() -> None:
     for rule in _rules(yaml.safe_load(prometheus_rules(settings))):
         for grouped in re.findall(r"by \(([^)]*)\)", rule["expr"]):
             assert "cluster" in grouped, rule
-        assert all("$labels.cluster" in text for text in rule.get("annotations", {}).values() if "query }}" in text)
+        assert all("$labels.cluster" in text for text in rule.get("annotations", {}).values() if "| query }}" in text)
 
 
 def test_the_operators_resource_holds_the_same_groups() -> None:
