@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gradiometer_dashboards.rules import (
     prometheus_rules,
     recordings,
 )
+from gradiometer_dashboards.thresholds import THRESHOLDS
 
 Json = dict[str, Any]
 DASHBOARDS = {"fleet", "run", "layers", "ranks", "monitor"}
@@ -231,3 +233,16 @@ def test_the_command_says_what_is_wrong(given: tuple[str, ...], said: str) -> No
     status, text = _run(*given)
     assert status == 2
     assert said in text
+
+
+def test_the_page_of_alerts_lists_them_and_their_thresholds() -> None:
+    """docs/alerts.md has a row for each alert, with its severity, and names each threshold as it is."""
+    page = Path(__file__).parent.parent / "docs" / "alerts.md"
+    if not page.exists():
+        pytest.skip("the documentation is not beside the tests")
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE) == [(a.alertname, a.severity) for a in ALERTS]
+    stated = dict(re.findall(r"`(\w+)` \((\d+)(?: %)?\)", text))
+    for field in fields(THRESHOLDS):
+        value = getattr(THRESHOLDS, field.name)
+        assert stated[field.name] == f"{100 * value if value < 1 else value:g}", field.name
