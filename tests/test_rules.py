@@ -112,6 +112,15 @@ def test_promtool_finds_nothing_wrong(by: tuple[str, ...], native_binary: Callab
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.native
+def test_vmalert_takes_them(native_binary: Callable[[str], str], tmp_path: Path) -> None:
+    """VictoriaMetrics' vmalert parses expressions and templates; an old one without ``keep_firing_for``."""
+    (tmp_path / "rules.yml").write_text(_run("--no-keep-firing")[1])
+    command = [native_binary("vmalert"), f"-rule={tmp_path / 'rules.yml'}", "-dryRun"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_labels_that_are_kept_are_kept_everywhere() -> None:
     """With ``--by cluster``, whatever groups by run groups by cluster too, and names are looked for in that cluster."""
     settings = Settings(by=("cluster",))

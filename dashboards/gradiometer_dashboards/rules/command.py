@@ -48,6 +48,13 @@ def rules(
     datasource_uid: Annotated[
         str, typer.Option(help="Uid in Grafana of the Prometheus that Grafana's rules ask.")
     ] = DEFAULTS.datasource_uid,
+    keep_firing: Annotated[
+        bool,
+        typer.Option(
+            "--keep-firing/--no-keep-firing",
+            help="Write keep_firing_for, which Prometheus before 2.42 and vmalert before 1.90 refuse.",
+        ),
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="File to write, instead of the standard output.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Only list the alerts and what they mean.")] = False,
 ) -> None:
@@ -59,6 +66,7 @@ def rules(
         by=_labels(by or ()),
         thresholds=_thresholds(set_ or ()),
         datasource_uid=_uid(datasource_uid),
+        keep_firing=keep_firing,
     )
     if list_:
         Console(width=WIDTH).print(_table(settings))
