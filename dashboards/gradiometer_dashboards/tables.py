@@ -134,6 +134,8 @@ def _looks(column: Column) -> Properties:
         values["custom.cellOptions"] = {"type": "color-background", "mode": "basic"}
     if column.links:
         values["links"] = list(column.links)
+    if column.label:
+        values["custom.filterable"] = True
     if column.width:
         values["custom.width"] = column.width
     return [dashboard.DynamicConfigValue(name, value) for name, value in values.items()]

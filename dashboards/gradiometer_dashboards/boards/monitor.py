@@ -119,23 +119,26 @@ SIZES = Query(
 )
 
 
-def _were_failing(name: str, label: str) -> Query:
-    return Query(
-        expr=chosen_in_view(
-            f"min by (instance, {label}) ({series(name, of=FLEET)})",
-            f"min by (instance, {label}) ({over_view('min_over_time', name, of=FLEET)})",
-            by=f"instance, {label}",
-            first="({} == 0)",
-        ),
-        legend=f"{{{{instance}}}} {{{{{label}}}}}",
-    )
-
-
+COLLECTORS_FAILED = Query(
+    expr=chosen_in_view(
+        f"min by (instance, collector) ({series('gradiometer_collector_success', of=FLEET)})",
+        f"min by (instance, collector) ({over_view('min_over_time', 'gradiometer_collector_success', of=FLEET)})",
+        by="instance, collector",
+        first="({} == 0)",
+    ),
+    legend="{{instance}} {{collector}}",
+)
 COLLECTOR_SECONDS = Query(
     expr=f"max by (collector) ({series('gradiometer_collector_seconds', of=FLEET)})", legend="{{collector}}"
 )
+SERVICES = Query(expr=f"min by (service) ({series('gradiometer_service_healthy', of=FLEET)})", legend="{{service}}")
 SERVICE_FAILURES = Query(
-    expr=f"sum by (service) ({increase('gradiometer_service_failures_total', of=FLEET)})", legend="{{service}}"
+    expr=chosen_in_view(
+        f"sum by (instance, service) ({increase('gradiometer_service_failures_total', of=FLEET)})",
+        f"sum by (instance, service) ({over_view('increase', 'gradiometer_service_failures_total', of=FLEET)})",
+        by="instance, service",
+    ),
+    legend="{{instance}} {{service}}",
 )
 
 
@@ -341,22 +344,22 @@ def _parts() -> Section:
     )
     services = Card(
         25,
-        "Services that failed",
+        "Services",
         "none",
-        "Services whose rounds failed at some time in view; empty is good. They try again by themselves.",
+        "Whether each service is well, or its newest round failed on some host: the graph beside names it. They "
+        "try again by themselves.",
         width=6,
     )
     failures = Card(
-        26, "Failed rounds by service", "short", "Rounds of services that failed over the last few scrapes.", width=6
+        26,
+        "Failed rounds of services",
+        "short",
+        "Rounds that failed over the last few scrapes, of the 20 hosts and services with most in view.",
+        width=6,
     )
-    was_well = "none failed"
     return panels.row(103, "Collectors and services"), [
-        panels.timeline(collectors, _were_failing("gradiometer_collector_success", "collector"), WELL_OR_NOT).no_value(
-            was_well
-        ),
+        panels.timeline(collectors, COLLECTORS_FAILED, WELL_OR_NOT).no_value("none failed"),
         panels.graph(seconds, COLLECTOR_SECONDS).min(0),
-        panels.timeline(services, _were_failing("gradiometer_service_healthy", "service"), WELL_OR_NOT).no_value(
-            was_well
-        ),
+        panels.timeline(services, SERVICES, WELL_OR_NOT),
         panels.bars(failures, SERVICE_FAILURES),
     ]

@@ -6,6 +6,7 @@ from gradiometer_dashboards import colours, panels
 from gradiometer_dashboards.frame import Section
 from gradiometer_dashboards.panels import Card, Panel
 from gradiometer_dashboards.promql import FLEET, Query, chosen_in_view, increase, over_view, rate, series
+from gradiometer_dashboards.thresholds import THRESHOLDS
 
 __all__ = ["outlets"]
 
@@ -46,9 +47,9 @@ CONFIG_AGE = Query(
 
 
 def _by_host(name: str) -> Query:
-    """Count on each host, of the 20 where there was most; where there was nothing, nothing is drawn."""
+    """Count on each host, of the 20 where there was most."""
     full = f"gradiometer_{name}"
-    most = f"sum by (instance) ({over_view('increase', full, of=FLEET)}) > 0"
+    most = f"sum by (instance) ({over_view('increase', full, of=FLEET)})"
     counted = f"sum by (instance) ({increase(full, of=FLEET)})"
     return Query(expr=chosen_in_view(counted, most, by="instance"), legend="{{instance}}")
 
@@ -135,7 +136,8 @@ def _receivers() -> list[Panel]:
         "Oldest step not sent",
         "s",
         "How long the oldest step has been waiting, of the slowest host. It climbs while the receiver is down or too "
-        "slow; once it reaches the length of a run's ring, steps are lost." + unused,
+        "slow; once it reaches the length of a run's ring, steps are lost. The red line is where the alert begins."
+        + unused,
         width=6,
     )
     pending = Card(35, "Steps not sent", "short", "Steps that are recorded and wait to be sent." + unused, width=6)
@@ -146,13 +148,14 @@ def _receivers() -> list[Panel]:
         "Mean time that the receiver takes for a request: it, or the network, is what makes steps wait." + unused,
         width=6,
     )
+    oldest = _largest("remote_write_pending_seconds", "receiver", "{{receiver}}")
     spent = _per_second("remote_write_request_seconds_total", "receiver", "").expr
     made = _per_second("remote_write_requests_total", "receiver", "").expr
     mean = Query(expr=f"{spent} / on (receiver) ({made} > 0)", legend="{{receiver}}")
     down = _were_down("remote_write_up", "instance, receiver", "{{instance}} to {{receiver}}")
     return [
         panels.timeline(up, down, UP_OR_DOWN).no_value("none was down"),
-        panels.graph(waiting, _largest("remote_write_pending_seconds", "receiver", "{{receiver}}")).min(0),
+        panels.limited(panels.graph(waiting, oldest).min(0), THRESHOLDS.remote_write_seconds),
         panels.graph(pending, _largest("remote_write_pending_rows", "receiver", "{{receiver}}")).min(0),
         panels.graph(seconds, mean).min(0),
     ]
