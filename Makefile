@@ -73,10 +73,7 @@ dashboards: $(STAMP)  ## Generate the dashboards' JSON
 golden: $(STAMP) dashboards  ## Regenerate every golden file; read the diff before you commit it
 	@$(BIN)/python -m pytest -q --update-golden $(PYTEST_ARGS)
 
-wheel-stack: $(STAMP)  ## Run monitor, Prometheus, Alertmanager, Grafana if it is there, and a demo job, without Docker
-	@$(BIN)/python -m deploy.stack $(STACK_ARGS)
-
-test: $(STAMP)  ## Build sdist and wheel, and run the tests against the installed wheel
+wheel-test: $(STAMP)  ## Build sdist and wheel, and run the tests against the installed wheel
 	@rm -rf $(WHEEL) && mkdir -p $(WHEEL)
 	@$(BIN)/python -m build --no-isolation --outdir $(WHEEL)/dist
 	@$(BIN)/python -m venv $(WHEEL)/venv
