@@ -5,6 +5,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY agent agent
 COPY monitor monitor
 COPY dashboards dashboards
+COPY docs/runbooks docs/runbooks
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.12-slim

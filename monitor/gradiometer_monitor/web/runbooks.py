@@ -20,7 +20,7 @@ from string import Template
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from gradiometer_monitor.web.page import HEADERS
@@ -70,7 +70,11 @@ class _Page:
 
 def routes() -> list[BaseRoute]:
     """Make the routes; pages are rendered when they are first asked for."""
-    return [Route("/runbooks/", _serve), Route("/runbooks/{name}", _serve)]
+    return [Route("/runbooks", _to_index), Route("/runbooks/", _serve), Route("/runbooks/{name}", _serve)]
+
+
+async def _to_index(_: Request) -> Response:
+    return RedirectResponse("runbooks/", 308)  # relative, so that it holds behind a proxy's sub path too
 
 
 async def _serve(request: Request) -> Response:
