@@ -8,6 +8,7 @@ COPY pyproject.toml constraints-dev.txt README.md LICENSE ./
 COPY agent agent
 COPY monitor monitor
 COPY dashboards dashboards
+COPY docs/runbooks docs/runbooks
 RUN /opt/gradiometer/bin/pip install --no-cache-dir --constraint constraints-dev.txt .
 
 FROM python:3.12.11-slim-bookworm

@@ -5,6 +5,7 @@ COPY pyproject.toml constraints-dev.txt README.md LICENSE ./
 COPY agent agent
 COPY monitor monitor
 COPY dashboards dashboards
+COPY docs/runbooks docs/runbooks
 RUN python -m venv /opt/gradiometer \
     && /opt/gradiometer/bin/pip install --no-cache-dir --constraint constraints-dev.txt ".[monitor]"
 

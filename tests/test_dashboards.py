@@ -67,6 +67,7 @@ def test_check_reports_drift(
 ) -> None:
     """``--check`` fails on a missing file and on one that nothing generates, and passes after a build."""
     monkeypatch.setattr(build, "FOLDER", tmp_path / "json")
+    monkeypatch.setattr(build, "RULES_FOLDER", tmp_path / "alerts")
     assert build.main(["--check"]) == 1
     assert build.main([]) == 0
     assert build.main(["--check"]) == 0

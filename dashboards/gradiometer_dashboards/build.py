@@ -1,4 +1,4 @@
-"""Generate the dashboards' JSON: ``python -m gradiometer_dashboards.build [--check]``.
+"""Generate the dashboards' JSON and the alert rules: ``python -m gradiometer_dashboards.build [--check]``.
 
 Guarantees: the same Python gives the same bytes, so a difference between the two is an edit on one side only.
 """
@@ -14,11 +14,14 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 from gradiometer_dashboards.boards.run import run
+from gradiometer_dashboards.rules import Settings, grafana_rules, prometheus_rules
 
 __all__ = ["DASHBOARDS", "main", "render"]
 
 DASHBOARDS: dict[str, Callable[[], Dashboard]] = {"run": run}
+RULES: dict[str, Callable[[Settings], str]] = {"gradiometer.rules.yml": prometheus_rules, "grafana.yml": grafana_rules}
 FOLDER = Path(__file__).parent / "json"
+RULES_FOLDER = Path(__file__).parent / "alerts"
 
 
 def render(name: str) -> str:
@@ -36,11 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check() -> int:
-    drifted = sorted({path.stem for path in FOLDER.glob("*.json")} - set(DASHBOARDS))
-    drifted += [name for name in DASHBOARDS if _read(FOLDER / f"{name}.json") != render(name)]
-    for name in drifted:
-        sys.stderr.write(f"{FOLDER / name}.json is not what its Python generates: run `make dashboards`\n")
+    expected = {FOLDER / f"{name}.json": render(name) for name in DASHBOARDS} | _rules()
+    stray = sorted({*FOLDER.glob("*.json"), *RULES_FOLDER.glob("*.yml")} - set(expected))
+    drifted = stray + [path for path, text in expected.items() if _read(path) != text]
+    for path in drifted:
+        sys.stderr.write(f"{path} is not what its Python generates: run `make dashboards`\n")
     return 1 if drifted else 0
+
+
+def _rules() -> dict[Path, str]:
+    return {RULES_FOLDER / name: make(Settings()) for name, make in RULES.items()}
 
 
 def _read(path: Path) -> str | None:
@@ -48,12 +56,12 @@ def _read(path: Path) -> str | None:
 
 
 def _write() -> int:
-    FOLDER.mkdir(exist_ok=True)
-    for path in FOLDER.glob("*.json"):
-        if path.stem not in DASHBOARDS:
-            path.unlink()
-    for name in DASHBOARDS:
-        (FOLDER / f"{name}.json").write_text(render(name), encoding="utf-8")
+    expected = {FOLDER / f"{name}.json": render(name) for name in DASHBOARDS} | _rules()
+    for path in {*FOLDER.glob("*.json"), *RULES_FOLDER.glob("*.yml")} - set(expected):
+        path.unlink()
+    for path, text in expected.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     return 0
 
 
