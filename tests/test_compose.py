@@ -119,7 +119,11 @@ def test_compose_accepts_the_file(path: Path) -> None:
     if os.environ.get("CI") != "true":
         pytest.importorskip("check_jsonschema")
     schema = files("check_jsonschema").joinpath("builtin_schemas", "vendor", "compose-spec.json")
-    jsonschema.validate(_yaml(path), json.loads(schema.read_text(encoding="utf-8")))
+    validator = jsonschema.Draft7Validator(json.loads(schema.read_text(encoding="utf-8")))
+    assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(_yaml(path))] == []
+    broken = _yaml(path)
+    broken["services"]["prometheus"]["healthchecks"] = {}
+    assert not validator.is_valid(broken)
 
 
 def test_services_are_the_five() -> None:
