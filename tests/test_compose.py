@@ -388,6 +388,24 @@ def test_the_password_may_come_from_the_environment(tmp_path: Path) -> None:
     assert not (tmp_path / "env").exists()
 
 
+def test_what_containers_cannot_read_is_said(tmp_path: Path) -> None:
+    """A clone that was made under a strict umask is told of, with the command that mends it."""
+    for folder in ("deploy", "dashboards"):
+        (tmp_path / folder).mkdir(mode=0o755)
+    script = tmp_path / "deploy" / "prepare.sh"
+    script.write_text(PREPARE.read_text())
+    (tmp_path / "deploy" / "prometheus.yml").touch(0o600)
+    (tmp_path / "deploy" / "prometheus.yml").chmod(0o600)
+    environment = os.environ | {"GRADIOMETER_DIR": str(tmp_path / "runs")}
+    command = ["sh", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 2
+    assert f"cannot read {tmp_path}/deploy/prometheus.yml: chmod -R o+rX deploy dashboards" in done.stderr
+    (tmp_path / "deploy" / "prometheus.yml").chmod(0o644)
+    assert subprocess.run(command, env=environment, capture_output=True, check=False, timeout=30).returncode == 0
+    assert (tmp_path / ".env").exists()
+
+
 def test_the_monitors_config_is_one(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     """The monitor takes its config, finds every file that it names, and may serve beyond loopback with it."""
     for name in os.environ:
