@@ -15,7 +15,7 @@ from gradiometer_monitor.config.settings import Settings
 from gradiometer_monitor.exposition.exposition import Exposition
 from gradiometer_monitor.exposition.health import store_samples
 from gradiometer_monitor.services import Context
-from gradiometer_monitor.web import alerts, api, page, policy, rows, scrape, stream
+from gradiometer_monitor.web import alerts, api, page, policy, rows, runbooks, scrape, stream
 from gradiometer_monitor.web.auth import AuthMiddleware
 from gradiometer_monitor.web.errors import handle_errors
 from gradiometer_monitor.web.guards import BodyGuard, FrontGuard, TimeGuard
@@ -43,6 +43,7 @@ def app(context: Context, exposition: Exposition, settings: Settings, cache: His
     made.include_router(stream.router(context, cache, streams))
     made.routes.extend(scrape.routes(context, exposition, settings))
     made.routes.extend(page.routes())
+    made.routes.extend(runbooks.routes())
     exposition.watch("store", partial(store_samples, context.store))
     handle_errors(made)
     made.add_middleware(TimeGuard, limits=settings.limits)

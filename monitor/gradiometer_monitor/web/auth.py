@@ -1,7 +1,7 @@
 """Who asks: bearer tokens of requests, and what each may do.
 
 Without tokens the monitor serves loopback, where everyone may read and nobody may change anything. With tokens every
-path but the probes and the files of the page needs one. After the middleware ``request.state.principal`` is the name
+path but the probes, the files of the page and the runbooks needs one. After the middleware ``request.state.principal`` is the name
 of who asks, None where no tokens are, and ``request.state.role`` what he may do.
 """
 
@@ -24,9 +24,9 @@ __all__ = ["AuthMiddleware", "Writer", "requester", "require_write"]
 
 log = getLogger(__name__)
 
-OPEN_PATHS = ("/", "/-/healthy", "/-/ready")
-OPEN_PREFIX = "/static/"
-"""The page's own files, which tell nothing of the runs."""
+OPEN_PATHS = ("/", "/-/healthy", "/-/ready", "/runbooks")
+OPEN_PREFIXES = ("/static/", "/runbooks/")
+"""The page's own files and the runbooks, which tell nothing of the runs: the same text from every monitor."""
 CHALLENGE = 'Bearer realm="gradiometer"'
 FAILURES, REFILL_SECONDS = 10, 6.0
 """Failed authentications that one address is told of at once, and in which time it gets another."""
@@ -141,7 +141,7 @@ def client_address(scope: Scope) -> str:
 
 
 def _open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
 
 def _bearer(scope: Scope) -> bytes | None:

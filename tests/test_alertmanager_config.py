@@ -1,0 +1,109 @@
+"""deploy/alertmanager.yml: Alertmanager takes it as it is, and with each of its examples; alerts go where it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gradiometer_dashboards.rules import ALERTS
+
+FILE = Path(__file__).parent.parent / "deploy" / "alertmanager.yml"
+if not FILE.is_file():
+    pytest.skip("the deployment's files are not beside the tests", allow_module_level=True)
+
+TEXT = FILE.read_text()
+EXAMPLES = re.findall(r"^ +# \[(\w+)\]$", TEXT, re.MULTILINE)
+Check = Callable[[str], "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def check(tmp_path: Path, native_binary: Callable[[str], str]) -> Check:
+    """Give a function that has amtool check a configuration."""
+
+    def run(text: str) -> subprocess.CompletedProcess[str]:
+        path = tmp_path / "alertmanager.yml"
+        path.write_text(text)
+        command = [native_binary("amtool"), "check-config", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+def with_example(*names: str) -> str:
+    """Take examples out of their comments: each line after ``# [name]``, up to the next empty one."""
+    found = TEXT
+    for name in names:
+        (block,) = re.findall(rf"^ +# \[{name}\]\n((?: +#.*\n)+)", found, re.MULTILINE)
+        found = found.replace(block, re.sub(r"^( +)# ", r"\1", block, flags=re.MULTILINE))
+    return found
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("names", [(), *((name,) for name in EXAMPLES), tuple(EXAMPLES)], ids="+".join)
+def test_alertmanager_takes_it(check: Check, names: tuple[str, ...]) -> None:
+    """As it is shipped, with each example by itself, and with all of them together."""
+    done = check(with_example(*names))
+    assert done.returncode == 0, done.stdout + done.stderr
+    receivers = {each["name"]: set(each) - {"name"} for each in yaml.safe_load(with_example(*names))["receivers"]}
+    assert receivers == {"on-call": {f"{name}_configs" for name in names}, "monitor": {"webhook_configs"}}
+
+
+@pytest.mark.native
+def test_a_mistake_in_an_example_is_found(check: Check) -> None:
+    """What is checked is the example: a setting that Alertmanager does not know is refused."""
+    done = check(with_example("slack").replace("channel:", "chanel:"))
+    assert done.returncode != 0
+    assert "chanel" in done.stdout + done.stderr
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("labels", "receivers"),
+    [
+        ("alertname=GradiometerNonFiniteUpdate severity=critical run_id=a", "on-call"),
+        ("alertname=GradiometerSpike severity=warning run_id=a", "on-call"),
+        ("alertname=GradiometerSeriesDropped severity=info run_id=a", "on-call"),
+        ("alertname=GradientSpike severity=critical run_id=a action=tighten", "monitor,on-call"),
+    ],
+)
+def test_alerts_go_where_they_should(native_binary: Callable[[str], str], labels: str, receivers: str) -> None:
+    """Every severity is told to people, and what asks for an action to the monitor besides."""
+    command = [native_binary("amtool"), "config", "routes", "test", f"--config.file={FILE}", *labels.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == receivers
+
+
+def test_inhibition_names_alerts_that_there_are() -> None:
+    """Each rule's source and targets are alerts of ours, told apart by labels that both have."""
+    severities = {alert.alertname: alert for alert in ALERTS}
+    for rule in yaml.safe_load(TEXT)["inhibit_rules"]:
+        (source,) = _matching(rule["source_matchers"], set(severities))
+        targets = _matching(rule["target_matchers"], set(severities))
+        assert targets
+        assert source not in targets
+        assert set(rule["equal"]) <= {*severities[source].by}
+
+
+def _matching(matchers: list[str], names: set[str]) -> set[str]:
+    """Return the names that fit all matchers of ``alertname``."""
+    for matcher in matchers:
+        found: Any = re.fullmatch(r'alertname(!?=)(~?)"(.+)"', matcher)
+        fits = {name for name in names if re.fullmatch(found[3] if found[2] else re.escape(found[3]), name)}
+        names = names - fits if found[1] == "!=" else names & fits
+    return names
+
+
+def test_one_run_is_one_group() -> None:
+    """Alerts are grouped by run, and a warning waits until its cause can have become critical."""
+    route = yaml.safe_load(TEXT)["route"]
+    assert route["group_by"] == ["job", "run_id"]
+    (exploding,) = (alert for alert in ALERTS if alert.name == "LayerExploding")
+    assert (exploding.lasting, route["group_wait"]) == ("1m", "2m")
+    (critical,) = (each for each in route["routes"] if each["matchers"] == ['severity="critical"'])
+    assert critical["group_wait"] == "10s"
