@@ -118,8 +118,9 @@ def test_compose_accepts_the_file(path: Path) -> None:
     """The file is what the schema of the compose specification asks for."""
     if os.environ.get("CI") != "true":
         pytest.importorskip("check_jsonschema")
-    schema = files("check_jsonschema").joinpath("builtin_schemas", "vendor", "compose-spec.json")
-    validator = jsonschema.Draft7Validator(json.loads(schema.read_text(encoding="utf-8")))
+    file = files("check_jsonschema").joinpath("builtin_schemas", "vendor", "compose-spec.json")
+    schema = json.loads(file.read_text(encoding="utf-8"))
+    validator = jsonschema.validators.validator_for(schema)(schema)
     assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(_yaml(path))] == []
     broken = _yaml(path)
     broken["services"]["prometheus"]["healthchecks"] = {}
