@@ -52,7 +52,7 @@ def rules(
         bool,
         typer.Option(
             "--keep-firing/--no-keep-firing",
-            help="Write keep_firing_for, which Prometheus before 2.42 and vmalert before 1.90 refuse.",
+            help="Write keep_firing_for, which Prometheus before 2.42 and vmalert before 1.92 refuse.",
         ),
     ] = True,
     out: Annotated[Path | None, typer.Option(help="File to write, instead of the standard output.")] = None,
