@@ -242,6 +242,7 @@ def test_the_command_lists_the_alerts() -> None:
         (("--job", "("), "'(' is no regular expression"),
         (("--job", 'a"'), "holds a quote"),
         (("--grafana-url", "grafana:3000"), "--grafana-url: 'grafana:3000' is no address"),
+        (("--grafana-url", "http://me:secret@g"), "leave them out"),
         (("--runbook-url", "http://h/{{x}}"), "--runbook-url: 'http://h/{{x}}' is no address"),
         (("--datasource-uid", "a b"), "'a b' is no uid"),
     ],
@@ -251,6 +252,7 @@ def test_the_command_says_what_is_wrong(given: tuple[str, ...], said: str) -> No
     status, text = _run(*given)
     assert status == 2
     assert said in text
+    assert "secret" not in text
 
 
 def test_the_page_of_alerts_lists_them_and_their_thresholds() -> None:
