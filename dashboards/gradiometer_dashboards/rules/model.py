@@ -30,7 +30,7 @@ class Settings:
     datasource_uid: str = "gradiometer-prometheus"
     """Uid of the Prometheus that Grafana-managed rules ask."""
     keep_firing: bool = True
-    """Whether ``keep_firing_for`` is written, which Prometheus before 2.42 and vmalert before 1.90 refuse."""
+    """Whether ``keep_firing_for`` is written, which Prometheus before 2.42 and vmalert before 1.92 refuse."""
 
     @property
     def of_run(self) -> tuple[str, ...]:
@@ -70,7 +70,8 @@ class Who:
 class Alert:
     """A condition that somebody should know of: ``value`` is above ``limit`` for as long as ``lasting``.
 
-    In the texts ``<who>`` stands for the names that ``who`` finds, or for nothing, and ``<value>`` for the value.
+    In the texts ``<who>`` stands for the names that ``who`` finds, or for nothing, ``<value>`` for the
+    value and ``<count>`` for a whole one.
     """
 
     name: str
