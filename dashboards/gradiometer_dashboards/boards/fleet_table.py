@@ -76,9 +76,9 @@ DESCRIPTION = (
     "One row a run, however many hosts it spans: those with a critical alert first, then runs that are lost, other "
     "alerts, non-finite steps (but for a GradScaler's) or a spike, then what runs. Cells without colour are well; "
     "orange or red ones are where to look. A name leads to the run, a number to its layers or ranks. A run that is "
-    "over leaves the table after 15 minutes, and one whose monitor is down at once, so see the monitors above too. Norm "
-    "/ baseline is the largest norm of the last minute as a multiple of the run's own median; steps that went wrong are "
-    "counted in view."
+    "over leaves the table after 15 minutes, and one whose monitor is down at once, so see the monitors above too. "
+    "Norm / baseline is the largest norm of the last minute as a multiple of the run's own median; steps that went "
+    "wrong are counted in view."
 )
 
 
