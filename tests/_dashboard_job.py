@@ -1,7 +1,7 @@
 """One rank of the training that the dashboards are proved with: ``python -m tests._dashboard_job RANK PORT ROOT``.
 
-It trains until it is killed. What happens, and when, is known: spikes of one layer, a step that one rank's batch makes
-non-finite, and from some step on a layer that vanishes and one that explodes.
+It begins when it is told to, and trains until it is killed. What happens, and when, is known: spikes of one layer, a
+step that one rank's batch makes non-finite, and from some step on a layer that vanishes and one that explodes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tests._training import attach, backward
 
-__all__ = ["LAYERS", "POLICY", "RUN", "SICK_FROM", "SPIKED_LAYER", "SPIKES", "WORLD"]
+__all__ = ["LAYERS", "POLICY", "RUN", "SICK_FROM", "SPIKED_LAYER", "SPIKES", "WORLD", "go"]
 
 RUN, WORLD = "job", 2
 LAYERS = ("embed", "middle", "late", "head")
@@ -32,6 +32,11 @@ POLICY: dict[str, Any] = {
     "shadow": [{"global_norm": {"name": "tighter", "max_norm": 0.1}}],
     "actions": [{"when": {"norm_above": 100.0}, "do": "event", "cooldown": 50}],
 }
+
+
+def go(root: Path) -> None:
+    """Let the training begin; before, it has attached and waits: counters are to be seen at zero."""
+    Path(f"{root}-go").touch()
 
 
 def _model() -> nn.Sequential:
@@ -73,6 +78,8 @@ def main(rank: int, port: str, root: str) -> None:
     optimizer = torch.optim.SGD(parallel.parameters(), lr=1e-4)
     options: dict[str, Any] = {"backward": "every", "updates_every": 20, "cosine": True, "labels": {"team": "proof"}}
     with attach(Path(root), parallel, optimizer, policy=POLICY, run_id=RUN, **options) as agent:
+        while not Path(f"{root}-go").exists():
+            time.sleep(0.05)
         while True:
             optimizer.zero_grad()
             for part in range(2):

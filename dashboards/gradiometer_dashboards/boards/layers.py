@@ -92,6 +92,10 @@ def _from_top(card: Card, query: Query) -> heatmap.Panel:
 
 
 def _now() -> Section:
+    return panels.row(100, "Now"), [*_counts(), *_outliers()]
+
+
+def _counts() -> list[Panel]:
     count = Card(1, "Layers", "locale", "Layers of the run that have series of their own here.", width=3, height=4)
     vanishing = Card(
         2,
@@ -120,6 +124,15 @@ def _now() -> Section:
         width=5,
         height=4,
     )
+    return [
+        panels.value(count, layer_queries.COUNT),
+        panels.value(vanishing, layer_queries.VANISHING, steps=_ONE_OR_MORE),
+        panels.value(exploding, layer_queries.EXPLODING, steps=_ONE_OR_MORE_IS_BAD),
+        panels.value(nonfinite, layer_queries.NONFINITE_LAYERS, steps=_ONE_OR_MORE_IS_BAD).decimals(0),
+    ]
+
+
+def _outliers() -> list[Panel]:
     furthest = Card(
         5,
         "Stands out most",
@@ -134,17 +147,14 @@ def _now() -> Section:
         "Left out of scrapes",
         "locale",
         "Series of layers that the monitor's series budget leaves out. Where this is not 0, those layers are in no "
-        "map, graph or table here, and only the quantiles, shares and counts of this row still hold them: raise "
-        "series_budget. Which layers stay: those non-finite most often, then those furthest above their usual norm.",
+        "map, graph or table here; the quantiles, all other layers of the shares, and how many vanish or explode still "
+        "hold them. Those non-finite most often stay, then those furthest above their usual norm. To see all, raise "
+        "the monitor's series_budget.",
         width=3,
         height=4,
     )
     best = Query(expr=f"topk(1, {layer_queries.worst_score()})", legend="{{layer}}")
-    return panels.row(100, "Now"), [
-        panels.value(count, layer_queries.COUNT),
-        panels.value(vanishing, layer_queries.VANISHING, steps=_ONE_OR_MORE),
-        panels.value(exploding, layer_queries.EXPLODING, steps=_ONE_OR_MORE_IS_BAD),
-        panels.value(nonfinite, layer_queries.NONFINITE_LAYERS, steps=_ONE_OR_MORE_IS_BAD).decimals(0),
+    return [
         panels.value(furthest, best).text_mode(common.BigValueTextMode.VALUE_AND_NAME).decimals(1).no_value("not yet"),
         panels.value(left_out, layer_queries.LEFT_OUT, steps=_ONE_OR_MORE),
     ]

@@ -40,7 +40,7 @@ def run() -> builders.Dashboard:
 
 
 def _now() -> Section:
-    return panels.row(100, "Now"), [*_alive(), *_healthy()]
+    return panels.row(100, "Now"), [*_alive(), *_healthy(), _alerts()]
 
 
 def _alive() -> list[stat.Panel]:
@@ -103,15 +103,6 @@ def _healthy() -> list[stat.Panel]:
         width=3,
         height=4,
     )
-    alerts = Card(
-        28,
-        "Firing alerts",
-        "none",
-        "Alerts of this run, as Prometheus evaluates them: red is critical. Their times are marked in the graphs. "
-        "Without the alert rules in Prometheus it always says none.",
-        width=4,
-        height=4,
-    )
     spike = THRESHOLDS.spike_ratio
     counts = (queries.NONFINITE_IN_VIEW, queries.SKIPPED_IN_VIEW, queries.HARM_IN_VIEW)
     steps = [{"value": start, "color": colour} for start, colour in _NONE_OR_BAD]
@@ -122,10 +113,21 @@ def _healthy() -> list[stat.Panel]:
         ),
         panels.value(incidents, *counts, steps=_NONE_IS_GOOD).decimals(0).override_by_query("C", red),
         panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED).no_value("not yet"),
-        panels.value(
-            alerts, queries.ALERTS, steps=((None, colours.GOOD), (0.5, colours.WARNING), (1.5, colours.BAD))
-        ).text_mode(common.BigValueTextMode.NAME),
     ]
+
+
+def _alerts() -> stat.Panel:
+    card = Card(
+        28,
+        "Firing alerts",
+        "none",
+        "Alerts of this run, as Prometheus evaluates them: red is critical. Their times are marked in the graphs. "
+        "Without the alert rules in Prometheus it always says none.",
+        width=4,
+        height=4,
+    )
+    steps: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.WARNING), (1.5, colours.BAD))
+    return panels.value(card, queries.ALERTS, steps=steps).text_mode(common.BigValueTextMode.NAME)
 
 
 def _gradient() -> Section:
