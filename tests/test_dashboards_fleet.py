@@ -268,3 +268,18 @@ def test_monitor_shows_only_what_failed(tmp_path: Path, native_binary: Binary) -
     down, failed = (_panel("monitor", title)["targets"][0]["expr"] for title in titles)
     expected = {down: {'{instance="h2"}': 1.0}, failed: {'{instance="h1", collector="gpu"}': 1.0}}
     _check(native_binary, tmp_path / "t.yml", series, expected)
+
+
+@pytest.mark.native
+def test_one_infinite_norm_takes_no_axis(tmp_path: Path, native_binary: Binary) -> None:
+    """A run whose norm is not finite keeps its place in the table, and leaves the graph to the others."""
+    norms = {"bad": "+Inf+0x80", "good": "2+0x80"}
+    series = [
+        _sample(f"gradiometer_grad_norm_{name}", values, run_id=run, instance="h1")
+        for run, window in norms.items()
+        for name, values in (("window_max", window), ("baseline", "1+0x80"))
+    ]
+    graph = _panel("fleet", "Norm / baseline")["targets"][0]["expr"]
+    cells = _columns()["Norm / baseline"]
+    rows = f"sum by (run_id) ({cells} == bool Inf)"
+    _check(native_binary, tmp_path / "t.yml", series, {graph: _by_run(good=2), rows: _by_run(bad=1, good=0)})
