@@ -298,7 +298,16 @@ def _hosts() -> Section:
         width=12,
         height=9,
     )
-    columns = [
+    graph = panels.limited(panels.log_graph(apart, rank_queries.HOSTS_APART), THRESHOLDS.rank_deviation)
+    return panels.row(105, "Hosts"), [
+        joined(table, Column(title="Host", label="instance"), _host_columns(), rank_queries.HOST_AGE),
+        graph,
+        panels.graph(behind, rank_queries.HOSTS_BEHIND).min(0),
+    ]
+
+
+def _host_columns() -> list[Column]:
+    return [
         Column(title="Ranks", expr=rank_queries.HOST_RANKS, unit="locale"),
         Column(title="Data age", expr=rank_queries.HOST_AGE, unit="s", decimals=1, steps=_AGE_STEPS),
         Column(title="Steps", expr=rank_queries.HOST_STEPS, unit="locale"),
@@ -314,10 +323,4 @@ def _hosts() -> Section:
             steps=_NONE_IS_GOOD,
         ),
         Column(title="Rows dropped", expr=rank_queries.host_count("rows_dropped"), unit="locale", decimals=0),
-    ]
-    graph = panels.limited(panels.log_graph(apart, rank_queries.HOSTS_APART), THRESHOLDS.rank_deviation)
-    return panels.row(105, "Hosts"), [
-        joined(table, Column(title="Host", label="instance"), columns, rank_queries.HOST_AGE),
-        graph,
-        panels.graph(behind, rank_queries.HOSTS_BEHIND).min(0),
     ]
