@@ -130,7 +130,7 @@ def _rank(run_id: str, host: str, rank: str, seconds: str) -> Iterator[Json]:
 
 
 def _fleet() -> list[Json]:
-    """Three runs on two hosts: ``wide`` spans both and is in trouble, ``gone`` is lost, ``done`` has finished."""
+    """Three runs on two hosts: ``wide`` spans both and is in trouble, ``gone`` is lost, ``done`` had a GradScaler."""
     norms = {"grad_norm_window_max": "12x80", "grad_norm_baseline": "2x80", "clip_ratio": "0.95x80"}
     return [
         *_run("wide", "h1", "running", **norms, nonfinite_steps_total="0+1x80"),
@@ -139,7 +139,7 @@ def _fleet() -> list[Json]:
         *_rank("wide", "h2", "1", "0+15x20 300x60"),
         *_run("gone", "h1", "lost", grad_norm_window_max="30x80", grad_norm_baseline="2x80", steps_total="50x80"),
         *_rank("gone", "h1", "0", "60x80"),
-        *_run("done", "h2", "finished", steps_total="90x80", skipped_steps_total="3x80"),
+        *_run("done", "h2", "finished", steps_total="90x80", nonfinite_steps_total="0+1x80", loss_scale="1024x80"),
         *_rank("done", "h2", "0", "90x80"),
         *(_alert("GradiometerNonFiniteUpdate", "critical", run) for run in ("wide", "left-long-ago")),
         _alert("GradiometerSpike", "warning", "wide"),
@@ -187,7 +187,7 @@ def test_table_has_one_row_a_run(tmp_path: Path, native_binary: Binary) -> None:
         "Job": jobs,
         "Norm / baseline": _by_run(wide=6, gone=15),
         "Clip ratio": _by_run(wide=0.95),
-        "Non-finite steps": _by_run(wide=40, gone=0, done=0),
+        "Non-finite steps": _by_run(wide=40, gone=0, done=40),
         "Skipped steps": _by_run(wide=0, gone=0, done=0),
         "Steps": _by_run(wide=1200, gone=50, done=90),
         "Steps/s": _by_run(wide=2, gone=0, done=0),
@@ -268,3 +268,18 @@ def test_monitor_shows_only_what_failed(tmp_path: Path, native_binary: Binary) -
     down, failed = (_panel("monitor", title)["targets"][0]["expr"] for title in titles)
     expected = {down: {'{instance="h2"}': 1.0}, failed: {'{instance="h1", collector="gpu"}': 1.0}}
     _check(native_binary, tmp_path / "t.yml", series, expected)
+
+
+@pytest.mark.native
+def test_one_infinite_norm_takes_no_axis(tmp_path: Path, native_binary: Binary) -> None:
+    """A run whose norm is not finite keeps its place in the table, and leaves the graph to the others."""
+    norms = {"bad": "+Inf+0x80", "good": "2+0x80"}
+    series = [
+        _sample(f"gradiometer_grad_norm_{name}", values, run_id=run, instance="h1")
+        for run, window in norms.items()
+        for name, values in (("window_max", window), ("baseline", "1+0x80"))
+    ]
+    graph = _panel("fleet", "Norm / baseline")["targets"][0]["expr"]
+    cells = _columns()["Norm / baseline"]
+    rows = f"sum by (run_id) ({cells} == bool Inf)"
+    _check(native_binary, tmp_path / "t.yml", series, {graph: _by_run(good=2), rows: _by_run(bad=1, good=0)})

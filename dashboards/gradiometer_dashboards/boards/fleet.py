@@ -57,8 +57,9 @@ def _by_run(name: str) -> str:
 
 NORM_OVER_TIME = Query(
     expr=chosen_in_view(
+        # One Inf would take the axis with it; that a norm was not finite is said by the panel beside.
         f"max by (run_id) ({peak('gradiometer_grad_norm_window_max', of=FLEET)})"
-        f" / {_by_run('gradiometer_grad_norm_baseline')}",
+        f" / {_by_run('gradiometer_grad_norm_baseline')} < Inf",
         f"max by (run_id) ({over_view('max_over_time', 'gradiometer_grad_norm_window_max', of=FLEET)})"
         f" / max by (run_id) ({over_view('avg_over_time', 'gradiometer_grad_norm_baseline', of=FLEET)})",
     ),

@@ -55,12 +55,14 @@ SKIPPED = _of_every_run(f"max by (run_id) ({increase_in_view('gradiometer_skippe
 _CRITICAL, _OTHERS = firing('severity="critical"'), firing('severity!="critical"')
 CRITICAL = _of_every_run(f"count by (run_id) ({_CRITICAL})")
 OTHERS = _of_every_run(f"count by (run_id) ({_OTHERS})")
+_SCALED = f"max by (run_id) ({series('gradiometer_loss_scale', of=FLEET)}) > 0"
+"""Runs with a GradScaler, which finds its scale by steps that are not finite and skips them."""
 ATTENTION = " + ".join(
     (
         f"16 * ({CRITICAL} > bool 0)",
         f"8 * ({STATE} == bool 2)",
         f"4 * ({OTHERS} > bool 0)",
-        f"2 * ({NONFINITE} > bool 0)",
+        f"2 * ({_of_every_run(f'{NONFINITE} unless on (run_id) {_SCALED}')} > bool 0)",
         f"2 * ({_of_every_run(LARGEST_NORM)} > bool {THRESHOLDS.spike_ratio:g})",
         f"({STATE} == bool 1)",
     )
@@ -72,10 +74,11 @@ TO_LAYERS = link_to("layers", "Show its layers")
 TO_RANKS = link_to("ranks", "Show its ranks")
 DESCRIPTION = (
     "One row a run, however many hosts it spans: those with a critical alert first, then runs that are lost, other "
-    "alerts, non-finite steps or a spike, then what runs. Cells without colour are well; orange or red ones are where "
-    "to look. A name leads to the run, a number to its layers or ranks. A run that is over leaves the table after 15 "
-    "minutes, and one whose monitor is down at once, so look at the monitors above too. Norm / baseline is the largest "
-    "norm of the last minute as a multiple of the run's own median; steps that went wrong are counted in view."
+    "alerts, non-finite steps (but for a GradScaler's) or a spike, then what runs. Cells without colour are well; "
+    "orange or red ones are where to look. A name leads to the run, a number to its layers or ranks. A run that is "
+    "over leaves the table after 15 minutes, and one whose monitor is down at once, so see the monitors above too. "
+    "Norm / baseline is the largest norm of the last minute as a multiple of the run's own median; steps that went "
+    "wrong are counted in view."
 )
 
 
@@ -117,11 +120,11 @@ def _norms() -> list[Column]:
 def _steps() -> list[Column]:
     steps = f"max by (run_id) ({series('gradiometer_steps_total', of=FLEET)})"
     ranks = f"count by (run_id) (group by (run_id, rank) ({series('gradiometer_grad_norm_last', of=FLEET)}))"
-    nonfinite, skipped = ((None, FINE), (0.5, colours.NONFINITE)), ((None, FINE), (0.5, colours.SKIPPED))
+    some = ((None, FINE), (0.5, colours.WARNING))
     old = ((None, FINE), (MINUTE, colours.WARNING), (THRESHOLDS.stalled_seconds, colours.BAD))
     return [
-        Column(title="Non-finite steps", expr=NONFINITE, decimals=0, steps=nonfinite, links=(TO_LAYERS,), width=130),
-        Column(title="Skipped steps", expr=SKIPPED, decimals=0, steps=skipped, links=(TO_LAYERS,), width=120),
+        Column(title="Non-finite steps", expr=NONFINITE, decimals=0, steps=some, links=(TO_LAYERS,), width=130),
+        Column(title="Skipped steps", expr=SKIPPED, decimals=0, steps=some, links=(TO_LAYERS,), width=120),
         Column(title="Steps", expr=steps, unit="locale", links=(TO_RUN,), width=110),
         Column(title="Steps/s", expr=SPEED, decimals=2, links=(TO_RANKS,), width=90),
         Column(title="Data age", expr=AGE, unit="s", decimals=0, steps=old, links=(TO_RANKS,), width=100),
