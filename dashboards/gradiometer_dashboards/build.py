@@ -13,11 +13,17 @@ from pathlib import Path
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+from gradiometer_dashboards.boards.fleet import fleet
+from gradiometer_dashboards.boards.monitor import monitor
 from gradiometer_dashboards.boards.run import run
 
 __all__ = ["DASHBOARDS", "main", "render"]
 
-DASHBOARDS: dict[str, Callable[[], Dashboard]] = {"run": run}
+DASHBOARDS: dict[str, Callable[[], Dashboard]] = {
+    "fleet": fleet,
+    "run": run,
+    "monitor": monitor,
+}
 FOLDER = Path(__file__).parent / "json"
 
 
