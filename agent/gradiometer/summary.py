@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.comparison import StepTrail
 from gradiometer.insight import NoiseAverage, Samples, microbatch_norms, replicas
 from gradiometer.layer_norms import LayerNorms
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS
 from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows, own_clipping
-from gradiometer.windows import BASELINE_STEPS, WARMUP_STEPS, LayerBaseline, Streak, WindowMax, WindowRatio
+from gradiometer.windows import (
+    BASELINE_STEPS,
+    WARMUP_STEPS,
+    LayerBaseline,
+    LongestStreak,
+    Streak,
+    WindowMax,
+    WindowRatio,
+)
 
 __all__ = ["LAYER_METRICS", "Histogram", "LayerSummary", "RunSummary"]
 
@@ -42,6 +51,9 @@ LAYER_METRICS = (
 SAMPLED_METRICS = ("gradiometer_layer_weight_norm", "gradiometer_layer_update_ratio")
 COSINE_METRIC = "gradiometer_layer_grad_cosine"
 _PRECLIP = STATS.index("grad_norm_preclip")
+_NONFINITE = np.uint32(Flag.NONFINITE)
+_USED = np.uint32(Flag.NONFINITE | Flag.SKIPPED | Flag.ZEROED | Flag.FAILED)
+"""Of these only NONFINITE is set where the optimizer used gradients that were not finite."""
 
 
 class Histogram:
@@ -244,8 +256,12 @@ class RunSummary:
         """Steps in which this rank's own gradients were not finite before the reduction; None if none was looked at."""
         self.microbatch_norm = float("nan")
         """Norm of this rank's own gradients in the newest step with armed hooks; NaN where there was none."""
+        self.nonfinite_updates = 0
+        """Steps in which the optimizer moved the parameters by gradients that were not finite."""
+        self.trail = StepTrail()
+        """The newest steps, by which the rank is compared with the others."""
         self._replicas = replicas(manifest)
-        self._window, self._clipped = WindowMax(1), WindowRatio()
+        self._window, self._clipped, self._skipped = WindowMax(1), WindowRatio(), LongestStreak()
         self._baseline, self._finite = np.empty(0), 0
 
     @property
@@ -268,6 +284,11 @@ class RunSummary:
     def clip_ratio(self) -> float:
         """Share of steps whose gradients were clipped, of the last minute or at least the last 32; NaN before these."""
         return self._clipped.ratio
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Most consecutive steps that did not move the parameters, of the last minute."""
+        return self._skipped.rows
 
     def update(self, rows: Rows, status: np.void) -> None:
         """Take in rows that follow those seen before, oldest first, and the counters read after them."""
@@ -296,6 +317,8 @@ class RunSummary:
         if (flags & np.uint32(Flag.OWN_WATCHED)).any():
             bad = int(np.count_nonzero(flags & np.uint32(Flag.OWN_NONFINITE)))
             self.own_nonfinite = bad + (self.own_nonfinite or 0)
+        used = (flags & _USED) == _NONFINITE
+        self.nonfinite_updates += int(np.count_nonzero(used & ~np.isfinite(rows["grad_norm_postclip"])))
 
     def _update_windows(self, rows: Rows, time_ns: Integers, norms: Floats) -> None:
         flags = rows["flags"]
@@ -304,7 +327,9 @@ class RunSummary:
             self.noise.update(hooked, self._replicas)
             self.microbatch_norm = float(microbatch_norms(hooked[-1:])[0])
         self._window.add(time_ns, norms[:, None])
-        self._clipped.add(time_ns, (rows["flags"] & np.uint32(Flag.CLIPPED)) != 0)
+        self._clipped.add(time_ns, (flags & np.uint32(Flag.CLIPPED)) != 0)
+        self._skipped.add(time_ns, (flags & np.uint32(Flag.SKIPPED)) != 0, rows["optimizer"].astype(np.int64))
+        self.trail.add(rows)
         finite = norms[np.isfinite(norms)]
         self._baseline, self._finite = (
             np.concatenate([self._baseline, finite])[-BASELINE_STEPS:],
@@ -342,6 +367,7 @@ class RunSummary:
             "rows_missed": self.rows_missed,
             "loss": self.loss,
             "own_nonfinite": self.own_nonfinite,
+            "nonfinite_updates": self.nonfinite_updates,
             "grad_norm": self.grad_norm.state,
             "step_seconds": self.step_seconds.state,
             "layers": {str(place): int(self.layers.nonfinite[place]) for place in self.layers.nonfinite.nonzero()[0]},
@@ -361,6 +387,7 @@ class RunSummary:
         self.layers.exported[slice(None) if counts["exported"] is None else counts["exported"]] = True
         self.uncounted, self.rows_missed = int(counts["uncounted"]), int(counts["rows_missed"])
         self.loss, self.own_nonfinite = counts["loss"], counts["own_nonfinite"]
+        self.nonfinite_updates = int(counts.get("nonfinite_updates", 0))  # which earlier monitors did not count
         self._counted = int(counts["sequence"])
 
 

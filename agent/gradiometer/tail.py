@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from gradiometer.comparison import Trail, compare
 from gradiometer.insight import Samples, noise_scale
 from gradiometer.live.revisions import Revision, read_history
 from gradiometer.policy.actions import CONDITIONS
@@ -30,7 +31,7 @@ from gradiometer.records import (
 )
 from gradiometer.summary import Histogram, LayerSummary, RunSummary
 
-__all__ = ["Frame", "RankTail", "RunState", "Sample", "frame", "identity"]
+__all__ = ["Beside", "Frame", "RankTail", "RunState", "Sample", "frame", "identity"]
 
 POLL_BYTES = 4 * 2**20
 """Bytes of rows that one poll reads at most, so that a scrape does not wait long; a larger row is read alone."""
@@ -188,6 +189,34 @@ class Frame:
     histograms: dict[str, Histogram]
     layers: LayerSummary
     """Of the lowest rank: replicated layers are exported once."""
+    beside: Beside | None = None
+    """The ranks beside each other, where several are followed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """The ranks of a run at one instant, to be compared later: nothing in it changes any more."""
+
+    run_id: str
+    ranks: tuple[str, ...]
+    steps: npt.NDArray[np.int64]
+    """Number of the newest step of each rank, int64[R]."""
+    trails: tuple[Trail, ...]
+
+    @property
+    def series(self) -> int:
+        """How many series :meth:`samples` may have."""
+        return 3 * len(self.ranks)
+
+    def samples(self) -> Iterator[Sample]:
+        """Compare the ranks; what is not known of one is left out."""
+        found = compare(self.trails)
+        behind = self.steps.max() - self.steps
+        columns = {"norm_deviation": found.deviation, "steps_behind": behind, "lag_seconds": found.lag_seconds}
+        for name, values in columns.items():
+            for rank, value in zip(self.ranks, values.tolist(), strict=True):
+                if value == value:
+                    yield f"gradiometer_rank_{name}", (self.run_id, rank), value
 
 
 def frame(ranks: Sequence[RankTail], state: RunState) -> Frame:
@@ -209,7 +238,26 @@ def frame(ranks: Sequence[RankTail], state: RunState) -> Frame:
     ]
     summary = lead.summary
     histograms = {"gradiometer_grad_norm": summary.grad_norm, "gradiometer_step_seconds": summary.step_seconds}
-    return Frame(run_id=lead.run_id, samples=samples, histograms=histograms, layers=summary.layers)
+    beside = _beside(ranks, newest)
+    return Frame(run_id=lead.run_id, samples=samples, histograms=histograms, layers=summary.layers, beside=beside)
+
+
+def _beside(ranks: Sequence[RankTail], newest: Sequence[np.void | None]) -> Beside | None:
+    """Put those ranks beside each other that took a step since the newest of them began; None unless there are two.
+
+    The others are what an earlier start of the run has left, and their steps others of the same numbers.
+    """
+    began = max(tail.manifest.created_ns for tail in ranks) / 1e9
+    pairs = [(tail, row) for tail, row in zip(ranks, newest, strict=True) if row is not None]
+    pairs = [(tail, row) for tail, row in pairs if tail.heartbeat >= began]
+    if len(pairs) < 2:
+        return None
+    return Beside(
+        run_id=ranks[0].run_id,
+        ranks=tuple(str(tail.rank) for tail, _ in pairs),
+        steps=np.array([int(row["step"]) for _, row in pairs], np.int64),
+        trails=tuple(tail.summary.trail.newest for tail, _ in pairs),
+    )
 
 
 def _run_samples(ranks: Sequence[RankTail], state: RunState) -> Iterator[Sample]:
@@ -221,6 +269,8 @@ def _run_samples(ranks: Sequence[RankTail], state: RunState) -> Iterator[Sample]
     yield "gradiometer_agent_seconds_total", run, sum(float(tail.summary.status["agent_seconds"]) for tail in ranks)
     missed = sum(int(tail.summary.status["rows_dropped"]) + tail.summary.rows_missed for tail in ranks)
     yield "gradiometer_rows_dropped_total", run, missed
+    yield "gradiometer_nonfinite_updates_total", run, lead.summary.nonfinite_updates
+    yield "gradiometer_skipped_steps_in_a_row", run, lead.summary.skipped_in_a_row
     yield "gradiometer_uncounted_steps", run, lead.summary.uncounted
     for name in get_args(RunState):
         yield "gradiometer_run_state", (*run, name), int(name == state)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from gradiometer.metrics import WINDOW_SECONDS
 
-__all__ = ["BUCKET_NS", "LayerBaseline", "Streak", "WindowMax", "WindowRatio", "median_and_mad"]
+__all__ = ["BUCKET_NS", "LayerBaseline", "LongestStreak", "Streak", "WindowMax", "WindowRatio", "median_and_mad"]
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -44,6 +44,8 @@ MAD_TO_DEVIATION = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation."""
 DEVIATION_FLOOR = 0.1
 """Least deviation of a log norm in a score: what hardly moves at all is not unusual when it moves by a tenth."""
+MAX_OPTIMIZERS = 16
+"""Optimizers whose streaks are told apart; the others count as the last."""
 CHUNK = 4096
 """Layers whose medians are computed at once, which bounds the memory that takes, and the time."""
 
@@ -260,3 +262,36 @@ def _streaks(length: Integers, so: Mask, present: Mask) -> Integers:
     before = np.where(last >= 0, counted[last, np.arange(len(length))], -length)
     streaks: Integers = counted[-1] - before
     return streaks
+
+
+class LongestStreak:
+    """Most rows running in which something was so, of the streaks that ended in the last WINDOW_SECONDS or go on.
+
+    Of each optimizer by itself: where two take turns, rows of the one do not end a streak of the other.
+    """
+
+    def __init__(self) -> None:
+        self._lengths = np.zeros(MAX_OPTIMIZERS, np.int64)
+        self._window = WindowMax(1)
+
+    def add(self, time_ns: Integers, so: Mask, optimizers: Integers) -> None:
+        """Take in rows, oldest first: int64[T], bool[T] and int64[T]; T is at least 1."""
+        optimizers = np.minimum(optimizers, MAX_OPTIMIZERS - 1)
+        lengths = np.zeros(len(so))
+        for each in np.unique(optimizers).tolist():
+            mine = optimizers == each
+            streaks = _streak_lengths(so[mine], int(self._lengths[each]))
+            lengths[mine], self._lengths[each] = streaks, streaks[-1]
+        self._window.add(time_ns, lengths[:, None])
+
+    @property
+    def rows(self) -> int:
+        """0 where there was none."""
+        return int(np.nan_to_num(self._window.max()[0]))
+
+
+def _streak_lengths(so: Mask, before: int) -> Integers:
+    """Return for each row how many rows running it was so up to then, int64[T], ``before`` of them before the first."""
+    counted = np.cumsum(so)
+    lengths: Integers = counted - np.maximum.accumulate(np.where(so, -before, counted))
+    return lengths

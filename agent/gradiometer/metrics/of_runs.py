@@ -145,14 +145,16 @@ OF_RUNS = (
         name="gradiometer_rank_norm_deviation",
         kind="gauge",
         labels=_RANK,
-        help="Largest relative difference of the rank's global norm from the median of the ranks that the monitor sees "
-        f"at the same step, in the last {WINDOW_SECONDS:g} s of steps; left out for a single rank.",
+        help="Largest relative difference of the rank's global norm before clipping from the median of the ranks that "
+        f"the monitor sees at the same step, in the last {WINDOW_SECONDS:g} s of steps; +Inf where it was not finite "
+        "and another rank's was, left out for a single rank.",
     ),
     Metric(
         name="gradiometer_rank_steps_behind",
         kind="gauge",
         labels=_RANK,
-        help="Steps that the rank is behind the furthest of the ranks that the monitor sees.",
+        help="Steps that the rank's newest is behind that of the furthest of the ranks that the monitor sees; left out "
+        "for a single rank.",
     ),
     Metric(
         name="gradiometer_rank_lag_seconds",
@@ -178,14 +180,15 @@ OF_RUNS = (
         name="gradiometer_nonfinite_updates_total",
         kind="counter",
         labels=_RUN,
-        help="Steps in which the optimizer moved the parameters by gradients that held NaN or Inf.",
+        help="Steps in which the optimizer moved the parameters by gradients that held NaN or Inf: neither skipped nor "
+        "replaced by zeros.",
     ),
     Metric(
         name="gradiometer_skipped_steps_in_a_row",
         kind="gauge",
         labels=_RUN,
-        help="Most consecutive steps that did not move the parameters, of those rows of steps that ended in the last "
-        f"{WINDOW_SECONDS:g} s of steps or go on; 0 without any.",
+        help="Most consecutive steps of one optimizer that did not move the parameters, of those series of steps that "
+        f"ended in the last {WINDOW_SECONDS:g} s of steps or go on; 0 without any.",
     ),
     Metric(
         name="gradiometer_clip_events_total",

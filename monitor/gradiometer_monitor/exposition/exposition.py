@@ -22,7 +22,7 @@ from prometheus_client.openmetrics import exposition as openmetrics_client
 from gradiometer.exporter import build_labels
 from gradiometer.metrics import CATALOGUE, SCRAPE_SECONDS_BUCKETS
 from gradiometer.summary import Histogram
-from gradiometer.tail import Frame, Sample
+from gradiometer.tail import Beside, Frame, Sample
 from gradiometer_monitor.exposition.collectors import Answer, Asked
 from gradiometer_monitor.exposition.health import RequestCounts
 from gradiometer_monitor.exposition.layer_lines import RUN_SAMPLES, LayerLines, LayerValues, share
@@ -164,6 +164,7 @@ class _Taken:
 
     run_id: str
     samples: list[Sample]
+    beside: Beside | None
     histograms: dict[str, Counts]
     lines: LayerLines
     layers: LayerValues
@@ -192,13 +193,15 @@ def _series(frame: Frame) -> tuple[int, int]:
     """Count the series of a run that are not of layers, and those of its layers."""
     histograms = sum(len(histogram.bounds) + 3 for histogram in frame.histograms.values())
     layers = int(np.count_nonzero(frame.layers.exported)) * len(frame.layers.metrics)
-    return len(frame.samples) + histograms + RUN_SAMPLES, layers
+    beside = 0 if frame.beside is None else frame.beside.series
+    return len(frame.samples) + beside + histograms + RUN_SAMPLES, layers
 
 
 def _taken(frame: Frame, lines: LayerLines, places: int) -> _Taken:
     return _Taken(
         run_id=frame.run_id,
         samples=frame.samples,
+        beside=frame.beside,
         histograms={name: Counts.of(histogram) for name, histogram in frame.histograms.items()},
         lines=lines,
         layers=lines.take(frame.layers, places),
@@ -208,6 +211,7 @@ def _taken(frame: Frame, lines: LayerLines, places: int) -> _Taken:
 def _run_lines(taken: _Taken) -> Lines:
     found: Lines = {name: [] for name in CATALOGUE}
     add(found, taken.samples)
+    add(found, () if taken.beside is None else taken.beside.samples())
     for name, counts in taken.histograms.items():
         add_histogram(found, name, (taken.run_id,), counts)
     for name, block in taken.lines.render(taken.layers):
