@@ -27,6 +27,8 @@ LEGEND = 0.4
 """Share of a graph's width that a legend on the right takes at most."""
 LEGEND_PIXELS = 330.0
 LEGEND_LINE = 17
+COLUMN = 52
+"""Pixels of a legend's column of numbers."""
 
 
 def stat(axes: Axes, panel: Json, answers: list[Answer], _: View) -> None:
@@ -140,7 +142,7 @@ def _plot(axes: Axes, view: View, *, legend: float, left: float = 56.0) -> Axes:
     wide, high = size_of(axes)
     plot = axes.inset_axes((left / wide, 26 / high, (wide - left - legend - 10) / wide, (high - 38) / high))
     plot.set_xlim(_moment(view.start), _moment(view.end))
-    locator = dates.AutoDateLocator(maxticks=7)
+    locator = dates.AutoDateLocator(minticks=2, maxticks=max(2, int((wide - left - legend) / 75)))
     plot.xaxis.set_major_locator(locator)
     plot.xaxis.set_major_formatter(dates.DateFormatter("%H:%M:%S" if view.end - view.start < 900 else "%H:%M"))
     plot.tick_params(labelsize=7.5, length=0, colors=QUIET)
@@ -161,15 +163,15 @@ def _legend(axes: Axes, panel: Json, shown: list[Curve]) -> float:
     headers = {"lastNotNull": "Last", "max": "Max", "min": "Min", "mean": "Mean", "sum": "Sum"}
     calculations = [each for each in options.get("calcs") or () if each in headers]
     for place, each in enumerate(reversed(calculations)):
-        axes.text(wide - 10 - 62 * place, 6, headers[each], size=7.5, color=QUIET, ha="right", va="center")
-    room = width - 62 * len(calculations) - 24
+        axes.text(wide - 10 - COLUMN * place, 6, headers[each], size=7.5, color=QUIET, ha="right", va="center")
+    room = width - COLUMN * len(calculations) - 24
     for row, curve in enumerate(shown[: int((high - 22) // LEGEND_LINE)]):
         middle = 22 + row * LEGEND_LINE
         axes.add_patch(Rectangle((wide - width, middle - 2), 12, 4, fc=curve.colour, ec="none"))
         axes.text(wide - width + 17, middle, clipped(curve.name, room), size=8, color=INK, va="center")
         for place, each in enumerate(reversed(calculations)):
             text = spell(reduce(curve.series.values, each), curve.own.get("unit", "none"), curve.own.get("decimals"))
-            axes.text(wide - 10 - 62 * place, middle, text, size=8, color=INK, ha="right", va="center")
+            axes.text(wide - 10 - COLUMN * place, middle, text, size=8, color=INK, ha="right", va="center")
     return width
 
 

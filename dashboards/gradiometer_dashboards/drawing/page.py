@@ -51,15 +51,16 @@ def draw(view: View, path: Path, *, unfold: bool = True, rows: int | None = None
     ValueError for a kind of panel that is not known here.
     """
     places = list(_places(view, unfold=unfold))
-    bottom = max(place.top + place.height for place in places)
-    height = min(bottom, HEAD + rows * UNIT) if rows else bottom
+    shown = [place for place in places if not rows or place.top + place.height <= HEAD + rows * UNIT]
+    while shown and shown[-1].panel["type"] == "row":  # whose panels were cut off
+        shown.pop()
+    height = max(place.top + place.height for place in shown)
     figure = Figure(figsize=(view.width / DPI, (height + GAP) / DPI), dpi=DPI, facecolor=WINDOW)
     page = _axes(figure, 0, 0, view.width, height + GAP)
     page.text(GAP, 14, view.dashboard["title"], size=15, weight="bold", color=INK, va="top")
     page.text(view.width - GAP, 18, _headline(view), size=9, color=QUIET, va="top", ha="right")
-    for place in places:
-        if place.top + place.height <= height:
-            _panel(figure, page, place, view)
+    for place in shown:
+        _panel(figure, page, place, view)
     figure.savefig(path, dpi=DPI)
 
 
@@ -109,7 +110,7 @@ def _panel(figure: Figure, page: Axes, place: Place, view: View) -> None:
     page.add_patch(
         FancyBboxPatch(corner, place.width, place.height, boxstyle="round,pad=0,rounding_size=3", fc=PAPER, ec=LINES)
     )
-    page.text(place.left + 8, place.top + 14, panel["title"], size=9.5, weight="semibold", color=INK, va="center")
+    page.text(place.left + 8, place.top + 14, panel["title"], size=9.5, weight="bold", color=INK, va="center")
     inside = _axes(figure, place.left, place.top + TITLE, place.width, place.height - TITLE)
     if panel["type"] not in DRAWN:
         said = "Grafana's own list: not drawn here" if panel["type"] == "alertlist" else None

@@ -13,7 +13,7 @@ Json = dict[str, Any]
 WINDOW, PAPER, LINES, INK, QUIET = "#f4f5f5", "#ffffff", "#e1e3e6", "#24292e", "#6e7780"
 HUES = {
     "red": "#e02f44", "orange": "#ff780a", "yellow": "#f2cc0c", "green": "#56a64b", "blue": "#3274d9",
-    "purple": "#a352cc",    "text": INK, "white": "#ffffff", "gray": "#8e8e8e", "transparent": PAPER,
+    "purple": "#a352cc",    "text": INK, "white": "#ffffff", "gray": "#8e8e8e", "transparent": INK,
 }  # fmt: skip
 MIXED = {
     "super-light": ("#ffffff", 0.6),

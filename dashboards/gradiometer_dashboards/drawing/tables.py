@@ -40,7 +40,7 @@ def table(axes: Axes, panel: Json, answers: list[Answer], _: View) -> None:
     wide, high = size_of(axes)
     lefts = _lefts(panel, names, rows, wide)
     for name, left, right in zip(names, lefts, lefts[1:], strict=False):
-        axes.text(left + 6, 10, clipped(name, right - left), size=8, weight="semibold", color="#3274d9", va="center")
+        axes.text(left + 6, 10, clipped(name, right - left), size=8, weight="bold", color="#3274d9", va="center")
     shown = int((high - 20) // LINE)
     for place, row in enumerate(rows[:shown]):
         top = 20 + place * LINE
