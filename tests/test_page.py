@@ -353,6 +353,24 @@ def test_text_has_contrast_in_both_themes(two_runs: Monitor, visit: Open, scheme
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_runbooks_read_well_in_both_themes_and_on_a_phone(two_runs: Monitor, visit: Open, scheme: str) -> None:
+    """A runbook is no wider than the screen, has contrast, follows the theme of the live page, and can switch it."""
+    for viewport in (WIDE, NARROW):
+        page = visit(two_runs, "/runbooks/NonFiniteUpdate", color_scheme=scheme, viewport=viewport)
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+        assert [each for each in page.evaluate(CONTRASTS) if each[0] < 4.5] == []
+    page.click("nav >> text=Runbooks")
+    page.click("table >> text=Spike")
+    assert page.locator("h1").inner_text() == "GradiometerSpike"
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    page.click(".brand")
+    page.wait_for_selector(".runs tbody tr")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+
+
 def test_hostile_names_are_text(
     start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open, tmp_path: Path
 ) -> None:
