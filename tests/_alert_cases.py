@@ -61,9 +61,7 @@ ANOMALIES: dict[str, Anomaly] = {
         fires=15,
         below={'clip_events;"act"': lambda since: 0.89 * RATE * since},
     ),
-    "SkippingRun": Anomaly(
-        changes={"in_a_row": 11}, minutes=1, lingers=3 + KEEP, below={"in_a_row": 10}
-    ),
+    "SkippingRun": Anomaly(changes={"in_a_row": 11}, minutes=1, lingers=3 + KEEP, below={"in_a_row": 10}),
     "Stalled": Anomaly(changes=FROZEN, minutes=12, fires=6.5),
     "RankDivergence": Anomaly(
         changes={'norm_deviation;rank="1"': 0.051}, minutes=9, fires=5, below={'norm_deviation;rank="1"': 0.049}

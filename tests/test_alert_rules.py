@@ -91,7 +91,9 @@ def _wrong(case: Case, fired: dict[str, dict[float, int]]) -> list[str]:
     wrong = []
     may = {case.of, *case.allowed} if case.fires is not None else set(case.allowed)
     wrong += [f"{alert} fires at {sorted(when)}" for alert, when in fired.items() if alert not in may]
-    wrong += [f"{alert} fires more than once" for alert, when in fired.items() if max(when.values()) > _instances(alert)]
+    wrong += [
+        f"{alert} fires more than once" for alert, when in fired.items() if max(when.values()) > _instances(alert)
+    ]
     if case.fires is None:
         return wrong
     when = fired.get(case.of, {})

@@ -263,6 +263,14 @@ def test_an_incident_leads_to_its_step(two_runs: Monitor, visit: Open) -> None:
     assert "Largest 5000" in page.locator("figure .said").first.inner_text()
 
 
+def test_an_incident_leads_to_its_runbook(two_runs: Monitor, visit: Open) -> None:
+    """What an alert would tell as well links the page of that alert; other incidents link none."""
+    page = run_page(visit, two_runs)
+    assert page.locator(".incidents li:has-text('of less weight') a").count() == 0
+    page.click(".incidents li:has-text('is not finite') >> text=What to do")
+    assert page.locator("h1").inner_text() == "GradiometerNonFinite"
+
+
 def test_dragging_over_a_chart_zooms(two_runs: Monitor, visit: Open) -> None:
     """What was dragged over is asked for anew, at a finer resolution."""
     page = run_page(visit, two_runs)

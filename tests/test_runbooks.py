@@ -142,7 +142,9 @@ def test_panels_are_on_their_dashboards(name: str) -> None:
     for file in files("gradiometer_dashboards").joinpath("json").iterdir():
         board = json.loads(file.read_text())
         shown = [panel for row in board["panels"] for panel in (row, *row.get("panels", []))]
-        there[board["title"].removeprefix("Gradiometer / ")] = {each["title"] for each in shown if each["type"] != "row"}
+        there[board["title"].removeprefix("Gradiometer / ")] = {
+            each["title"] for each in shown if each["type"] != "row"
+        }
     wanted = panels(PAGES[name])
     assert wanted
     assert [(board, title) for board, title in wanted if title not in there.get(board, ())] == []
