@@ -39,22 +39,40 @@ class Anomaly:
         return rows
 
 
-NONFINITE: dict[str, Change] = {"nonfinite_steps_total": 1, "layer_nonfinite_total;head": 1}
+NONFINITE: dict[str, Change] = {
+    "nonfinite_steps_total": 1,
+    "layer_nonfinite_total;neck": 1,
+    "layer_nonfinite_total;head": 2,
+}
 FROZEN: dict[str, Change] = {
     "gradiometer_steps_total": 0,
     "step_seconds": 0,
     "last_step_timestamp": 60 * START - 31,
+    'last_step_timestamp;rank="1"': 60 * START - 33,
     "clip_events": 0,
 }
 COUNTED = 10 + KEEP
+
+
+def _late(since: int) -> float:
+    """Say when the newest step was, if it is always 280 s ago."""
+    return 60 * START + 30 * (since - 1) - 280
+
+
+def _state(state: str) -> str:
+    return f'gradiometer_layer_state{{{A}, layer="head", state="{state}"}}'
+
+
 ANOMALIES: dict[str, Anomaly] = {
     "NonFiniteUpdate": Anomaly(
         changes=NONFINITE | {"nonfinite_updates": 1}, lingers=COUNTED, also=("NonFinite",), below=NONFINITE
     ),
     "NonFinite": Anomaly(changes=NONFINITE, lingers=COUNTED),
-    "Spike": Anomaly(changes={"window_max": 10.5}, minutes=1, lingers=3 + KEEP, below={"window_max": 9.8}),
-    "LayerExploding": Anomaly(changes={"layers_exploding": 1}, minutes=3, fires=1),
-    "LayerVanishing": Anomaly(changes={"layers_vanishing": 1}, minutes=14, fires=10),
+    "Spike": Anomaly(
+        changes={"window_max": 10.5, "anomaly_score": 9}, minutes=1, lingers=3 + KEEP, below={"window_max": 9.8}
+    ),
+    "LayerExploding": Anomaly(changes={"layers_exploding": 1, _state("exploding"): 1}, minutes=3, fires=1),
+    "LayerVanishing": Anomaly(changes={"layers_vanishing": 1, _state("vanishing"): 1}, minutes=14, fires=10),
     "ClipSaturated": Anomaly(
         changes={'clip_events;"act"': lambda since: 0.95 * RATE * since},
         minutes=20,
@@ -62,11 +80,11 @@ ANOMALIES: dict[str, Anomaly] = {
         below={'clip_events;"act"': lambda since: 0.89 * RATE * since},
     ),
     "SkippingRun": Anomaly(changes={"in_a_row": 11}, minutes=1, lingers=3 + KEEP, below={"in_a_row": 10}),
-    "Stalled": Anomaly(changes=FROZEN, minutes=12, fires=6.5),
+    "Stalled": Anomaly(changes=FROZEN, minutes=8, fires=6.5, below={"last_step_timestamp": _late}),
     "RankDivergence": Anomaly(
         changes={'norm_deviation;rank="1"': 0.051}, minutes=9, fires=5, below={'norm_deviation;rank="1"': 0.049}
     ),
-    "LossNonFinite": Anomaly(changes={"gradiometer_loss{": nan}, minutes=1),
+    "LossNonFinite": Anomaly(changes={"gradiometer_loss{": nan}, minutes=2),
     "SeriesDropped": Anomaly(changes={"series_omitted": 1}, minutes=17, fires=15),
     "RowsDropped": Anomaly(changes={"rows_dropped": 1}, lingers=COUNTED),
     "AgentErrors": Anomaly(changes={"agent_errors": 1}, lingers=COUNTED),
@@ -166,7 +184,7 @@ def _silent() -> Iterator[Case]:
         "healthy": healthy, "warm-up": _warm_up, "gap": _gapped, "restart": _restarted, "end": _ended,
         "scaler": _scaler, "scaler-starts": _scaler_starts, "noisy": _noisy, "slow": _slow, "starting": _starting,
         "finished": _finished, "lost-long-ago": _lost_long_ago, "fast-ranks": _fast_ranks, "pod": _moved,
-        "infinite-peak": _infinite_peak, "two-series-behind": _scaled_down,
+        "infinite-peak": _infinite_peak, "one-target-less": _scaled_down, "slow-ranks": _slow_ranks,
     }  # fmt: skip
     for name, make in makers.items():
         yield Case(name=name, rows=make())
@@ -267,7 +285,7 @@ def _stuck_at_start(rows: Rows) -> None:
 
 
 def _finished() -> Rows:
-    """Give a run that finishes with a loss of NaN, a vanishing layer and a last step that was skipped like those before."""
+    """Give a run that finishes with a loss of NaN, a vanishing layer and steps that were skipped."""
     rows = healthy()
     end(rows, 5)
     for part, value in {"layers_vanishing": 1, "gradiometer_loss{": nan, "in_a_row": 20, "window_max": 50}.items():
@@ -286,6 +304,13 @@ def _fast_ranks() -> Rows:
     """Give a fast run whose second rank is read a second after the first."""
     rows = healthy()
     put(rows, 'steps_behind;rank="1"', 90, 0)
+    return rows
+
+
+def _slow_ranks() -> Rows:
+    """Give a run of long steps whose second rank is some steps behind."""
+    rows = healthy(rate=3)
+    put(rows, 'steps_behind;rank="1"', 5, 0)
     return rows
 
 

@@ -6,6 +6,7 @@ A row is a list of values; None is a sample that is missing. Times are in minute
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from math import isinf, isnan
 
 __all__ = ["MINUTES", "RATE", "Change", "Rows", "end", "gap", "healthy", "leave", "put", "restart", "samples"]
@@ -18,6 +19,8 @@ MINUTES = 60
 LENGTH = 2 * MINUTES + 1
 RATE = 300
 """Steps that a healthy run takes from sample to sample."""
+SECOND = ("up{", "steps_total", "step_seconds", "run_state", "baseline", "rank_", "last_step", "nonfinite_steps")
+"""What is looked at of the second host."""
 STATES = ("running", "finished", "lost")
 
 
@@ -33,7 +36,7 @@ def healthy(*, steps: int = 5000, rate: int = RATE) -> Rows:
             rows[name] = [first + each * place for place in range(LENGTH)]
         stamps = f'gradiometer_last_step_timestamp_seconds{{{of}, rank="{rank}"}}'
         rows[stamps] = [30.0 * place - 1 for place in range(LENGTH)]
-    return rows
+    return {name: row for name, row in rows.items() if '"b:' not in name or any(part in name for part in SECOND)}
 
 
 def _gauges(of: str, rank: int) -> dict[str, float]:
@@ -96,8 +99,8 @@ def _accumulates(name: str) -> bool:
 def put(rows: Rows, part: str, change: Change, start: float, stop: float = MINUTES + 1) -> None:
     """Change the series that have each ``;``-separated piece of ``part`` in them, or add one that is written in full.
 
-    A gauge is what ``change`` says from ``start`` to ``stop``; a counter gains what it says above what it had, and keeps
-    it. A function is given the number of samples since the start, from 1.
+    A gauge is what ``change`` says from ``start`` to ``stop``; a counter gains what it says above what it had, and
+    keeps it. A function is given the number of samples since the start, from 1.
     """
     names = [name for name in rows if all(piece in name for piece in part.split(";"))]
     if not names:
@@ -154,9 +157,12 @@ def samples(row: list[Value]) -> str:
     """Write a row as promtool reads it, with Prometheus' marker where a series was no longer there."""
     written: list[str] = []
     before: Value = None
-    for value in row:
-        written.append("stale" if value is None and before is not None else _spelled(value))
-        before = value
+    for value, equal in groupby(row, key=str):
+        count, first = len(list(equal)) - 1, None if value == "None" else float(value)
+        written.append("stale" if first is None and before is not None else _spelled(first))
+        if count:
+            written.append(f"_x{count}" if first is None else f"{_spelled(first)}+0x{count - 1}")
+        before = first
     return " ".join(written)
 
 

@@ -6,12 +6,16 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gradiometer_dashboards.rules import ALERTS, Settings, prometheus_rules
+from gradiometer_dashboards.thresholds import THRESHOLDS
 from tests._alert_cases import Case, cases
 from tests._alert_series import MINUTES, samples
 
@@ -39,22 +43,22 @@ def simulate(native_binary: Callable[[str], str], tmp_path_factory: pytest.TempP
         done = subprocess.run(
             [promtool, "test", "rules", folder / "test.yml"], capture_output=True, text=True, timeout=120, check=False
         )
-        assert "FAILED" in done.stdout + done.stderr, done.stderr
+        assert "Unit Testing" in done.stdout, done.stderr
         return _timeline(done.stdout + done.stderr)
 
     return run
 
 
 def _unit_test(chosen: list[Case]) -> dict[str, Any]:
-    """Write a unit test, of which JSON is YAML too, that expects nothing ever to fire: promtool then tells what does."""
+    """Write a unit test, of which JSON is YAML too, that expects nothing ever to fire: promtool tells what does."""
     series = [
         {"series": name.replace('job="J"', f'job="gradiometer-{case.name}"'), "values": samples(row)}
         for case in chosen
         for name, row in case.rows.items()
     ]
-    moments = [{"expr": FIRING, "eval_time": f"{30 * place}s"} for place in range(2 * MINUTES + 1)]
+    moments = [{"expr": FIRING, "eval_time": f"{minute}m"} for minute in range(MINUTES + 1)]
     group = {"interval": "30s", "input_series": series, "promql_expr_test": moments}
-    return {"rule_files": ["rules.yml"], "evaluation_interval": "30s", "tests": [group]}
+    return {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [group]}
 
 
 def _timeline(text: str) -> Timeline:
@@ -97,7 +101,7 @@ def _wrong(case: Case, fired: dict[str, dict[float, int]]) -> list[str]:
     if case.fires is None:
         return wrong
     when = fired.get(case.of, {})
-    must = [case.fires + 0.5 * place for place in range(int(2 * case.holds) + 1)]
+    must = range(ceil(case.fires), int(case.fires + case.holds) + 1)
     wrong += [f"{case.of} does not fire at {at}, but at {sorted(when)}" for at in must if at not in when]
     for alert, at in fired.items():
         wrong += [f"{alert} still fires at {max(at)}"] if max(at) >= case.quiet < MINUTES else []
@@ -108,6 +112,75 @@ def _wrong(case: Case, fired: dict[str, dict[float, int]]) -> list[str]:
 def _instances(alert: str) -> int:
     """Say how many of an alert may fire in a case: one a run, and one a host of what is about hosts."""
     return 2 if alert == "MonitorDown" else 1
+
+
+def test_annotations_name_whom_it_is_about(
+    native_binary: Callable[[str], str], tmp_path: Path, golden: Callable[[str, str], None]
+) -> None:
+    """Labels, texts and links of each alert are as in the golden file: layers, ranks and policies by name."""
+    first = {alert.name: CASES[f"{alert.name}-alone"] for alert in ALERTS}
+    unit_test = _unit_test(list(first.values()))
+    group = unit_test["tests"][0]
+    del group["promql_expr_test"]
+    group["alert_rule_test"] = [
+        {"alertname": f"Gradiometer{name}", "eval_time": f"{ceil(case.fires or 0)}m", "exp_alerts": []}
+        for name, case in first.items()
+    ]
+    (tmp_path / "rules.yml").write_text(prometheus_rules(Settings()))
+    (tmp_path / "test.yml").write_text(json.dumps(unit_test))
+    command: list[str | Path] = [native_binary("promtool"), "test", "rules", tmp_path / "test.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    found = re.findall(r"^ +(?:Labels|Annotations):(\{.*\})", done.stdout + done.stderr, re.MULTILINE)
+    written = [" ".join(re.sub(r'([{ ])(\w+)="', r'\n\1  \2="', text).split(" " * 9)) for text in found]
+    assert "error expanding" not in done.stdout + done.stderr
+    golden("alerts.txt", "\n".join(written) + "\n")
+
+
+def test_a_limit_that_is_raised_is_noticed(simulate: Simulate) -> None:
+    """With each alert's limit higher, none fires in its first case: every limit is tested from above."""
+    first = {alert.name: CASES[f"{alert.name}-alone"] for alert in ALERTS}
+    found = simulate(_with_limits(lambda limit: limit * 1.7 or 1.0), first.values())
+    assert [name for name, case in first.items() if name in found.get(case.name, {})] == []
+
+
+def test_a_limit_that_is_lowered_is_noticed(simulate: Simulate) -> None:
+    """With each alert's limit lower, each fires in the case that is just below it: all but two that count
+    what is wrong, and have no value where nothing is."""
+    below = {alert.name: CASES.get(f"{alert.name}-below", CASES["healthy"]) for alert in ALERTS}
+    found = simulate(_with_limits(lambda limit: limit * 0.6 or -1.0), below.values())
+    unnoticed = [name for name, case in below.items() if name not in found.get(case.name, {})]
+    assert unnoticed == ["LossNonFinite", "MonitorDegraded"]
+
+
+def _with_limits(change: Callable[[float], float]) -> str:
+    """Write the rules with other limits."""
+    document = yaml.safe_load(prometheus_rules(Settings()))
+    limits = {alert.alertname: alert.limit for alert in ALERTS}
+    for rule in (rule for group in document["groups"] for rule in group["rules"] if "alert" in rule):
+        expr, _, limit = rule["expr"].rpartition(" > ")
+        assert float(limit) == limits[rule["alert"]]
+        rule["expr"] = f"{expr} > {change(float(limit))}"
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "value", "name"),
+    [
+        ("spike_deviations", 10, "noisy"), ("spike_deviations", 400, "Spike-alone"),
+        ("warm_up_steps", 0, "warm-up"), ("warm_up_steps", 10**6, "Spike-alone"),
+        ("scaled_nonfinite_ratio", 0.0005, "scaler"), ("scaled_nonfinite_ratio", 0.2, "scaler-overflows"),
+        ("stalled_steps", 0.5, "slow"), ("stalled_steps", 10_000, "Stalled-alone"),
+        ("starting_seconds", 600, "starting"), ("starting_seconds", 18_000, "stuck-at-start"),
+        ("rank_deviation", 0.04, "RankDivergence-below"), ("rank_deviation", 0.1, "hosts"),
+        ("rank_steps_behind", 4, "slow-ranks"), ("rank_steps_behind", 200, "behind"),
+        ("rank_seconds_behind", 5, "fast-ranks"), ("rank_seconds_behind", 100, "behind"),
+    ],
+)  # fmt: skip
+def test_a_threshold_that_is_changed_is_noticed(simulate: Simulate, threshold: str, value: float, name: str) -> None:
+    """Every threshold that is not an alert's limit itself makes some case fail when it is another."""
+    changed: dict[str, Any] = {threshold: value}
+    rules = prometheus_rules(Settings(thresholds=replace(THRESHOLDS, **changed)))
+    assert _wrong(CASES[name], simulate(rules, [CASES[name]]).get(name, {}))
 
 
 def test_every_alert_has_cases() -> None:

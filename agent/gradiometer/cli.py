@@ -33,6 +33,7 @@ MONITOR_COMMANDS = {
     "monitor": ("gradiometer_monitor.cli:monitor", "Serve this host's runs: metrics, an API, and a page"),
     "top": ("gradiometer_monitor.top.command:top", "Watch this host's runs in the terminal"),
     "grafana": ("gradiometer_monitor.grafana.command:app", "Put the dashboards into a Grafana"),
+    "rules": ("gradiometer_dashboards.rules.command:rules", "Write the alert rules for Prometheus or Grafana"),
     "token": ("gradiometer_monitor.web.token_command:token", "Make a token for a client of the monitor"),
 }
 """Commands that need the extra: where each is, and what it does."""

@@ -39,8 +39,8 @@ def _nonfinite_update(settings: Settings) -> Alert:
         limit=0,
         by=settings.of_run,
         summary="Run {{ $labels.run_id }}: the optimizer moved the parameters by non-finite gradients<who>",
-        description="<value> steps of the last 10 minutes took gradients with NaN or Inf into the weights. Every step "
-        "since computes with them: stop the run, go back to a checkpoint, and let a policy skip such steps.",
+        description="<value> step(s) of the last 10 minutes took gradients with NaN or Inf into the weights. Every "
+        "step since computes with them: stop the run, go back to a checkpoint, and let a policy skip such steps.",
         who=NONFINITE_LAYERS,
         dashboard="run",
         panel=10,
@@ -67,7 +67,7 @@ def _nonfinite(settings: Settings) -> Alert:
         limit=0,
         by=by,
         summary="Run {{ $labels.run_id }}: non-finite gradients<who>",
-        description="<value> steps of the last 10 minutes had gradients with NaN or Inf. If they were skipped, the "
+        description="<value> step(s) of the last 10 minutes had gradients with NaN or Inf. If they were skipped, the "
         f"weights are as before. With a GradScaler, up to {limits.scaled_nonfinite_ratio:.0%} of the steps are its "
         "usual search for a scale and do not alert.",
         who=NONFINITE_LAYERS,
@@ -116,7 +116,7 @@ def _exploding(settings: Settings) -> Alert:
         by=settings.of_run,
         lasting="1m",
         summary="Run {{ $labels.run_id }}: exploding gradients<who>",
-        description="The norms of <value> layers are above ten times their usual ones, or not finite, in each of the "
+        description="The norms of <value> layer(s) are above ten times their usual ones, or not finite, in each of the "
         "last 8 steps and for a minute.",
         who=who,
         dashboard="layers",
@@ -134,8 +134,8 @@ def _vanishing(settings: Settings) -> Alert:
         by=settings.of_run,
         lasting="10m",
         summary="Run {{ $labels.run_id }}: vanishing gradients<who>",
-        description="The norms of <value> layers have been at most a thousandth of their usual ones, or next to zero, "
-        "for 10 minutes.",
+        description="The norms of <value> layer(s) have been at most a thousandth of their usual ones, or next to "
+        "zero, for 10 minutes.",
         who=who,
         dashboard="layers",
     )

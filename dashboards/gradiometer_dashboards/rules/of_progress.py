@@ -134,9 +134,9 @@ def _rows_dropped(settings: Settings) -> Alert:
         value=moved("gradiometer_rows_dropped_total", settings.of_run),
         limit=0,
         by=settings.of_run,
-        summary="Run {{ $labels.run_id }}: <value> steps were not recorded",
-        description="<value> steps of the last 10 minutes were lost: the agent's transfer slots were all busy, or the "
-        "ring overtook the monitor. What happened in them no alert can see.",
+        summary="Run {{ $labels.run_id }}: <value> step(s) were not recorded",
+        description="<value> step(s) of the last 10 minutes were lost: the agent's transfer slots were all busy, or "
+        "the ring overtook the monitor. What happened in them no alert can see.",
         dashboard="run",
         panel=17,
     )
@@ -150,7 +150,7 @@ def _agent_errors(settings: Settings) -> Alert:
         value=moved("gradiometer_agent_errors_total", settings.of_run),
         limit=0,
         by=settings.of_run,
-        summary="Run {{ $labels.run_id }}: the agent caught <value> failures of its own",
+        summary="Run {{ $labels.run_id }}: the agent caught <value> failure(s) of its own",
         description="Training goes on; something of the measurement is missing. The job's log says what, once a kind "
         "of failure.",
         dashboard="run",
