@@ -71,7 +71,7 @@ ANOMALIES: dict[str, Anomaly] = {
     "Spike": Anomaly(
         changes={"window_max": 10.5, "anomaly_score": 9}, minutes=1, lingers=3 + KEEP, below={"window_max": 9.8}
     ),
-    "LayerExploding": Anomaly(changes={"layers_exploding": 1, _state("exploding"): 1}, minutes=3, fires=1),
+    "LayerExploding": Anomaly(changes={"layers_exploding": 1, _state("exploding"): 1}, minutes=3, fires=1, lingers=12),
     "LayerVanishing": Anomaly(changes={"layers_vanishing": 1, _state("vanishing"): 1}, minutes=14, fires=10),
     "ClipSaturated": Anomaly(
         changes={'clip_events;"act"': lambda since: 0.95 * RATE * since},

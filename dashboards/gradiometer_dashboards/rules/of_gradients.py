@@ -115,6 +115,7 @@ def _exploding(settings: Settings) -> Alert:
         limit=0,
         by=settings.of_run,
         lasting="1m",
+        keep_firing="12m",  # longer than a Spike goes on (1 + 3 + 5 minutes), which Alertmanager holds back meanwhile
         summary="Run {{ $labels.run_id }}: exploding gradients<who>",
         description="The norms of <value> layer(s) are above ten times their usual ones, or not finite, in each of the "
         "last 8 steps and for a minute.",
