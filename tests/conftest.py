@@ -33,6 +33,7 @@ PACKAGES = {
     "prometheus-alertmanager": "prometheus-alertmanager",
     "amtool": "prometheus-alertmanager",
     "victoria-metrics": "victoria-metrics",
+    "vmalert": "victoria-metrics",
     "chromium": "chromium",
     "curl": "curl",
     "systemd-analyze": "systemd",

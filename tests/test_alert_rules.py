@@ -147,7 +147,9 @@ def test_a_limit_that_is_lowered_is_noticed(simulate: Simulate) -> None:
     """With each alert's limit lower, each fires in the case that is just below it: all but two that count
     what is wrong, and have no value where nothing is."""
     below = {alert.name: CASES.get(f"{alert.name}-below", CASES["healthy"]) for alert in ALERTS}
-    found = simulate(_with_limits(lambda limit: limit * 0.6 or -1.0), below.values())
+    found = simulate(
+        _with_limits(lambda limit: limit * 0.6 or -1.0), {case.name: case for case in below.values()}.values()
+    )
     unnoticed = [name for name, case in below.items() if name not in found.get(case.name, {})]
     assert unnoticed == ["LossNonFinite", "MonitorDegraded"]
 

@@ -69,6 +69,15 @@ def test_only_metrics_of_the_catalogue_are_named() -> None:
     assert {name for text in _expressions() for name in re.findall(r"run:\w+:\w+", text)} <= recorded
 
 
+def test_labels_are_those_of_the_metrics() -> None:
+    """Each matcher is of a label that its metric has, or that the scrape adds."""
+    matched = [match for text in _expressions() for match in re.findall(r"(gradiometer_\w+)\{([^}]*)\}", text)]
+    assert matched
+    for name, matchers in matched:
+        metric = CATALOGUE.get(name) or CATALOGUE[re.sub(r"_(bucket|sum|count)$", "", name)]
+        assert set(re.findall(r"(\w+)=", matchers)) <= {*metric.labels, "job", "instance"}, name
+
+
 @each_alert
 def test_links_lead_to_a_dashboard_and_a_panel(alert: Alert) -> None:
     """The dashboard is one of ours, and so is the panel where there is one."""
@@ -110,6 +119,15 @@ def test_promtool_finds_nothing_wrong(by: tuple[str, ...], native_binary: Callab
     command: list[str | Path] = [native_binary("promtool"), "check", "rules", "--lint-fatal", *tmp_path.glob("*.yml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.native
+def test_vmalert_takes_them(native_binary: Callable[[str], str], tmp_path: Path) -> None:
+    """VictoriaMetrics' vmalert parses expressions and templates; an old one without ``keep_firing_for``."""
+    (tmp_path / "rules.yml").write_text(_run("--no-keep-firing")[1])
+    command = [native_binary("vmalert"), f"-rule={tmp_path / 'rules.yml'}", "-dryRun"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_labels_that_are_kept_are_kept_everywhere() -> None:
@@ -224,6 +242,7 @@ def test_the_command_lists_the_alerts() -> None:
         (("--job", "("), "'(' is no regular expression"),
         (("--job", 'a"'), "holds a quote"),
         (("--grafana-url", "grafana:3000"), "--grafana-url: 'grafana:3000' is no address"),
+        (("--grafana-url", "http://me:secret@g"), "leave them out"),
         (("--runbook-url", "http://h/{{x}}"), "--runbook-url: 'http://h/{{x}}' is no address"),
         (("--datasource-uid", "a b"), "'a b' is no uid"),
     ],
@@ -233,6 +252,7 @@ def test_the_command_says_what_is_wrong(given: tuple[str, ...], said: str) -> No
     status, text = _run(*given)
     assert status == 2
     assert said in text
+    assert "secret" not in text
 
 
 def test_the_page_of_alerts_lists_them_and_their_thresholds() -> None:

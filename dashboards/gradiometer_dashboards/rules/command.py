@@ -37,7 +37,7 @@ OWN_LABELS = ("alertname", "severity", "layer", "rank", "policy", "job", "run_id
 def rules(
     form: Annotated[Form, typer.Argument(help="Who is to read them.")] = "prometheus",
     grafana_url: Annotated[
-        str, typer.Option(envvar="GRADIOMETER_GRAFANA_URL", help="Where people open Grafana: links begin with it.")
+        str, typer.Option(help="Where people open Grafana: links begin with it.")
     ] = DEFAULTS.grafana_url,
     runbook_url: Annotated[str, typer.Option(help="What runbooks' addresses begin with.")] = DEFAULTS.runbook_url,
     job: Annotated[str, typer.Option(help="Regular expression of the scrape jobs that are monitors.")] = DEFAULTS.job,
@@ -48,6 +48,13 @@ def rules(
     datasource_uid: Annotated[
         str, typer.Option(help="Uid in Grafana of the Prometheus that Grafana's rules ask.")
     ] = DEFAULTS.datasource_uid,
+    keep_firing: Annotated[
+        bool,
+        typer.Option(
+            "--keep-firing/--no-keep-firing",
+            help="Write keep_firing_for, which Prometheus before 2.42 and vmalert before 1.92 refuse.",
+        ),
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="File to write, instead of the standard output.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Only list the alerts and what they mean.")] = False,
 ) -> None:
@@ -59,6 +66,7 @@ def rules(
         by=_labels(by or ()),
         thresholds=_thresholds(set_ or ()),
         datasource_uid=_uid(datasource_uid),
+        keep_firing=keep_firing,
     )
     if list_:
         Console(width=WIDTH).print(_table(settings))
@@ -71,6 +79,10 @@ def rules(
 
 
 def _url(option: str, value: str) -> str:
+    if "@" in value:
+        raise ValueError(
+            f"{option}: it holds a user or a password, which links would show to everybody; leave them out"
+        )
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.netloc or re.search(r"[\s{}?#]", value):
         raise ValueError(f"{option}: {value!r} is no address that a path can follow; give one like http://host:3000")

@@ -29,6 +29,8 @@ class Settings:
     thresholds: Thresholds = THRESHOLDS
     datasource_uid: str = "gradiometer-prometheus"
     """Uid of the Prometheus that Grafana-managed rules ask."""
+    keep_firing: bool = True
+    """Whether ``keep_firing_for`` is written, which Prometheus before 2.42 and vmalert before 1.92 refuse."""
 
     @property
     def of_run(self) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def _rule(alert: Alert, settings: Settings) -> Json:
     rule: Json = {"alert": alert.alertname, "expr": _above(alert)}
     if alert.lasting != "0s":
         rule["for"] = alert.lasting
-    if alert.keep_firing:
+    if alert.keep_firing and settings.keep_firing:
         rule["keep_firing_for"] = alert.keep_firing
     return rule | {"labels": {"severity": alert.severity}, "annotations": said | links(alert, settings)}
 
