@@ -95,7 +95,10 @@ def test_what_holds_back_stays_longer() -> None:
     """A spike that was held back is not told when the explosion is over: that alert goes on for longer."""
     in_ranges = max(seconds(found) for found in re.findall(r"\[(\w+)\]", named("Spike").value))
     spike = WINDOW_SECONDS + in_ranges + seconds(named("Spike").keep_firing)
-    assert spike + 60 < seconds(named("LayerExploding").keep_firing)
+    exploding = seconds(named("LayerExploding").keep_firing)
+    assert spike + 60 < exploding
+    after_a_run, counted = 5 * 60, 10 * 60  # for how long a run counts as running, and an update as new
+    assert after_a_run + exploding + 60 < counted + seconds(named("NonFiniteUpdate").keep_firing)
 
 
 def named(name: str) -> Alert:
