@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PIP_INSTALL_TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
+STACK_ARGS ?=
 PYTEST_ARGS ?=
 # A file of tests stays in one process: what it has started serves all of it. One more than there are cores, for some wait.
 PYTEST_JOBS ?= -n $(shell n=$$(($$(nproc) + 1)); echo $$((n < 4 ? n : 4))) --dist loadfile --no-loadscope-reorder
@@ -16,13 +17,13 @@ QUIET := $(if $(CI),-qq)
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints-dev.txt | cksum | cut -d ' ' -f 1)
 WHEEL := build/wheel
 
-.PHONY: help setup demo test lint types format bench dashboards golden wheel-test clean
+.PHONY: help setup demo stack test lint types format bench dashboards golden wheel-test clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "Variables: DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS are passed on; PYTEST_JOBS= runs the tests one by one; PYTHON chooses the interpreter of a new .venv;"
+	@echo "Variables: DEMO_ARGS, STACK_ARGS (--help lists them), PYTEST_ARGS, BENCH_ARGS are passed on; PYTEST_JOBS= runs the tests one by one; PYTHON chooses the interpreter of a new .venv;"
 	@echo "PIP_INSTALL_TORCH chooses the build of torch, for example"
 	@echo "  make setup PIP_INSTALL_TORCH='torch==2.13.0 --index-url URL-OF-THE-INDEX'"
 
@@ -44,6 +45,9 @@ $(STAMP): | $(BIN)/python
 
 demo: $(STAMP)  ## Train a small model under the agent and show what it measures
 	@$(BIN)/gradiometer demo $(DEMO_ARGS)
+
+stack: $(STAMP)  ## Run monitor, Prometheus, Alertmanager, Grafana if it is there, and a demo job, without Docker
+	@$(BIN)/python -m deploy.stack $(STACK_ARGS)
 
 test: $(STAMP)  ## Run the tests from the checkout
 	@$(BIN)/python -m pytest $(PYTEST_JOBS) $(PYTEST_ARGS)

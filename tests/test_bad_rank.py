@@ -194,6 +194,21 @@ def test_the_monitor_counts_them(bad_run: Path) -> None:
     assert text.count("gradiometer_rank_microbatch_norm_last{") == 3
 
 
+def test_the_monitor_sees_that_the_ranks_agree(bad_run: Path) -> None:
+    """After the reduction a NaN is every rank's: none is apart or behind, and what was skipped moved no parameter."""
+    runs = Runs(bad_run.parent, retention_seconds=1e12)
+    runs.poll()
+    text = Exposition(runs, series_budget=1000).render().decode()
+    runs.close()
+    for rank in range(3):
+        labels = f'{{run_id="{bad_run.name}",rank="{rank}"}}'
+        assert f"gradiometer_rank_norm_deviation{labels} 0.0\n" in text
+        assert f"gradiometer_rank_steps_behind{labels} 0\n" in text
+        assert f"gradiometer_rank_lag_seconds{labels} " in text
+    assert f'gradiometer_nonfinite_updates_total{{run_id="{bad_run.name}"}} 0\n' in text
+    assert f'gradiometer_skipped_steps_in_a_row{{run_id="{bad_run.name}"}} 1\n' in text
+
+
 def test_the_noise_scale_of_two_ranks(tmp_path: Path) -> None:
     """With two ranks of two micro-batches each, N is 4, and each rank and both together give the known scale."""
     run = launch(tmp_path, REGRESSION, 2)

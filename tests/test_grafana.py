@@ -254,6 +254,17 @@ def test_basic_authentication_and_sub_path(tmp_path: Path) -> None:
         assert PASSWORD not in str(caught.value)
 
 
+def test_a_password_is_read_from_its_file_each_time(tmp_path: Path) -> None:
+    """A user's password stands in a file of its own, and can be changed there without a restart."""
+    (file := tmp_path / "password").write_text("one\n")
+    given = {"url": "http://127.0.0.1:1", "username": "me", "password_file": file}
+    settings = GrafanaSettings.model_validate(given)
+    assert settings.read_credentials() == ("me", "one")
+    file.write_text("two")
+    assert settings.read_credentials() == ("me", "two")
+    assert "two" not in f"{settings!r} {settings.model_dump_json()}"
+
+
 def test_failures_on_the_way(stub: Stub, grafana: ServedGrafana, applied: Applied) -> None:
     """Silence, no connection, an error of the server and a redirect each say what to do."""
     stub.fault("GET", "/api/health", times=1, before=lambda: _pause(1.0), status=500)
@@ -394,6 +405,8 @@ def test_without_the_extra_the_command_names_it(spawn: Spawn) -> None:
         ({"url": "http://me:hunter22@x", "uid_prefix": "a/b"}, "grafana.uid_prefix"),
         ({"url": "http://me:hunter22@x", "prometheus_url": "prometheus:9090"}, "grafana.prometheus_url"),
         ({"url": "http://me:hunter22@x", "ca_file": "/nowhere"}, "grafana.ca_file"),
+        ({"url": "http://x", "username": "me"}, "grafana.token_file"),
+        ({"url": "http://me:hunter22@x", "username": "me", "password_file": "/p"}, "grafana.token_file"),
         ({"url": "http://me:hunter22@x", "annotations": {"kinds": []}}, "grafana.annotations.kinds"),
     ],
 )
@@ -411,6 +424,6 @@ def test_settings_show_no_secret() -> None:
     settings = GrafanaSettings.model_validate({"url": "https://me:hunter22@grafana.example:3000/sub/"})
     assert "hunter22" not in f"{settings!r} {settings} {settings.model_dump_json()} {settings.address}"
     assert settings.address == "https://grafana.example:3000/sub"
-    assert settings.login == ("me", "hunter22")
+    assert settings.read_credentials() == ("me", "hunter22")
     with pytest.raises(ValidationError):
         GrafanaSettings.model_validate({"url": "https://grafana.example"})

@@ -276,6 +276,9 @@ class LongestStreak:
 
     def add(self, time_ns: Integers, so: Mask, optimizers: Integers) -> None:
         """Take in rows, oldest first: int64[T], bool[T] and int64[T]; T is at least 1."""
+        if not so.any() and not self._lengths.any():  # the usual case, in which only the window moves on
+            self._window.add(time_ns[-1:], np.zeros((1, 1)))
+            return
         optimizers = np.minimum(optimizers, MAX_OPTIMIZERS - 1)
         lengths = np.zeros(len(so))
         for each in np.unique(optimizers).tolist():

@@ -13,12 +13,22 @@ from pathlib import Path
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+from gradiometer_dashboards.boards.fleet import fleet
+from gradiometer_dashboards.boards.layers import layers
+from gradiometer_dashboards.boards.monitor import monitor
+from gradiometer_dashboards.boards.ranks import ranks
 from gradiometer_dashboards.boards.run import run
 from gradiometer_dashboards.rules import Settings, grafana_rules, prometheus_rules
 
 __all__ = ["DASHBOARDS", "main", "render"]
 
-DASHBOARDS: dict[str, Callable[[], Dashboard]] = {"run": run}
+DASHBOARDS: dict[str, Callable[[], Dashboard]] = {
+    "fleet": fleet,
+    "run": run,
+    "layers": layers,
+    "ranks": ranks,
+    "monitor": monitor,
+}
 RULES: dict[str, Callable[[Settings], str]] = {"gradiometer.rules.yml": prometheus_rules, "grafana.yml": grafana_rules}
 FOLDER = Path(__file__).parent / "json"
 RULES_FOLDER = Path(__file__).parent / "alerts"

@@ -8,6 +8,7 @@ __all__ = [
     "CLIPPED",
     "FINISHED",
     "GOOD",
+    "HARM",
     "LEARNING_RATE",
     "LOSS",
     "NEUTRAL",
@@ -32,6 +33,8 @@ CLIPPED = "purple"
 SHADOW = "light-purple"
 """What a policy that only watches would have done."""
 NONFINITE = "red"
+HARM = "dark-red"
+"""NaN or Inf that reached the weights."""
 SKIPPED = "orange"
 LOSS = "semi-dark-yellow"
 LEARNING_RATE = "super-light-yellow"

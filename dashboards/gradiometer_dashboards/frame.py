@@ -14,8 +14,9 @@ from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.variants import Dataquery
 from grafana_foundation_sdk.models import common, dashboard
 
+from gradiometer_dashboards.colours import BAD, THRESHOLD
 from gradiometer_dashboards.panels import DATASOURCE, Panel
-from gradiometer_dashboards.promql import FLEET, RUN, series
+from gradiometer_dashboards.promql import FLEET, RUN, firing, series
 
 __all__ = ["TAG", "Section", "frame"]
 
@@ -24,6 +25,8 @@ Section = tuple[builders.Row, Sequence[Panel]]
 GRAFANA = common.DataSourceRef(type_val="grafana", uid="-- Grafana --")
 MAX_INCIDENTS = 500
 """Annotations shown at once, the newest."""
+ALERT_STEP = "15s"
+"""How short an alert may be and still be seen; Grafana takes longer steps where the view is long."""
 
 
 def frame(
@@ -34,7 +37,7 @@ def frame(
     board = board.description(description)
     board = board.time("now-1h", "now").refresh("30s").tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
     board = board.variables(list(_variables(choices))).links([_siblings()])
-    board = board.annotations([_every_run(), _incidents(of_run="run_id" in choices)])
+    board = board.annotations([_every_run(), *_annotations(of_run="run_id" in choices)])
     for heading, section in sections:
         board = board.with_row(heading)
         for panel in section:
@@ -79,12 +82,30 @@ def _every_run() -> builders.AnnotationQuery:
     return query.type("dashboard").enable(False).hide(True).icon_color("rgba(0, 211, 255, 1)")
 
 
-def _incidents(*, of_run: bool) -> builders.AnnotationQuery:
-    """Show what the monitor annotated: of the chosen run, or of all."""
+def _annotations(*, of_run: bool) -> Iterator[builders.AnnotationQuery]:
+    """Show what the monitor annotated, of the chosen run or of all; of a run, also its alerts. Each can be turned off.
+
+    Tags can be asked for and not be ruled out, so a change of policy is an incident too: its own colour lies on top.
+    """
     tags = [TAG, "$run_id"] if of_run else [TAG]
+    yield _tagged("Incidents", tags, "orange")
+    yield _tagged("Policy changes", [*tags, "policy_changed"], THRESHOLD)
+    if of_run:
+        yield _alerts()
+
+
+def _tagged(name: str, tags: list[str], colour: str) -> builders.AnnotationQuery:
     target = builders.AnnotationTarget().type("tags").tags(tags).match_any(False).limit(MAX_INCIDENTS)
-    query = builders.AnnotationQuery().name("Incidents").datasource(GRAFANA).target(cast("Builder[Dataquery]", target))
-    return query.enable(True).placement("").icon_color("orange")
+    query = builders.AnnotationQuery().name(name).datasource(GRAFANA).target(cast("Builder[Dataquery]", target))
+    return query.enable(True).placement("").icon_color(colour)
+
+
+def _alerts() -> builders.AnnotationQuery:
+    """Show while which of the run's alerts fired, once however many hosts it is of."""
+    query = builders.AnnotationQuery().name("Alerts").datasource(DATASOURCE).enable(True).placement("").icon_color(BAD)
+    of_run = firing('run_id="$run_id"')
+    query = query.expr(f"max by (alertname, severity) ({of_run})").step(ALERT_STEP)
+    return query.title_format("{{alertname}}").tag_keys("severity")
 
 
 def _siblings() -> builders.DashboardLink:

@@ -6,12 +6,13 @@ table on the right with the last and the largest value. Assumes Grafana 11 or la
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TypeVar
 
 from grafana_foundation_sdk.builders import common as common_builders
 from grafana_foundation_sdk.builders import dashboard as dashboard_builders
-from grafana_foundation_sdk.builders import heatmap, prometheus, stat, table, timeseries
+from grafana_foundation_sdk.builders import heatmap, prometheus, stat, statetimeline, table, timeseries
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
@@ -23,15 +24,22 @@ __all__ = [
     "DATASOURCE",
     "Card",
     "Panel",
+    "Step",
+    "alert_list",
     "bars",
+    "folded",
     "graph",
     "histogram_map",
     "layer_map",
+    "limited",
     "log_graph",
     "ranking",
     "row",
     "states",
+    "tabular",
+    "timeline",
     "value",
+    "value_names",
 ]
 
 DATASOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -39,10 +47,16 @@ HEATMAP_POINTS = 240
 """Columns asked for in a layer heatmap: its cost is layers times columns."""
 
 HEATMAP_HIDDEN_BELOW = -1e300
-LETTERS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+TIMELINES = 20
+"""Bands of a timeline on one page; the others are on the next."""
+
+IMPORTANCE = 3
+"""Grafana's number for an alert list that starts with what is worst."""
 
 Panel = Builder[dashboard.Panel]
-AnyPanel = TypeVar("AnyPanel", stat.Panel, timeseries.Panel, heatmap.Panel, table.Panel)
+AnyPanel = TypeVar("AnyPanel", stat.Panel, timeseries.Panel, heatmap.Panel, table.Panel, statetimeline.Panel)
 Step = tuple[float | None, str]
 
 
@@ -126,6 +140,69 @@ def ranking(card: Card, query: Query, *, label: str, column: str) -> table.Panel
     panel = _dress(table.Panel(), card).sort_by([largest_first])
     panel = panel.with_transformation(dashboard.DataTransformerConfig(id_val="organize", options=keep))
     return panel.targets([_target(query, 0).instant().format(PromQueryFormat.TABLE)])
+
+
+def limited(panel: timeseries.Panel, limit: float) -> timeseries.Panel:
+    """Draw a line into a graph where too much begins."""
+    dashed = common_builders.GraphThresholdsStyleConfig().mode(common.GraphThresholdsStyleMode.DASHED)
+    return panel.thresholds(_thresholds(((None, "transparent"), (limit, "red")))).thresholds_style(dashed)
+
+
+def folded(id_: int, title: str, *inside: Panel) -> dashboard_builders.Row:
+    """Head a row that is shut when the dashboard opens, and then asks nothing."""
+    heading = row(id_, title).collapsed(True)
+    for panel in inside:
+        heading = heading.with_panel(panel)
+    return heading
+
+
+def timeline(card: Card, query: Query, names: Mapping[int, tuple[str, str]]) -> statetimeline.Panel:
+    """Draw a band a series, which changes its text and colour with the value: ``names`` has both for each value."""
+    panel = _dress(statetimeline.Panel(), card).mappings([value_names(names)]).merge_values(True).per_page(TIMELINES)
+    panel = panel.show_value(common.VisibilityMode.NEVER).legend(
+        common_builders.VizLegendOptions().show_legend(False).display_mode(common.LegendDisplayMode.LIST)
+    )
+    return panel.targets([_target(query, 0).range()])
+
+
+def value_names(names: Mapping[int, tuple[str, str]]) -> dashboard.ValueMap:
+    """Show a text in a colour in place of a number."""
+    shown = {
+        str(number): dashboard.ValueMappingResult(text=text, color=colour, index=index)
+        for index, (number, (text, colour)) in enumerate(names.items())
+    }
+    return dashboard.ValueMap(options=shown)
+
+
+def alert_list(card: Card, label_filter: str) -> dashboard_builders.Panel:
+    """List the alerts of rules that Grafana knows, its own and those of its data sources, by their labels."""
+    states = {"firing": True, "pending": True, "recovering": True, "noData": True, "error": True, "normal": False}
+    panel = dashboard_builders.Panel().type("alertlist").id(card.id).title(card.title).description(card.description)
+    return (
+        panel.span(card.width)
+        .height(card.height)
+        .options(
+            {
+                "alertInstanceLabelFilter": label_filter,
+                "alertName": "",
+                "dashboardAlerts": False,
+                "groupBy": [],
+                "groupMode": "default",
+                "maxItems": 50,
+                "showInstances": True,
+                "sortOrder": IMPORTANCE,
+                "stateFilter": states,
+                "viewMode": "list",
+            }
+        )
+    )
+
+
+def tabular(card: Card, *queries: Query) -> table.Panel:
+    """Begin a table of the newest values of queries, which transformations are to shape."""
+    judged = dashboard_builders.FieldColor().mode(dashboard.FieldColorModeId.THRESHOLDS)
+    panel = _dress(table.Panel(), card).color_scheme(judged)
+    return panel.targets([_target(query, i).instant().format(PromQueryFormat.TABLE) for i, query in enumerate(queries)])
 
 
 def _dress(panel: AnyPanel, card: Card) -> AnyPanel:

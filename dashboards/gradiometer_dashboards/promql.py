@@ -11,7 +11,25 @@ from dataclasses import dataclass
 
 from gradiometer.metrics import CATALOGUE
 
-__all__ = ["FLEET", "RUN", "Query", "Selector", "increase", "increase_in_view", "metric", "peak", "rate", "series"]
+__all__ = [
+    "FLEET",
+    "RUN",
+    "TARGETS",
+    "Query",
+    "Selector",
+    "by_number",
+    "chosen_in_view",
+    "finite",
+    "firing",
+    "increase",
+    "increase_in_view",
+    "metric",
+    "over_view",
+    "peak",
+    "rate",
+    "scraped",
+    "series",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,3 +86,53 @@ def increase_in_view(name: str, *, of: Selector = RUN) -> str:
 def peak(name: str, *, of: Selector = RUN) -> str:
     """Keep the largest sample between two points of a graph, which zooming out would lose."""
     return f"max_over_time({series(name, of=of)}[$__interval])"
+
+
+def over_view(function: str, name: str, *, of: Selector = RUN, span: str = "$__range") -> str:
+    """Reduce each series over the dashboard's time range, or its last ``span``, to one number for a whole graph."""
+    return f"{function}({series(name, of=of)}[{span}] @ end())"
+
+
+def chosen_in_view(expr: str, rank: str, *, by: str = "run_id", first: str = "topk(20, {})") -> str:
+    """Keep the series of ``expr`` that ``rank`` puts first, over the whole view.
+
+    A bare ``topk`` in a graph chooses anew at every point, which makes shreds of many series out of a few that cross.
+    """
+    return f"({expr}) and on ({by}) {first.format(rank)}"
+
+
+def firing(more: str = "") -> str:
+    """Select our alerts that fire, which have a job and, being about a run on many hosts, no instance."""
+    matchers = ['alertstate="firing"', 'alertname=~"Gradiometer.*"', *([more] if more else []), 'job=~"$job"']
+    return f"ALERTS{{{', '.join(matchers)}}}"
+
+
+def finite(expr: str) -> str:
+    """Leave out NaN and Inf, either of which takes a whole axis or scale of colours with it."""
+    return f"{expr} < Inf"
+
+
+def by_number(expr: str, label: str) -> str:
+    r"""Have the series of a graph come in natural order of ``label``, of up to two numbers: 2 before 10.
+
+    Prometheus sorts the series of a range by their labels, compared as text, and Grafana's heatmap draws them in the
+    order in which they come. So they get a label ``by_number``, which has to come before ``label`` in the alphabet: the
+    same text with a letter for the number of digits in front of each number.
+    """
+    assert label > "by_number", label
+    digit = r"\\d"
+    expr, source = f'label_replace({expr}, "by_number", "$1", "{label}", "(.*)")', "by_number"
+    for before, widths in ((r"\\D*\\d+\\D+", "abc"), (r"\\D*", "abcd")):
+        for digits, letter in enumerate(widths, start=1):
+            pattern = rf"({before})({digit * digits})(\\D.*|)"
+            expr = f'label_replace({expr}, "by_number", "$1 {letter}$2$3", "{source}", "{pattern}")'
+    return expr
+
+
+def scraped(name: str) -> str:
+    """Select what Prometheus tells of scraping ours: *All* jobs would else be every exporter that there is."""
+    ours = over_view("max_over_time", "gradiometer_build_info", of=FLEET)
+    return f"{name}{{{FLEET}}} and on (job) group by (job) ({ours})"
+
+
+TARGETS = scraped("up")

@@ -1,169 +1,133 @@
-"""The *Run* dashboard: one training run, from "is it alive" down to the layer that misbehaves."""
+"""The *Run* dashboard: one training run, from "is it alive" down to the instrument itself.
+
+Ids of panels that moved to other dashboards, 14, 19, 20, 23, 24 and 107, are not given again.
+"""
 
 from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard as builders
+from grafana_foundation_sdk.builders import stat
+from grafana_foundation_sdk.models import common, dashboard
 
-from gradiometer_dashboards import colours, panels
+from gradiometer_dashboards import colours, layer_queries, panels
+from gradiometer_dashboards import run_queries as queries
+from gradiometer_dashboards.boards.layers import largest, layer_link
 from gradiometer_dashboards.frame import Section, frame
-from gradiometer_dashboards.panels import Card, Panel
-from gradiometer_dashboards.promql import RUN, Query, Selector, increase, increase_in_view, peak, rate, series
+from gradiometer_dashboards.panels import Card, Step
+from gradiometer_dashboards.promql import RUN
+from gradiometer_dashboards.thresholds import THRESHOLDS
 
 __all__ = ["run"]
 
 _MINUTE = 60.0
-
-STATE = Query(expr=f"max by (state) ({series('gradiometer_run_state')}) == 1", legend="{{state}}")
-STEPS = Query(expr=f"max({series('gradiometer_steps_total')})", legend="steps")
-DATA_AGE = Query(
-    expr=f"time() - min({series('gradiometer_last_step_timestamp_seconds')})",
-    legend="since the slowest rank's newest step",
-)
-NORM_OVER_BASELINE = Query(
-    expr=f"max({series('gradiometer_grad_norm_window_max')}) / max({series('gradiometer_grad_norm_baseline')})",
-    legend="largest norm / baseline",
-)
-NONFINITE_IN_VIEW = Query(expr=f"max({increase_in_view('gradiometer_nonfinite_steps_total')})", legend="non-finite")
-SKIPPED_IN_VIEW = Query(expr=f"max({increase_in_view('gradiometer_skipped_steps_total')})", legend="skipped")
-
-NORM_LAST = Query(expr=f"max({series('gradiometer_grad_norm_last')})", legend="newest step", colour=colours.NORM)
-NORM_PEAK = Query(expr=f"max({peak('gradiometer_grad_norm_window_max')})", legend="window maximum", colour=colours.PEAK)
-NORM_BASELINE = Query(
-    expr=f"max({series('gradiometer_grad_norm_baseline')})", legend="baseline", colour=colours.BASELINE
-)
-
-
-def _mode(mode: str) -> Selector:
-    return RUN & f'mode="{mode}"'
-
-
-def clip_threshold(mode: str, legend: str) -> Query:
-    """Show the thresholds of the policies that ``act`` or are in ``shadow``."""
-    return Query(expr=f"max by (policy) ({series('gradiometer_clip_threshold', of=_mode(mode))})", legend=legend)
-
-
-CLIP_THRESHOLD = clip_threshold("act", "threshold of {{policy}}")
-SHADOW_THRESHOLD = clip_threshold("shadow", "threshold of {{policy}} in shadow")
-NORM_HISTOGRAM = Query(expr=f"max by (le) ({increase('gradiometer_grad_norm', '_bucket')})", legend="{{le}}")
-
-
-def clip_ratio(mode: str, legend: str) -> Query:
-    """Divide the steps that each policy clipped, or in ``shadow`` would have, by those that were taken.
-
-    A run that stands still has no ratio: dividing by zero would draw NaN in the legend.
-    """
-    return Query(
-        expr=f"max by (policy) ({rate('gradiometer_clip_events_total', of=_mode(mode))})"
-        f" / on () group_left () (max({rate('gradiometer_steps_total')}) > 0)",
-        legend=legend,
-    )
-
-
-CLIP_RATIO = clip_ratio("act", "{{policy}}")
-SHADOW_RATIO = clip_ratio("shadow", "{{policy}} in shadow")
-CLIP_COEFFICIENT = Query(
-    expr=f"min by (policy) (min_over_time({series('gradiometer_clip_coefficient', of=_mode('act'))}[$__interval]))",
-    legend="{{policy}}",
-)
-NONFINITE_STEPS = Query(
-    expr=f"max({increase('gradiometer_nonfinite_steps_total')})", legend="non-finite", colour=colours.NONFINITE
-)
-SKIPPED_STEPS = Query(
-    expr=f"max({increase('gradiometer_skipped_steps_total')})", legend="skipped", colour=colours.SKIPPED
-)
-
-LOSS = Query(expr=f"max({series('gradiometer_loss')})", legend="loss", colour=colours.LOSS)
-LEARNING_RATE = Query(
-    expr=f"max({series('gradiometer_learning_rate')})", legend="learning rate", colour=colours.LEARNING_RATE
-)
-
-
-def step_seconds(quantile: float) -> Query:
-    """Estimate a quantile of the step time from its histogram."""
-    return Query(
-        expr=f"histogram_quantile({quantile:g}, sum by (le) ({rate('gradiometer_step_seconds', '_bucket')}))",
-        legend=f"p{quantile * 100:g}",
-    )
-
-
-LAYERS_TOP = Query(
-    expr=f"topk(10, max by (layer) ({series('gradiometer_layer_grad_norm_window_max')}))", legend="{{layer}}"
-)
-# The colours span decades. The clamp keeps the logarithm finite: one infinite cell would flatten all the others.
-LAYERS_OVER_TIME = Query(
-    expr=f"log10(clamp(max by (layer) ({peak('gradiometer_layer_grad_norm_window_max')}), 1e-9, 1e9))",
-    legend="{{layer}}",
-)
-
-_LAYER_SQUARES = f"max by (layer) ({series('gradiometer_layer_grad_norm_last')}) ^ 2"
-LAYER_SHARES = Query(expr=f"topk(10, {_LAYER_SQUARES} / on () group_left () sum({_LAYER_SQUARES}))", legend="{{layer}}")
-UPDATE_RATIOS = Query(
-    expr=f"log10(clamp(max by (layer) ({series('gradiometer_layer_update_ratio')}), 1e-9, 1e9))", legend="{{layer}}"
-)
-NOISE_SCALE = Query(expr=f"max({series('gradiometer_grad_noise_scale')})", legend="noise scale")
-GRAD_COSINE = Query(expr=f"max({series('gradiometer_grad_cosine')})", legend="cosine")
-RANK_NONFINITE = Query(expr=f"max by (rank) ({increase('gradiometer_rank_nonfinite_total')})", legend="rank {{rank}}")
-RANK_NORMS = Query(expr=f"max by (rank) ({series('gradiometer_rank_microbatch_norm_last')})", legend="rank {{rank}}")
-
-AGENT_OVERHEAD = Query(expr=f"max by (instance) ({rate('gradiometer_agent_seconds_total')})", legend="{{instance}}")
-ROWS_DROPPED = Query(expr=f"sum({increase('gradiometer_rows_dropped_total')})", legend="rows")
-EVENTS_DROPPED = Query(expr=f"sum({increase('gradiometer_events_dropped_total')})", legend="events")
-SERIES_DROPPED = Query(expr=f"sum({increase('gradiometer_series_dropped_total')})", legend="series")
-AGENT_ERRORS = Query(expr=f"sum({increase('gradiometer_agent_errors_total')})", legend="errors")
+_NO_GPU = "no GPU of this run is known"
+_NONE_IS_GOOD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.WARNING))
+_NONE_OR_BAD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.BAD))
+_CLIPPED: tuple[Step, ...] = ((None, colours.GOOD), (THRESHOLDS.clip_ratio, colours.WARNING))
 
 
 def run() -> builders.Dashboard:
     """Compose the dashboard; ``build()`` of the result is Grafana's model of it."""
+    sections = [_now(), _gradient(), _clipping(), _training(), _layers(), _policy(), _insight(), _gpus(), _instrument()]
     return frame(
         "run",
         "Gradiometer / Run",
-        "Gradient norms, clipping and incidents of one training run, by step and by layer.",
-        [_now(), _gradient(), _clipping(), _shadow(), _training(), _layers(), _insight(), _instrument()],
+        "Gradient norms, clipping and incidents of one training run. Green is good; what is orange or red says in its "
+        "description, at the i, what that means.",
+        sections,
         choices=("run_id",),
     )
 
 
 def _now() -> Section:
+    return panels.row(100, "Now"), [*_alive(), *_healthy(), _alerts()]
+
+
+def _alive() -> list[stat.Panel]:
     state = Card(
         1,
         "State",
         "none",
-        "What the run's processes last said or showed of themselves: running, finished, or lost.",
-        width=4,
+        "What the run's processes last said or showed of themselves: running, finished, or lost, which is gone without "
+        "a word: killed or crashed.",
+        width=3,
         height=4,
     )
-    steps = Card(2, "Steps", "locale", "Optimizer steps recorded since the run began.", width=4, height=4)
+    steps = Card(2, "Steps", "locale", "Optimizer steps recorded since the run began.", width=3, height=4)
     age = Card(
         3,
         "Data age",
         "s",
-        "Time since the newest step of the slowest rank. It grows when the run hangs, and when it is over.",
-        width=4,
+        "Time since the newest step of the slowest rank. It grows when the run hangs: red is "
+        f"{THRESHOLDS.stalled_seconds:g} s. Blue once the run has finished, when it only says how long ago that was.",
+        width=3,
         height=4,
     )
+    judged = ((None, colours.GOOD), (_MINUTE, colours.WARNING), (THRESHOLDS.stalled_seconds, colours.BAD))
+    over = {"mode": dashboard.FieldColorModeId.FIXED, "fixedColor": colours.FINISHED}
+    return [
+        panels.states(state, queries.STATE, colours.STATES),
+        panels.value(steps, queries.STEPS),
+        panels.value(age, queries.DATA_AGE, steps=judged).override_by_name(
+            "finished", [dashboard.DynamicConfigValue("color", over)]
+        ),
+    ]
+
+
+def _healthy() -> list[stat.Panel]:
     normal = Card(
         4,
         "Norm / baseline",
         "none",
-        "Largest global norm of the last minute as a multiple of the run's own median.",
-        width=6,
+        "Largest global norm of the last minute as a multiple of the run's own median. Near 1 to 3 is usual; red, "
+        f"{THRESHOLDS.spike_ratio:g}, is a spike. In the first {THRESHOLDS.warm_up_steps} steps norms fall fast, "
+        "and it means little.",
+        width=3,
         height=4,
     )
     incidents = Card(
         5,
         "Incidents in view",
         "locale",
-        "Steps in the time range shown with a non-finite gradient, and steps that did not move the parameters.",
-        width=6,
+        "Steps in the time shown with a non-finite gradient, steps that did not move the parameters, and, worst of "
+        "all, steps that moved them by NaN or Inf: then the weights are lost, and only a checkpoint helps.",
+        width=5,
         height=4,
     )
-    return panels.row(100, "Now"), [
-        panels.states(state, STATE, colours.STATES),
-        panels.value(steps, STEPS),
-        panels.value(age, DATA_AGE, steps=((None, "green"), (_MINUTE, "orange"), (5 * _MINUTE, "red"))),
-        panels.value(normal, NORM_OVER_BASELINE, steps=((None, "green"), (5, "orange"), (20, "red"))),
-        panels.value(incidents, NONFINITE_IN_VIEW, SKIPPED_IN_VIEW, steps=((None, "green"), (0.5, "orange"))),
+    clipped = Card(
+        27,
+        "Clip ratio now",
+        "percentunit",
+        "Share of the last minute's steps that were clipped. Near 100 % the threshold is what sets the size of the "
+        "update, not the gradient. Empty in the first 32 steps.",
+        width=3,
+        height=4,
+    )
+    spike = THRESHOLDS.spike_ratio
+    counts = (queries.NONFINITE_IN_VIEW, queries.SKIPPED_IN_VIEW, queries.HARM_IN_VIEW)
+    steps = [{"value": start, "color": colour} for start, colour in _NONE_OR_BAD]
+    red = [dashboard.DynamicConfigValue("thresholds", {"mode": "absolute", "steps": steps})]
+    return [
+        panels.value(
+            normal, queries.NORM_OVER_BASELINE, steps=((None, "green"), (spike / 2, "orange"), (spike, "red"))
+        ),
+        panels.value(incidents, *counts, steps=_NONE_IS_GOOD).decimals(0).override_by_query("C", red),
+        panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED).no_value("not yet"),
     ]
+
+
+def _alerts() -> stat.Panel:
+    card = Card(
+        28,
+        "Firing alerts",
+        "none",
+        "Alerts of this run, as Prometheus evaluates them: red is critical. Their times are marked in the graphs. "
+        "Without the alert rules in Prometheus it always says none.",
+        width=4,
+        height=4,
+    )
+    steps: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.WARNING), (1.5, colours.BAD))
+    return panels.value(card, queries.ALERTS, steps=steps).text_mode(common.BigValueTextMode.NAME)
 
 
 def _gradient() -> Section:
@@ -172,23 +136,35 @@ def _gradient() -> Section:
         "Global gradient norm",
         "none",
         "L2 norm of all gradients before clipping: of the newest step, and the largest of the last minute "
-        "so that a spike of one step stays visible. Baseline is the median of the recent finite steps. A threshold is "
-        "in the units of what its policy bounds, which need not be this norm.",
+        "so that a spike of one step stays visible. Baseline is the median of the recent finite steps, and above the "
+        "dashed line is a spike. A threshold is in the units of what its policy bounds, which need not be this norm. "
+        "NaN and Inf are not drawn: they are in the incidents.",
+        width=24,
+        height=8,
+    )
+    loss = Card(
+        11,
+        "Loss",
+        "none",
+        "Loss as the job logged it; empty if it logs none. A loss that jumps after a spike of the norm was hurt by it.",
         width=12,
-        height=10,
+        height=7,
     )
     histogram = Card(
         7,
         "Distribution of the global gradient norm",
         "none",
-        "How many steps had which norm before clipping: every step counts, however far apart scrapes are. "
-        "Non-finite norms are in the topmost bucket.",
+        "How many steps had which norm before clipping: every step counts, however far apart scrapes are. One narrow "
+        "band is good. Non-finite norms are in the topmost bucket.",
         width=12,
-        height=10,
+        height=7,
     )
+    norms = (queries.NORM_LAST, queries.NORM_PEAK, queries.NORM_BASELINE, queries.SPIKE, queries.CLIP_THRESHOLD)
+    dashed = dashboard.DynamicConfigValue("custom.lineStyle", {"fill": "dash", "dash": [10, 10]})
     return panels.row(101, "Gradient"), [
-        panels.log_graph(norm, NORM_LAST, NORM_PEAK, NORM_BASELINE, CLIP_THRESHOLD),
-        panels.histogram_map(histogram, NORM_HISTOGRAM),
+        panels.log_graph(norm, *norms).override_by_name(queries.SPIKE.legend, [dashed]),
+        panels.graph(loss, queries.LOSS).no_value("the job logs no loss"),
+        panels.histogram_map(histogram, queries.NORM_HISTOGRAM),
     ]
 
 
@@ -198,7 +174,8 @@ def _clipping() -> Section:
         "Clip ratio",
         "percentunit",
         "Share of the steps in which a policy changed the gradients. Near one, the threshold is what sets "
-        "the size of the update, not the gradient. No line while the run stands still.",
+        "the size of the update, not the gradient; above the line for 15 minutes is an alert. No line while the run "
+        "stands still.",
     )
     coefficient = Card(
         9,
@@ -210,17 +187,118 @@ def _clipping() -> Section:
         10,
         "Non-finite and skipped steps",
         "short",
-        "Steps with NaN or Inf in some gradient, and steps in which the optimizer did not move the "
-        "parameters, each counted over the last few scrapes.",
+        "Steps with NaN or Inf in some gradient, steps in which the optimizer did not move the parameters, and steps "
+        "in which NaN or Inf did move them; each counted over the last few scrapes. A lone non-finite step that was "
+        "skipped is harmless; one that was not is the end of the weights.",
+    )
+    in_a_row = Card(
+        29,
+        "Skipped in a row",
+        "short",
+        "Most consecutive steps that did not move the parameters, in the last minute. A GradScaler skips one or two "
+        f"when it lowers its scale; from {THRESHOLDS.skipped_in_a_row} on, at the line, the run does not train.",
+        width=24,
+        height=6,
     )
     return panels.row(102, "Clipping and incidents"), [
-        panels.graph(ratio, CLIP_RATIO).min(0).max(1),
-        panels.log_graph(coefficient, CLIP_COEFFICIENT),
-        panels.bars(incidents, NONFINITE_STEPS, SKIPPED_STEPS),
+        panels.limited(panels.graph(ratio, queries.CLIP_RATIO), THRESHOLDS.clip_ratio).min(0).max(1),
+        panels.log_graph(coefficient, queries.CLIP_COEFFICIENT),
+        panels.bars(incidents, queries.NONFINITE_STEPS, queries.SKIPPED_STEPS, queries.HARMFUL_STEPS),
+        panels.limited(panels.bars(in_a_row, queries.SKIPPED_IN_A_ROW), THRESHOLDS.skipped_in_a_row),
     ]
 
 
-def _shadow() -> Section:
+def _training() -> Section:
+    rate = Card(12, "Learning rate", "sci", "Learning rate of the optimizer's first param group.")
+    seconds = Card(
+        13,
+        "Step time",
+        "s",
+        "Quantiles of the wall time from one optimizer step to the next, estimated from histogram buckets. p99 far "
+        "above p50 is a job that waits: for data, for a checkpoint, for a slow rank.",
+    )
+    scale = Card(
+        30,
+        "Loss scale",
+        "none",
+        "Scale of the GradScaler in mixed precision: it halves at each overflow and grows again. One that only falls "
+        "is a run whose gradients overflow again and again. Empty without a GradScaler.",
+    )
+    return panels.row(103, "Training"), [
+        panels.graph(rate, queries.LEARNING_RATE),
+        panels.graph(seconds, *(queries.step_seconds(quantile) for quantile in (0.5, 0.9, 0.99))),
+        panels.log_graph(scale, queries.LOSS_SCALE).no_value("no GradScaler"),
+    ]
+
+
+def _layers() -> Section:
+    vanishing = Card(
+        31,
+        "Vanishing layers",
+        "locale",
+        "Layers whose gradient has been next to nothing for 64 steps. They learn nothing; Layers names them.",
+        width=4,
+        height=5,
+    )
+    exploding = Card(
+        32,
+        "Exploding layers",
+        "locale",
+        "Layers whose gradient was above 10 times their usual norm, or not finite, in each of the last 8 steps.",
+        width=4,
+        height=5,
+    )
+    top = Card(
+        15,
+        "Largest layers",
+        "none",
+        "The ten layers with the largest norm before clipping in the last minute. Score: how many robust deviations "
+        "above its own usual norm, in single digits unless something happened. Share: of the squared norm; large is "
+        "who decides what a global clip does. Click a name to go to Layers with that layer chosen.",
+        width=16,
+        height=10,
+    )
+    left_out = Card(
+        33,
+        "Left out of scrapes",
+        "locale",
+        "Series of layers that the monitor's series budget leaves out. Where this is not 0, the table beside lacks "
+        "layers; counts are of all.",
+        width=8,
+        height=5,
+    )
+    link = layer_link("layers", "This layer over time")
+    return panels.row(104, "Layers"), [
+        largest(top, link, of=RUN),
+        panels.value(vanishing, layer_queries.VANISHING, steps=_NONE_IS_GOOD),
+        panels.value(exploding, layer_queries.EXPLODING, steps=_NONE_OR_BAD),
+        panels.value(left_out, layer_queries.LEFT_OUT, steps=_NONE_IS_GOOD),
+    ]
+
+
+def _policy() -> Section:
+    revision = Card(
+        34,
+        "Policy revision",
+        "none",
+        "How often the policy was changed: 0 is the one that the job began with. Changes are marked in all graphs.",
+        height=7,
+    )
+    changes = Card(
+        35,
+        "Policy changes",
+        "short",
+        "Changes of the policy while the job ran, and requests for one that the agent refused, as of a policy that "
+        "does not fit the job; each counted over the last few scrapes.",
+        height=7,
+    )
+    actions = Card(
+        36,
+        "Policy actions",
+        "short",
+        "Times that a condition of the policy file was met and its action called for. Empty without conditions.",
+        height=7,
+    )
     thresholds = Card(
         25,
         "Thresholds in shadow",
@@ -228,7 +306,7 @@ def _shadow() -> Section:
         "Thresholds of the policies that only watch beside those in force and the norm that they judge: what clipping "
         "by them would have been. In the units of what each policy bounds, which need not be this norm.",
         width=16,
-        height=10,
+        height=9,
     )
     ratio = Card(
         26,
@@ -236,89 +314,26 @@ def _shadow() -> Section:
         "percentunit",
         "Share of the steps in which a policy that only watches would have changed the gradients, beside the share in "
         "which one in force did.",
-        height=10,
+        height=9,
     )
-    norms = (NORM_LAST, NORM_PEAK)
-    return panels.row(107, "Shadow"), [
-        panels.log_graph(thresholds, *norms, CLIP_THRESHOLD, SHADOW_THRESHOLD),
-        panels.graph(ratio, CLIP_RATIO, SHADOW_RATIO).min(0).max(1),
-    ]
-
-
-def _training() -> Section:
-    loss = Card(11, "Loss", "none", "Loss as the job logged it; empty if it logs none.")
-    rate = Card(12, "Learning rate", "sci", "Learning rate of the optimizer's first param group.")
-    seconds = Card(
-        13,
-        "Step time",
-        "s",
-        "Quantiles of the wall time from one optimizer step to the next, estimated from histogram buckets.",
-    )
-    return panels.row(103, "Training"), [
-        panels.graph(loss, LOSS),
-        panels.graph(rate, LEARNING_RATE),
-        panels.graph(seconds, *(step_seconds(quantile) for quantile in (0.5, 0.9, 0.99))),
-    ]
-
-
-def _layers() -> Section:
-    over_time = Card(
-        14,
-        "Gradient norm by layer",
-        "none",
-        "Decimal logarithm of each layer's largest norm before clipping, between 1e-9 and 1e9. A dark row "
-        "is a layer that learns nothing; a bright column is a step that hit every layer.",
-        width=16,
-        height=14,
-    )
-    largest = Card(
-        15,
-        "Largest layers",
-        "none",
-        "The ten layers with the largest norm before clipping in the last minute.",
-        height=14,
-    )
-    return panels.row(104, "Layers"), [
-        panels.layer_map(over_time, LAYERS_OVER_TIME),
-        panels.ranking(largest, LAYERS_TOP, label="layer", column="Norm"),
+    shown = (queries.NORM_LAST, queries.NORM_PEAK, queries.CLIP_THRESHOLD, queries.SHADOW_THRESHOLD)
+    return panels.row(108, "Policy"), [
+        panels.graph(revision, queries.POLICY_REVISION).min(0).decimals(0),
+        panels.bars(changes, queries.POLICY_CHANGES, queries.POLICY_REJECTIONS),
+        panels.bars(actions, queries.POLICY_ACTIONS).no_value("the policy has no conditions"),
+        panels.log_graph(thresholds, *shown),
+        panels.graph(ratio, queries.CLIP_RATIO, queries.SHADOW_RATIO).min(0).max(1),
     ]
 
 
 def _insight() -> Section:
-    return panels.row(106, "Insight"), [*_by_layer(), *_of_the_step()]
-
-
-def _by_layer() -> list[Panel]:
-    ratios = Card(
-        19,
-        "Update / weight by layer",
-        "none",
-        "Decimal logarithm of the norm of a step's update over that of the weights, in the newest sampled step. "
-        "About -3 is usual; a layer far above the others is about to be torn apart, one far below stands still.",
-        width=16,
-        height=10,
-    )
-    share = Card(
-        20,
-        "Share of the squared norm",
-        "percentunit",
-        "The ten layers with the largest share of the squared gradient norm of the newest step: "
-        "who decides what a global clip does.",
-        height=10,
-    )
-    return [
-        panels.layer_map(ratios, UPDATE_RATIOS),
-        panels.graph(share, LAYER_SHARES).min(0),
-    ]
-
-
-def _of_the_step() -> list[Panel]:
     noise = Card(
         21,
         "Gradient noise scale",
         "none",
         "Micro-batches a step beyond which a larger batch hardly helps. Empty where a step has one micro-batch only.",
-        width=6,
+        width=12,
+        height=7,
     )
     cosine = Card(
         22,
@@ -326,33 +341,56 @@ def _of_the_step() -> list[Panel]:
         "none",
         "Likeness of successive gradients: near -1 the steps undo each other, as with too large a learning rate. "
         "Measured where the job asked for it.",
-        width=6,
+        width=12,
+        height=7,
     )
-    bad = Card(
-        23,
-        "Bad batches by rank",
+    return panels.row(106, "Insight"), [
+        panels.log_graph(noise, queries.NOISE_SCALE).no_value("one micro-batch a step, or not yet known"),
+        panels.graph(cosine, queries.GRAD_COSINE).min(-1).max(1).no_value("not asked for: cosine=True"),
+    ]
+
+
+def _gpus() -> Section:
+    utilization = Card(
+        37,
+        "GPU utilisation",
+        "percentunit",
+        "Share of the time in which some kernel ran on each GPU of this run. Low on all: it waits for data or the "
+        "host; low on one: that rank waits for, or is waited for by, the others. Empty without GPUs, or where the "
+        "monitor cannot see which process is whose.",
+        height=7,
+    )
+    memory = Card(
+        38, "GPU memory", "percentunit", "Share of the memory in use. Near 100 % the next larger batch fails.", height=7
+    )
+    temperature = Card(
+        39, "GPU temperature", "celsius", "Temperature of each core. Above some 85 °C GPUs slow down.", height=7
+    )
+    power = Card(40, "GPU power", "watt", "Power that each GPU draws: far below its usual one, it waits.", width=12)
+    throttled = Card(
+        41,
+        "GPU throttled",
         "short",
-        "Steps in which a rank's own gradients, before they were averaged with the others', held NaN or Inf.",
-        width=6,
+        "Shows 1 while this reason holds a GPU's clocks down: power_cap is usual under load; thermal and hardware are "
+        "not, and make every rank as slow as this one.",
+        width=12,
     )
-    own = Card(
-        24,
-        "Own gradients by rank",
-        "none",
-        "Norm of each rank's own gradients, before they were averaged, in the newest step with armed backward hooks.",
-        width=6,
-    )
-    return [
-        panels.log_graph(noise, NOISE_SCALE),
-        panels.graph(cosine, GRAD_COSINE).min(-1).max(1),
-        panels.bars(bad, RANK_NONFINITE),
-        panels.log_graph(own, RANK_NORMS),
+    return panels.row(109, "GPUs of this run"), [
+        panels.graph(utilization, queries.GPU_UTILIZATION).min(0).max(1).no_value(_NO_GPU),
+        panels.graph(memory, queries.GPU_MEMORY).min(0).max(1).no_value(_NO_GPU),
+        panels.graph(temperature, queries.GPU_TEMPERATURE).no_value(_NO_GPU),
+        panels.graph(power, queries.GPU_POWER).min(0).no_value(_NO_GPU),
+        panels.graph(throttled, queries.GPU_THROTTLED).min(0).max(1).no_value(_NO_GPU),
     ]
 
 
 def _instrument() -> Section:
     overhead = Card(
-        16, "Agent overhead", "percentunit", "Host time that the agent spent in its hooks, as a share of wall time."
+        16,
+        "Agent overhead",
+        "percentunit",
+        "Host time that the agent spent in its hooks, as a share of wall time. Some per cent is usual for a small "
+        "model with short steps, far below one for a large one.",
     )
     dropped = Card(
         17,
@@ -361,9 +399,15 @@ def _instrument() -> Section:
         "Rows lost on the way out of the process, incidents not written for want of room, and layer series "
         "left out of scrapes by the series budget. Where this is not zero, the panels above show less than happened.",
     )
-    errors = Card(18, "Agent errors", "short", "Telemetry failures that the agent caught so that training went on.")
+    errors = Card(
+        18,
+        "Agent errors",
+        "short",
+        "Telemetry failures that the agent caught so that training went on, and callbacks of policy actions that "
+        "failed. Nothing here is good; the job's log has the first of each.",
+    )
     return panels.row(105, "Instrument"), [
-        panels.graph(overhead, AGENT_OVERHEAD).min(0),
-        panels.bars(dropped, ROWS_DROPPED, EVENTS_DROPPED, SERIES_DROPPED),
-        panels.bars(errors, AGENT_ERRORS),
+        panels.graph(overhead, queries.AGENT_OVERHEAD).min(0),
+        panels.bars(dropped, queries.ROWS_DROPPED, queries.EVENTS_DROPPED, queries.SERIES_DROPPED),
+        panels.bars(errors, queries.AGENT_ERRORS, queries.CALLBACK_FAILURES),
     ]

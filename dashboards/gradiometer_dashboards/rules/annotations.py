@@ -10,6 +10,7 @@ __all__ = ["fill", "filled", "links"]
 def filled(text: str, *, who: str, value: str) -> str:
     """Put into a text what finds the names, and the value with which it fires."""
     text = text.replace("<who>", who).replace("<value>", f"{{{{ {value} | humanize }}}}")
+    text = text.replace("<count>", f'{{{{ printf "%.0f" {value} }}}}')  # increase() extrapolates to parts of one
     return text.replace("{{ $value |", f"{{{{ {value} |")
 
 

@@ -70,7 +70,8 @@ class Who:
 class Alert:
     """A condition that somebody should know of: ``value`` is above ``limit`` for as long as ``lasting``.
 
-    In the texts ``<who>`` stands for the names that ``who`` finds, or for nothing, and ``<value>`` for the value.
+    In the texts ``<who>`` stands for the names that ``who`` finds, or for nothing, ``<value>`` for the
+    value and ``<count>`` for a whole one.
     """
 
     name: str

@@ -40,7 +40,7 @@ def _nonfinite_update(settings: Settings) -> Alert:
         by=settings.of_run,
         keep_firing="10m",  # with the 10 counted, longer than what it holds back: 5 and 12 of LayerExploding after a run
         summary="Run {{ $labels.run_id }}: the optimizer moved the parameters by non-finite gradients<who>",
-        description="<value> step(s) of the last 10 minutes took gradients with NaN or Inf into the weights. Every "
+        description="<count> step(s) of the last 10 minutes took gradients with NaN or Inf into the weights. Every "
         "step since computes with them: stop the run, go back to a checkpoint, and let a policy skip such steps.",
         who=NONFINITE_LAYERS,
         dashboard="run",
@@ -68,7 +68,7 @@ def _nonfinite(settings: Settings) -> Alert:
         limit=0,
         by=by,
         summary="Run {{ $labels.run_id }}: non-finite gradients<who>",
-        description="<value> step(s) of the last 10 minutes had gradients with NaN or Inf. If they were skipped, the "
+        description="<count> step(s) of the last 10 minutes had gradients with NaN or Inf. If they were skipped, the "
         f"weights are as before. With a GradScaler, up to {limits.scaled_nonfinite_ratio:.0%} of the steps are its "
         "usual search for a scale and do not alert.",
         who=NONFINITE_LAYERS,
@@ -118,7 +118,7 @@ def _exploding(settings: Settings) -> Alert:
         lasting="1m",
         keep_firing="12m",  # longer than a Spike goes on (1 + 3 + 5 minutes), which Alertmanager holds back meanwhile
         summary="Run {{ $labels.run_id }}: exploding gradients<who>",
-        description="The norms of <value> layer(s) are above ten times their usual ones, or not finite, in each of the "
+        description="The norms of <count> layer(s) are above ten times their usual ones, or not finite, in each of the "
         "last 8 steps and for a minute.",
         who=who,
         dashboard="layers",
@@ -136,7 +136,7 @@ def _vanishing(settings: Settings) -> Alert:
         by=settings.of_run,
         lasting="10m",
         summary="Run {{ $labels.run_id }}: vanishing gradients<who>",
-        description="The norms of <value> layer(s) have been at most a thousandth of their usual ones, or next to "
+        description="The norms of <count> layer(s) have been at most a thousandth of their usual ones, or next to "
         "zero, for 10 minutes.",
         who=who,
         dashboard="layers",
@@ -178,8 +178,8 @@ def _skipping(settings: Settings) -> Alert:
         value=all_of(highest("gradiometer_skipped_steps_in_a_row", settings.of_run, over="3m"), f"{RUNNING} == 1"),
         limit=limit,
         by=settings.of_run,
-        summary="Run {{ $labels.run_id }}: <value> steps in a row did not move the parameters",
-        description=f"<value> consecutive steps were skipped, more than {limit}: the run burns time and learns "
+        summary="Run {{ $labels.run_id }}: <count> steps in a row did not move the parameters",
+        description=f"<count> consecutive steps were skipped, more than {limit}: the run burns time and learns "
         "nothing. Look at the layers that are not finite<who>, and at the loss scale.",
         who=NONFINITE_LAYERS,
         dashboard="run",

@@ -118,7 +118,7 @@ def _series_dropped(settings: Settings) -> Alert:
         limit=0,
         by=settings.of_run,
         lasting="15m",
-        summary="Run {{ $labels.run_id }}: <value> series of layers are left out",
+        summary="Run {{ $labels.run_id }}: <count> series of layers are left out",
         description="The run has more layers than the monitor's series_budget or total_series has room for. The most "
         "anomalous are served, and quantiles hold all of them; raise the budget if Prometheus can bear it.",
         dashboard="run",
@@ -134,8 +134,8 @@ def _rows_dropped(settings: Settings) -> Alert:
         value=moved("gradiometer_rows_dropped_total", settings.of_run),
         limit=0,
         by=settings.of_run,
-        summary="Run {{ $labels.run_id }}: <value> step(s) were not recorded",
-        description="<value> step(s) of the last 10 minutes were lost: the agent's transfer slots were all busy, or "
+        summary="Run {{ $labels.run_id }}: <count> step(s) were not recorded",
+        description="<count> step(s) of the last 10 minutes were lost: the agent's transfer slots were all busy, or "
         "the ring overtook the monitor. What happened in them no alert can see.",
         dashboard="run",
         panel=17,
@@ -150,7 +150,7 @@ def _agent_errors(settings: Settings) -> Alert:
         value=moved("gradiometer_agent_errors_total", settings.of_run),
         limit=0,
         by=settings.of_run,
-        summary="Run {{ $labels.run_id }}: the agent caught <value> failure(s) of its own",
+        summary="Run {{ $labels.run_id }}: the agent caught <count> failure(s) of its own",
         description="Training goes on; something of the measurement is missing. The job's log says what, once a kind "
         "of failure.",
         dashboard="run",

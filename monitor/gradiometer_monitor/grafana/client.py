@@ -52,15 +52,16 @@ class GrafanaError(Exception):
 class Grafana:
     """A session with the Grafana of ``settings``; for one thread at a time.
 
-    Raises OSError or ValueError if the token cannot be read.
+    Raises OSError or ValueError if the token or the password cannot be read.
     """
 
     def __init__(self, settings: GrafanaSettings) -> None:
-        self.settings, self.token = settings, settings.read_token()
+        self.settings, self.credentials = settings, settings.read_credentials()
+        login = self.credentials
         parts = urlsplit(settings.address)
         connect: Any = GrafanaApi
         self._api = connect(
-            auth=tuple(each.encode() for each in settings.login) if settings.login else self.token,
+            auth=login if isinstance(login, str) else tuple(each.encode() for each in login),
             protocol=parts.scheme,
             host=f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname,
             port=parts.port,
@@ -210,7 +211,7 @@ class Grafana:
         said = error.response.get("message") if isinstance(error.response, dict) else None
         words = f" ({str(said)[:SHOWN_CHARACTERS]})" if said else ""
         what = f"Grafana at {where} would not {doing}, status {status}{words}"
-        login = self.settings.token_file or "the URL"
+        login = self.settings.token_file or self.settings.password_file or "the URL"
         remedies = {
             401: f"{where} lets nobody in with the token or password of {login}: make a new one{words}",
             403: f"{what}: the account of {login} needs {needs or 'more rights'}",

@@ -111,12 +111,12 @@ class GrafanaService(Service):
         return True
 
     def _connect(self) -> Grafana:
-        """Return the session; a new one when the token was rotated."""
+        """Return the session; a new one when the token or the password was rotated."""
         try:
-            token = self._settings.read_token()
+            credentials = self._settings.read_credentials()
         except (OSError, ValueError) as error:
             raise GrafanaError(f"nobody can be let into {self._settings.address}: {error}", status=401) from error
-        if self._grafana is None or self._grafana.token != token:
+        if self._grafana is None or self._grafana.credentials != credentials:
             self._disconnect()
             self._grafana = Grafana(self._settings)
         return self._grafana

@@ -66,6 +66,10 @@ class GrafanaSettings(Section):
 
     url: Annotated[SecretStr, AfterValidator(_check_url), BeforeValidator(_secret)]
     """Where Grafana is, with its sub path if it has one. A user and password may stand in it."""
+    username: Annotated[str, Field(min_length=1, max_length=190)] | None = None
+    """For basic authentication, with `password_file`."""
+    password_file: Path | None = None
+    """File that holds the password; read anew each time it is used."""
     token_file: Path | None = None
     """File that holds a service account's token; read anew each time it is used, so that it can be rotated."""
     ca_file: Path | None = None
@@ -95,9 +99,17 @@ class GrafanaSettings(Section):
     @field_validator("token_file")
     @classmethod
     def _one_way_in(cls, token_file: Path | None, info: ValidationInfo) -> Path | None:
-        url = info.data.get("url")
-        if url is not None and (token_file is None) == (urlsplit(url.get_secret_value()).username is None):
-            raise ValueError("expected a token_file, or user:password@ in the url, and not both: one way to be let in")
+        if not {"url", "username", "password_file"} <= info.data.keys():  # one of them is wrong, and said to be
+            return token_file
+        user = urlsplit(info.data["url"].get_secret_value()).username
+        username, password_file = info.data["username"], info.data["password_file"]
+        if (username is None) != (password_file is None):
+            raise ValueError("username and password_file belong together: expected both, or neither")
+        if sum(way is not None for way in (token_file, user, username)) != 1:
+            raise ValueError(
+                "expected a token_file, or user:password@ in the url, or username and password_file, and not two of "
+                "these: one way to be let in"
+            )
         return token_file
 
     @field_validator("ca_file")
@@ -125,27 +137,21 @@ class GrafanaSettings(Section):
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
 
     @property
-    def login(self) -> tuple[str, str] | None:
-        """User and password of the URL."""
-        parts = self._parts
-        if parts.username is None or parts.password is None:
-            return None
-        return unquote(parts.username), unquote(parts.password)
-
-    @property
     def source_uid(self) -> str | None:
         """Uid of the datasource that the dashboards open with, None where that is left to Grafana."""
         own = f"{self.uid_prefix}-prometheus" if self.prometheus_url else None
         return self.datasource_uid or own
 
-    def read_token(self) -> str | None:
-        """Read the token; None if user and password stand in the URL.
+    def read_credentials(self) -> str | tuple[str, str]:
+        """Read the token, or user and password.
 
-        Raises OSError if the file cannot be read, ValueError if it holds no token.
+        Raises OSError if a file cannot be read, ValueError if it holds no secret.
         """
-        if self.token_file is None:
-            return None
-        token = read_secret(self.token_file)
-        if " " in token:
-            raise ValueError(f"token_file {self.token_file}: expected one token and nothing else")
-        return token
+        if self.token_file is not None:
+            token = read_secret(self.token_file)
+            if " " in token:
+                raise ValueError(f"token_file {self.token_file}: expected one token and nothing else")
+            return token
+        if self.username is not None and self.password_file is not None:
+            return self.username, read_secret(self.password_file)
+        return unquote(self._parts.username or ""), unquote(self._parts.password or "")
