@@ -38,7 +38,7 @@ def _nonfinite_update(settings: Settings) -> Alert:
         value=NONFINITE_UPDATES,
         limit=0,
         by=settings.of_run,
-        keep_firing="10m",  # with the 10 counted, longer than what it holds back: 5 and 12 of LayerExploding after a run
+        keep_firing="10m",  # with the 10 counted, longer than LayerExploding, which it holds back: 5 and 12 after a run
         summary="Run {{ $labels.run_id }}: the optimizer moved the parameters by non-finite gradients<who>",
         description="<count> step(s) of the last 10 minutes took gradients with NaN or Inf into the weights. Every "
         "step since computes with them: stop the run, go back to a checkpoint, and let a policy skip such steps.",
