@@ -65,13 +65,13 @@ def _state(state: str) -> str:
 
 ANOMALIES: dict[str, Anomaly] = {
     "NonFiniteUpdate": Anomaly(
-        changes=NONFINITE | {"nonfinite_updates": 1}, lingers=COUNTED, also=("NonFinite",), below=NONFINITE
+        changes=NONFINITE | {"nonfinite_updates": 1}, lingers=COUNTED + 5, also=("NonFinite",), below=NONFINITE
     ),
     "NonFinite": Anomaly(changes=NONFINITE, lingers=COUNTED),
     "Spike": Anomaly(
         changes={"window_max": 10.5, "anomaly_score": 9}, minutes=1, lingers=3 + KEEP, below={"window_max": 9.8}
     ),
-    "LayerExploding": Anomaly(changes={"layers_exploding": 1, _state("exploding"): 1}, minutes=3, fires=1),
+    "LayerExploding": Anomaly(changes={"layers_exploding": 1, _state("exploding"): 1}, minutes=3, fires=1, lingers=12),
     "LayerVanishing": Anomaly(changes={"layers_vanishing": 1, _state("vanishing"): 1}, minutes=14, fires=10),
     "ClipSaturated": Anomaly(
         changes={'clip_events;"act"': lambda since: 0.95 * RATE * since},
@@ -173,7 +173,7 @@ def _of_gaps() -> Iterator[Case]:
     blind = ANOMALIES["NonFiniteUpdate"].apply(healthy())
     gap(blind, START - 5, 20)
     yield Case(
-        name="NonFiniteUpdate-outage", rows=blind, of="NonFiniteUpdate", fires=START + 15, quiet=START + 31,
+        name="NonFiniteUpdate-outage", rows=blind, of="NonFiniteUpdate", fires=START + 15, quiet=START + 36,
         allowed=("NonFinite", "MonitorDown"),
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ def _silent() -> Iterator[Case]:
 def _firing() -> Iterator[Case]:
     """Give the cases in which an alert fires that are not of the kinds that all have."""
     makers: dict[str, tuple[str, Callable[[Rows], None], float, float]] = {
-        "born": ("NonFiniteUpdate", _born, 0, 16),
+        "born": ("NonFiniteUpdate", _born, 0, 21),
         "scaler-overflows": ("NonFinite", _overflows, 6, 45),
         "loss-inf": ("LossNonFinite", lambda rows: put(rows, "gradiometer_loss{", inf, START, START + 2), 0, 8),
         "gpu-lost": ("GpuErrors", lambda rows: put(rows, "gpu_up;a:", 0, START, START + 4), 1, 10),

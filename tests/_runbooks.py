@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 __all__ = ["blocks", "commands", "heredocs", "inline", "panels", "urls"]
 
+HEREDOC = r"<<'END'\n(.*?)^END$"
+
 
 def blocks(page: str, language: str) -> list[str]:
     """Give the fenced blocks of a language, those within lists too, without their indentation."""
@@ -17,13 +19,13 @@ def blocks(page: str, language: str) -> list[str]:
 
 def heredocs(page: str) -> list[str]:
     """Give the files that the blocks of shell write."""
-    return [found[1] for block in blocks(page, "bash") for found in re.finditer(r"<<'END'\n(.*?)^END$", block, re.S | re.M)]
+    return [found[1] for block in blocks(page, "bash") for found in re.finditer(HEREDOC, block, re.S | re.M)]
 
 
 def commands(page: str, program: str) -> Iterator[list[str]]:
-    """Give the commands of the blocks of shell that begin with a program, as words, without what they are piped into."""
+    """Give the commands of the blocks of shell that begin with a program, as words, without what comes after a pipe."""
     for block in blocks(page, "bash"):
-        for line in re.sub(r"<<'END'\n.*?^END$", "", block, flags=re.S | re.M).splitlines():
+        for line in re.sub(HEREDOC, "", block, flags=re.S | re.M).splitlines():
             if line.startswith(f"{program} "):
                 words = shlex.split(line.replace("$RUN", "RUN"), comments=True)
                 yield words[1 : words.index("|") if "|" in words else None]

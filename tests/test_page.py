@@ -263,6 +263,14 @@ def test_an_incident_leads_to_its_step(two_runs: Monitor, visit: Open) -> None:
     assert "Largest 5000" in page.locator("figure .said").first.inner_text()
 
 
+def test_an_incident_leads_to_its_runbook(two_runs: Monitor, visit: Open) -> None:
+    """What an alert would tell as well links the page of that alert; other incidents link none."""
+    page = run_page(visit, two_runs)
+    assert page.locator(".incidents li:has-text('of less weight') a").count() == 0
+    page.click(".incidents li:has-text('is not finite') >> text=What to do")
+    assert page.locator("h1").inner_text() == "GradiometerNonFinite"
+
+
 def test_dragging_over_a_chart_zooms(two_runs: Monitor, visit: Open) -> None:
     """What was dragged over is asked for anew, at a finer resolution."""
     page = run_page(visit, two_runs)
@@ -351,6 +359,24 @@ def test_text_has_contrast_in_both_themes(two_runs: Monitor, visit: Open, scheme
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
         page.reload()
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_runbooks_read_well_in_both_themes_and_on_a_phone(two_runs: Monitor, visit: Open, scheme: str) -> None:
+    """A runbook is no wider than the screen, has contrast, follows the theme of the live page, and can switch it."""
+    for viewport in (WIDE, NARROW):
+        page = visit(two_runs, "/runbooks/NonFiniteUpdate", color_scheme=scheme, viewport=viewport)
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+        assert [each for each in page.evaluate(CONTRASTS) if each[0] < 4.5] == []
+    page.click("nav >> text=Runbooks")
+    page.click("table >> text=Spike")
+    assert page.locator("h1").inner_text() == "GradiometerSpike"
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+    page.click(".brand")
+    page.wait_for_selector(".runs tbody tr")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
 
 
 def test_hostile_names_are_text(

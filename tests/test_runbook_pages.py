@@ -1,4 +1,4 @@
-"""The runbooks as the monitor serves them: by name, without a token, as text that loads nothing and leads nowhere else."""
+"""The runbooks as the monitor serves them: by name, without a token, as text that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -56,14 +56,16 @@ def test_every_page_is_served(monitor: Monitor) -> None:
     """The index and each alert's page, with a title, headings to link to, and the file's own words."""
     for name in runbooks():
         text = text_of(monitor, "/runbooks/" if name == INDEX else f"/runbooks/{name}")
-        assert text.startswith("<!doctype html>\n<html lang=\"en\">")
+        assert text.startswith('<!doctype html>\n<html lang="en">')
         title = "Runbooks" if name == INDEX else f"Gradiometer{name}"
         assert f"<title>{title} · gradiometer</title>" in text
         assert f">{title}</h1>" in text
         assert name == INDEX or '<h2 id="what-to-do-now">' in text
 
 
-@pytest.mark.parametrize("name", ["NonFinite", "nonfinite", "GradiometerNonFinite", "GRADIOMETERNONFINITE", "nonFinite"])
+@pytest.mark.parametrize(
+    "name", ["NonFinite", "nonfinite", "GradiometerNonFinite", "GRADIOMETERNONFINITE", "nonFinite"]
+)
 def test_a_page_has_more_than_one_name(monitor: Monitor, name: str) -> None:
     """In whatever case, and as the alert is called; the answer is the same."""
     assert text_of(monitor, f"/runbooks/{name}") == text_of(monitor, "/runbooks/NonFinite")
@@ -79,7 +81,9 @@ def test_what_is_no_runbook_is_404(monitor: Monitor, name: str) -> None:
     assert body == monitor.get("/runbooks/")[1]
 
 
-@pytest.mark.parametrize("name", ["..%2fmonitor.md", "%2e%2e%2f%2e%2e%2fpyproject.toml", "..", "x/metrics", "..%2fmetrics"])
+@pytest.mark.parametrize(
+    "name", ["..%2fmonitor.md", "%2e%2e%2f%2e%2e%2fpyproject.toml", "..", "x/metrics", "..%2fmetrics"]
+)
 def test_a_name_is_never_a_path(monitor: Monitor, name: str) -> None:
     """Nothing is read that is not in the list, and no other path of the monitor is opened by the prefix."""
     status, body, _ = monitor.get(f"/runbooks/{name}")
@@ -102,7 +106,7 @@ def test_runbooks_are_open_and_tell_nothing_of_runs(monitor: Monitor) -> None:
 
 
 def test_pages_load_nothing_and_lead_to_each_other(monitor: Monitor) -> None:
-    """No script or style stands in a page, files come from this server, and every link is answered, anchors included."""
+    """No script or style stands in a page, files come from this server, and every link is answered, and its anchor."""
     pages = {name: text_of(monitor, "/runbooks/" if name == INDEX else f"/runbooks/{name}") for name in runbooks()}
     links = {name: Links(text) for name, text in pages.items()}
     assets, targets = set[str](), set[tuple[str, str]]()
@@ -124,14 +128,15 @@ def test_pages_load_nothing_and_lead_to_each_other(monitor: Monitor) -> None:
 
 def test_markup_in_a_page_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Raw HTML is shown as it is written; links to scripts or to elsewhere lose their target and keep their text."""
-    page = "# A <b>\n\n<script>alert(1)</script>\n\n[a](javascript:alert(1)) [b](https://x.test) [c](../security.md#limits)\n"
+    links = "[a](javascript:alert(1)) [b](https://x.test) [c](../security.md#limits)"
+    page = f"# A <b>\n\n<script>alert(1)</script>\n\n{links}\n"
     monkeypatch.setattr(served, "runbooks", lambda: {"A": page})
     text = served._render.__wrapped__("A").content.decode()
     assert "<title>A &lt;b&gt; · gradiometer</title>" in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    assert "b (https://x.test) c (docs/security.md)" in text
+    assert "b [https://x.test] c [docs/security.md]" in text
     assert 'href="javascript' not in text
-    assert "https://x.test\"" not in text
+    assert 'https://x.test"' not in text
 
 
 def test_the_checkout_serves_its_documentation() -> None:
@@ -149,11 +154,15 @@ def test_the_wheel_has_them(tmp_path: Path) -> None:
         assert {path.stem for path in packaged.glob("*.md")} == set(runbooks())
         return
     build = f"import hatchling.build as b; print(b.build_wheel({str(tmp_path)!r}))"
-    made = subprocess.run([sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    made = subprocess.run(
+        [sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     with zipfile.ZipFile(tmp_path / made.stdout.split()[-1]) as wheel:
         wheel.extractall(tmp_path / "site")
     ask = "from gradiometer_monitor.web import runbooks as r; print(r._folder(), len(r.runbooks()))"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-P", "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True,
-                          timeout=60, check=True)  # fmt: skip
+    command = [sys.executable, "-P", "-c", ask]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.split() == [str(tmp_path / "site" / "gradiometer_monitor" / "runbooks"), str(len(runbooks()))]

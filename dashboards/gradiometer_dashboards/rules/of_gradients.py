@@ -38,6 +38,7 @@ def _nonfinite_update(settings: Settings) -> Alert:
         value=NONFINITE_UPDATES,
         limit=0,
         by=settings.of_run,
+        keep_firing="10m",  # with the 10 counted, longer than LayerExploding, which it holds back: 5 and 12 after a run
         summary="Run {{ $labels.run_id }}: the optimizer moved the parameters by non-finite gradients<who>",
         description="<count> step(s) of the last 10 minutes took gradients with NaN or Inf into the weights. Every "
         "step since computes with them: stop the run, go back to a checkpoint, and let a policy skip such steps.",
@@ -115,6 +116,7 @@ def _exploding(settings: Settings) -> Alert:
         limit=0,
         by=settings.of_run,
         lasting="1m",
+        keep_firing="12m",  # longer than a Spike goes on (1 + 3 + 5 minutes), which Alertmanager holds back meanwhile
         summary="Run {{ $labels.run_id }}: exploding gradients<who>",
         description="The norms of <count> layer(s) are above ten times their usual ones, or not finite, in each of the "
         "last 8 steps and for a minute.",

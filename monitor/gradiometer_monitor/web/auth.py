@@ -1,8 +1,9 @@
 """Who asks: bearer tokens of requests, and what each may do.
 
 Without tokens the monitor serves loopback, where everyone may read and nobody may change anything. With tokens every
-path but the probes, the files of the page and the runbooks needs one. After the middleware ``request.state.principal`` is the name
-of who asks, None where no tokens are, and ``request.state.role`` what he may do.
+path but the probes, the files of the page and the runbooks needs one. After the middleware
+``request.state.principal`` is the name of who asks, None where no tokens are, and ``request.state.role`` what he may
+do.
 """
 
 from __future__ import annotations

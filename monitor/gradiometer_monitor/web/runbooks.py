@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 
@@ -78,7 +79,7 @@ async def _to_index(_: Request) -> Response:
 
 
 async def _serve(request: Request) -> Response:
-    """Answer with the page of an alert, with or without ``Gradiometer`` and in whatever case; 404 lists what there is."""
+    """Answer with the page of an alert, with or without ``Gradiometer``, in whatever case; else 404 and the index."""
     name = str(request.path_params.get("name", INDEX))
     known = {each.lower(): each for each in runbooks()}
     found = known.get(name.lower()) or known.get(name.lower().removeprefix(PREFIX))
@@ -111,12 +112,12 @@ def _folder() -> Traversable:
 def _render(name: str) -> _Page:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(runbooks()[name])
-    for token, following in zip(tokens, tokens[1:], strict=False):
+    for token, following in pairwise(tokens):
         if token.type == "heading_open":
             token.attrSet("id", _slug(following.content))
         if following.type == "inline":
             following.children = _linked(following.children or [])
-    title = next(after.content for token, after in zip(tokens, tokens[1:], strict=False) if token.tag == "h1")
+    title = next(after.content for token, after in pairwise(tokens) if token.tag == "h1")
     body = parser.renderer.render(tokens, parser.options, {})
     content = LAYOUT.substitute(title=html.escape(title), body=body).encode()
     return _Page(content=content, tag=f'"{hashlib.sha256(content).hexdigest()[:32]}"')
@@ -135,7 +136,7 @@ def _linked(children: Iterable[Token]) -> list[Token]:
         if token.type == "link_open":
             link = str(token.attrs["href"])
             target = _target(link)
-            elsewhere = "" if target is not None else f" ({link.partition('#')[0].replace('../', 'docs/')})"
+            elsewhere = "" if target is not None else f" [{link.partition('#')[0].replace('../', 'docs/')}]"
             token.attrs["href"] = target or ""
         if token.type == "link_close" and elsewhere:
             made.append(Token("text", "", 0, content=elsewhere))

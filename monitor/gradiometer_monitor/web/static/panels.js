@@ -5,6 +5,7 @@ import { clock, number, percent, whole } from "./format.js";
 
 const GRAVE = new Set(["nonfinite", "run_lost", "callback_failed", "policy_rejected", "request_failed", "request_unanswered", "clip_misuse"]);
 const MILD = new Set(["policy_action", "alert_action", "request_refused", "scalar_refused", "backward_order", "rows_not_pushed", "series_not_pushed"]);
+const RUNBOOKS = { nonfinite: "NonFinite", run_lost: "AgentLost" }; // of the alerts that tell the same
 const KEPT = 500, SHOWN = 60;
 
 export class Incidents {
@@ -36,8 +37,9 @@ export class Incidents {
       h("span", { class: "chip", "data-level": level }, event.kind.replaceAll("_", " ")),
       h("span", { class: "what" }, ...breakable(event.message || JSON.stringify(event.data))),
     ];
-    if (event.step === null) return h("li", {}, h("div", { class: "incident" }, ...parts));
-    return h("li", {}, h("button", { type: "button", class: "incident", "data-event": event.id, title: "Show this step", onclick: () => this.pick(event.step) }, ...parts));
+    const book = RUNBOOKS[event.kind] ? h("a", { class: "book", href: `runbooks/${RUNBOOKS[event.kind]}` }, "What to do") : null;
+    if (event.step === null) return h("li", {}, h("div", { class: "incident" }, ...parts), book);
+    return h("li", {}, h("button", { type: "button", class: "incident", "data-event": event.id, title: "Show this step", onclick: () => this.pick(event.step) }, ...parts), book);
   }
 
   // Steps from which on another policy was in force.
