@@ -1,0 +1,1 @@
+"""Rules for Prometheus, generated from Python."""
