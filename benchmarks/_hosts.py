@@ -2,8 +2,8 @@
 
 What is real: the ring of each rank of one host, written row by row, the monitor's following of them and its scrape,
 compressed as the monitor does. What is simulated: the numbers in the rows, the GPUs, and the other hosts, whose scrapes
-are that of the first with its ranks (one run over all hosts) or its run (a run a host) and its GPUs renamed. So
-the norms of two hosts are the same, which is what data-parallel hosts export.
+are that of the first with its ranks (one run over all hosts) or its run (a run a host) and its GPUs renamed, without
+the layers where only the host of rank 0 exports them. So the norms of two hosts are the same, which is what data-parallel hosts export.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Fleet:
     hosts: int = 200
     ranks: int = 8
     layers: int = 300
-    mix: Literal["one", "many"] = "one"
+    mix: Literal["one", "lead", "many"] = "one"
+    """One run over all hosts, each of which exports its layers, or only that of rank 0; or a run a host."""
 
     def name(self, host: int) -> str:
         return f"host-{host:04d}:9477"
@@ -59,7 +60,7 @@ class Fleet:
     @property
     def run_id(self) -> str:
         """The run, or the first of them."""
-        return RUN if self.mix == "one" else f"{RUN}-0000"
+        return RUN if self.mix != "many" else f"{RUN}-0000"
 
 
 class Hosts:
@@ -71,19 +72,22 @@ class Hosts:
         self._steps, self._lock = 0, threading.Lock()
         self._recorders = [Recorder(root, self._manifest(rank)) for rank in range(fleet.ranks)]
         self._runs = Runs(root, retention_seconds=1e12)
-        self._exposition = Exposition(self._runs, series_budget=10_000_000, total_series=10_000_000)
-        self._exposition.watch("gpu", lambda: list(self._gpus()))
+        budgets = {"series_budget": 10_000_000, "total_series": 10_000_000}
+        self._lead = Exposition(self._runs, **budgets)
+        self._other = Exposition(self._runs, **budgets, layers="none") if fleet.mix == "lead" else self._lead
+        for exposition in {self._lead, self._other}:
+            exposition.watch("gpu", lambda: list(self._gpus()))
         first = time.time() - WARM_UP * STEP_SECONDS
         for step in range(WARM_UP):
             self.step(first + step * STEP_SECONDS)
         while self._runs.poll():
             pass
-        self._body, self._rendered = b"", 0.0
+        self._bodies: dict[Exposition, tuple[bytes, float]] = {}
 
     def _manifest(self, rank: int) -> Manifest:
         described, layers = manifest(self.fleet.layers), self.fleet.layers
         ring = RingGeometry(capacity=1024, parameters=layers, stats=len(SAMPLES))
-        many = self.fleet.hosts if self.fleet.mix == "one" else 1
+        many = self.fleet.hosts if self.fleet.mix != "many" else 1
         more: dict[str, Any] = {
             "run_id": RUN, "rank": rank, "world_size": self.fleet.ranks * many, "created_ns": time.time_ns(),
             "policies": ("nonfinite", "clip"), "data_parallel": self.fleet.ranks * many,
@@ -132,11 +136,13 @@ class Hosts:
 
     def scrape(self, host: int) -> bytes:
         """Return the text that this host would serve, at most a second old."""
+        exposition = self._lead if host == 0 else self._other
         with self._lock:
-            if time.monotonic() - self._rendered > 1:
+            body, rendered = self._bodies.get(exposition, (b"", 0.0))
+            if time.monotonic() - rendered > 1:
                 self._runs.poll()
-                self._body, self._rendered = self._exposition.render(TEXT), time.monotonic()
-            body = self._body
+                body = exposition.render(TEXT)
+                self._bodies[exposition] = body, time.monotonic()
         body = re.sub(rb'uuid="GPU-', b'uuid="GPU-%d-' % host, body)
         if self.fleet.mix == "many":
             return body.replace(b'run_id="%s"' % RUN.encode(), b'run_id="%s-%04d"' % (RUN.encode(), host))

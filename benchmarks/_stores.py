@@ -139,15 +139,24 @@ def victoria(name: str, folder: Path) -> Iterator[Store]:
         yield store
 
 
-def shard_config(targets: list[dict[str, Any]], interval: float, receivers: list[str]) -> dict[str, Any]:
-    """Fill in ``deploy/fleet/prometheus-shard.yml``: whom it scrapes, how often, and to which URLs it sends."""
+def shard_config(
+    targets: list[dict[str, Any]], interval: float, receivers: list[str], *, layers: bool
+) -> dict[str, Any]:
+    """Fill in ``deploy/fleet/prometheus-shard.yml``: whom it scrapes, how often, and to which URLs it sends.
+
+    ``layers`` has it record those too, where every host exports those of its runs.
+    """
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "fleet" / "prometheus-shard.yml").read_text())
     every = f"{round(interval * 1000)}ms"
     config["global"] |= {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every}
-    config["rule_files"] = [f"{RULES}/*.rules.yml"]
+    names = [path.name for path in RULES.glob("*.rules.yml") if layers or path.name != "fleet-layers.rules.yml"]
+    config["rule_files"] = [str(RULES / name) for name in names]
     (job,) = config["scrape_configs"]
     del job["authorization"], job["file_sd_configs"]
     job["static_configs"] = targets
     form = {key: config["remote_write"][0][key] for key in ("queue_config", "write_relabel_configs")}
+    if layers:
+        recorded = {"source_labels": ["__name__", "run_id"], "regex": "gradiometer_layer_[a-z_]+;.+", "action": "drop"}
+        form["write_relabel_configs"] = [form["write_relabel_configs"][0], recorded, *form["write_relabel_configs"][1:]]
     config["remote_write"] = [{"url": url, **form} for url in receivers]
     return config

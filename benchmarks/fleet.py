@@ -2,11 +2,14 @@
 
 Simulated hosts (:mod:`benchmarks._hosts` says what of them is real) are scraped by a real Prometheus as
 ``deploy/fleet/prometheus-shard.yml`` has it: it records ``fleet.rules.yml`` and remote-writes what is reduced to a
-VictoriaMetrics, and, with one run over all hosts, to a second Prometheus too. Then each panel of each dashboard is asked for
-the last hour, of which there are only the minutes that were scraped: twice as scraped, once of each central store,
+VictoriaMetrics, and, with one run over all hosts, to a second Prometheus too. Then each panel of each dashboard is asked
+for the last hour, of which there are only the minutes that were scraped: twice as scraped, once of each central store,
 in turn. How far the two times as scraped are apart is the noise.
 
-    python -m benchmarks.fleet [--hosts 200] [--minutes 4] [--mix one --mix many] [--rounds 5] [--json FILE] [--dry-run]
+The mixes: ``one`` run over all hosts, each of which exports its layers, so that they are recorded too; ``lead``, the
+same run where only the host of rank 0 does (the monitors' setting ``layers: lead``); ``many``, a run a host.
+
+    python -m benchmarks.fleet [--hosts 200] [--minutes 4] [--mix one …] [--rounds 5] [--json FILE] [--dry-run]
 """
 
 from __future__ import annotations
@@ -134,14 +137,15 @@ def measure(folder: Path, fleet: Fleet, options: argparse.Namespace) -> Details:
     with ExitStack() as stack:
         port, hosts = stack.enter_context(serving(fleet))
         central = [stack.enter_context(victoria("reduced, VictoriaMetrics", folder))]
-        if fleet.mix == "one":
+        if fleet.mix != "many":
             central.append(stack.enter_context(prometheus("reduced, Prometheus", folder)))
         targets = [
             {"targets": [f"127.0.0.1:{port}"], "labels": {"__metrics_path__": f"/{place}", "instance": fleet.name(place)}}
             for place in range(fleet.hosts)
         ]
         size = scrape_size(port)
-        config = shard_config(targets, interval, [f"{store.url}/api/v1/write" for store in central])
+        receivers = [f"{store.url}/api/v1/write" for store in central]
+        config = shard_config(targets, interval, receivers, layers=fleet.mix == "one")
         shard = stack.enter_context(prometheus(RAW, folder, config))
         _wait_for(shard, fleet, interval)
         usage, began = Usage([shard, *central]), time.monotonic()
@@ -179,7 +183,7 @@ def noise(asked: list[Details]) -> float:
 def show(mix: str, found: Details) -> None:
     """Print what was measured of one mix."""
     fleet, size = found["fleet"], found["scrape"]
-    runs = "one run" if mix == "one" else f"{fleet['hosts']} runs"
+    runs = {"one": "one run", "lead": "one run, its layers from the host of rank 0,", "many": "a run a host"}[mix]
     print(f"\n{runs} over {fleet['hosts']} hosts of {fleet['ranks']} ranks, {fleet['layers']} layers")
     kinds = ", ".join(f"{size[f'series_with_{label}']} with {label}" for label in ("layer", "rank", "gpu"))
     print(f"  a host: {size['series']} series ({kinds}), {size['bytes'] / 1024:.0f} KiB, {size['bytes_gzip'] / 1024:.0f}"
@@ -223,7 +227,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=4.0, help="of scraping, for each mix (default %(default)s)")
     parser.add_argument("--interval", type=float, default=15.0, help="seconds between scrapes (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of asking each panel (default %(default)s)")
-    parser.add_argument("--mix", choices=("one", "many"), action="append", help="one run, or one a host (default both)")
+    parser.add_argument("--mix", choices=("one", "lead", "many"), action="append", help="default all three")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     parser.add_argument("--dry-run", action="store_true", help="a tiny fleet for seconds: shows that it runs")
     options = parser.parse_args()
@@ -236,7 +240,7 @@ def main() -> None:
     """Measure each mix."""
     options = arguments()
     fleet, results = Fleet(hosts=options.hosts, ranks=options.ranks, layers=options.layers), {}
-    for mix in options.mix or ("one", "many"):
+    for mix in options.mix or ("one", "lead", "many"):
         with tempfile.TemporaryDirectory() as folder:
             results[mix] = found = measure(Path(folder), replace(fleet, mix=mix), options)
         found["noise"] = noise(found["panels"])

@@ -25,7 +25,7 @@ from gradiometer.recorder import Recorder
 from gradiometer_dashboards import load, names
 from gradiometer_dashboards.evaluation import Answer, Prometheus, View
 from gradiometer_dashboards.rules import fleet
-from gradiometer_monitor.exposition.exposition import TEXT, Exposition
+from gradiometer_monitor.exposition.exposition import TEXT, Exposition, LayersOf
 from gradiometer_monitor.following.runs import Runs
 from tests._receivers import Database, prometheus, victoria
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "deploy" / "fleet"
-RULES = ROOT / "dashboards" / "gradiometer_dashboards" / "alerts" / "fleet.rules.yml"
+RULES = ROOT / "dashboards" / "gradiometer_dashboards" / "alerts"
+FILES = (fleet.RUNS, fleet.LAYERS)
 if not EXAMPLES.is_dir():
     pytest.skip("the examples belong to the repository, not to the wheel", allow_module_level=True)
 
@@ -56,13 +57,21 @@ def _families(metric: str) -> tuple[str, ...]:
     return tuple(metric + part for part in ("_bucket", "_count", "_sum")) if histogram else (metric,)
 
 
-def _relabelled(name: str, labels: dict[str, str]) -> dict[str, str] | None:
+def _relabelling(*, layers_recorded: bool) -> list[dict[str, Any]]:
+    """Return the example's write_relabel_configs, with the line that it has for recorded layers or without."""
+    found: list[dict[str, Any]] = _shard()["remote_write"][0]["write_relabel_configs"]
+    line = re.search(r"# - (\{.*action: drop\})", (EXAMPLES / "prometheus-shard.yml").read_text(encoding="utf-8"))
+    assert line
+    return [found[0], *([yaml.safe_load(line[1])] if layers_recorded else []), *found[1:]]
+
+
+def _relabelled(name: str, labels: dict[str, str], *, layers_recorded: bool = False) -> dict[str, str] | None:
     """Do what the example's write_relabel_configs say; None drops the series."""
     found = {"__name__": name, "cluster": "a", **labels}
-    for each in _shard()["remote_write"][0]["write_relabel_configs"]:
+    for each in _relabelling(layers_recorded=layers_recorded):
         text = ";".join(found.get(label, "") for label in each["source_labels"])
         match = re.fullmatch(each["regex"], text)
-        if each.get("action") == "keep" and not match:
+        if (each.get("action") == "keep" and not match) or (each.get("action") == "drop" and match):
             return None
         if "target_label" in each and match:
             found[each["target_label"]] = match[1]
@@ -74,33 +83,37 @@ def test_every_metric_is_reduced_or_left() -> None:
     assert fleet.REDUCTIONS.keys() == CATALOGUE.keys()
 
 
-def test_rules_do_not_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_do_not_drift(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The committed rules are what the Python generates; ``--check`` says so and a build makes it so."""
     assert fleet.main(["--check"]) == 0
-    monkeypatch.setattr(fleet, "FILE", tmp_path / "alerts" / "fleet.rules.yml")
-    assert fleet.main(["--check"]) == 1
-    assert fleet.main([]) == 0
-    assert fleet.main(["--check"]) == 0
+    assert fleet.main(["--check", "--out", str(tmp_path)]) == 1
+    assert all(name in capsys.readouterr().err for name in FILES[:1])
+    assert fleet.main(["--out", str(tmp_path)]) == 0
+    assert fleet.main(["--check", "--out", str(tmp_path)]) == 0
 
 
-def test_rules_can_keep_more_labels(capsys: pytest.CaptureFixture[str]) -> None:
-    """``--by`` prints rules that keep other labels of the targets."""
-    assert fleet.main(["--by", "job,rack"]) == 0
-    assert "max by (job, rack, run_id) (gradiometer_loss)" in capsys.readouterr().out
+def test_rules_can_keep_more_labels(tmp_path: Path) -> None:
+    """``--by`` makes rules that keep other labels of the targets."""
+    assert fleet.main(["--by", "job,rack", "--out", str(tmp_path)]) == 0
+    assert "max by (job, rack, run_id) (gradiometer_loss)" in (tmp_path / fleet.RUNS).read_text()
+    assert "by (job, rack, run_id, layer)" in (tmp_path / fleet.LAYERS).read_text()
 
 
+@pytest.mark.parametrize("layers_recorded", [False, True])
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_only_what_is_reduced_or_of_a_host_is_sent(name: str) -> None:
+def test_only_what_is_reduced_or_of_a_host_is_sent(name: str, layers_recorded: bool) -> None:
     """What is the same on all hosts is sent as it was recorded, under its own name; all else as it is."""
     labels = dict.fromkeys(CATALOGUE[name].labels, "x") | {"job": "gradiometer"}
+    of_layers = CATALOGUE[name].labels == ("run_id", "layer")
     for family in _families(name):
-        sent = _relabelled(family, labels | {"instance": "host"})
-        if fleet.REDUCTIONS[name] == "each":
+        sent = _relabelled(family, labels | {"instance": "host"}, layers_recorded=layers_recorded)
+        if fleet.REDUCTIONS[name] == "each" or (of_layers and not layers_recorded):
             assert sent is not None
             assert (sent["__name__"], sent["instance"]) == (family, "host")
         else:
             assert sent is None
-            reduced = _relabelled(fleet.recorded(name, family.removeprefix(name)), labels)
+            recorded = fleet.recorded(name, family.removeprefix(name))
+            reduced = _relabelled(recorded, labels, layers_recorded=layers_recorded)
             assert reduced is not None
             assert (reduced["__name__"], reduced["instance"]) == (family, "a")
 
@@ -124,7 +137,8 @@ def test_both_receivers_get_the_same() -> None:
 @pytest.mark.native
 def test_promtool_accepts_the_examples(native_binary: Callable[[str], str]) -> None:
     """Prometheus finds no fault in the rules and in the configuration of a shard."""
-    for command in (["rules", str(RULES)], ["config", "--syntax-only", str(EXAMPLES / "prometheus-shard.yml")]):
+    files = [str(RULES / name) for name in FILES]
+    for command in (["rules", *files], ["config", "--syntax-only", str(EXAMPLES / "prometheus-shard.yml")]):
         done = subprocess.run(
             [native_binary("promtool"), "check", *command], capture_output=True, text=True, check=False, timeout=60
         )
@@ -196,7 +210,7 @@ CASES = [
 def test_recorded_counters_fall_only_with_their_run(tmp_path: Path, native_binary: Callable[[str], str]) -> None:
     """Promtool evaluates the rules over hosts that leave, runs that begin anew, and runs that end."""
     file = tmp_path / "cases.yml"
-    file.write_text(json.dumps({"rule_files": [str(RULES)], "evaluation_interval": "15s", "tests": CASES}))
+    file.write_text(json.dumps({"rule_files": [str(RULES / fleet.RUNS)], "evaluation_interval": "15s", "tests": CASES}))
     done = subprocess.run(
         [native_binary("promtool"), "test", "rules", file], capture_output=True, text=True, check=False, timeout=60
     )
@@ -207,6 +221,7 @@ def test_recorded_counters_fall_only_with_their_run(tmp_path: Path, native_binar
 class _Fleet:
     """Two hosts that were scraped, and stores that hold what they exposed."""
 
+    layers: LayersOf
     hosts: dict[str, Exposition]
     shard: Database
     central: Database
@@ -252,18 +267,18 @@ def _serve(hosts: dict[str, Exposition]) -> ThreadingHTTPServer:
     return server
 
 
-def _config(port: int, receivers: list[str]) -> str:
+def _config(port: int, receivers: list[str], layers: LayersOf) -> str:
     """Fill in the example of a shard: whom it scrapes, each second, and where it sends."""
     config = _shard()
     config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(RULES)]
+    config["rule_files"] = [str(RULES / name) for name in (FILES if layers == "all" else FILES[:1])]
     (job,) = config["scrape_configs"]
     del job["authorization"], job["file_sd_configs"]
     job["static_configs"] = [
         {"targets": [f"127.0.0.1:{port}"], "labels": {"__metrics_path__": f"/{host}", "instance": f"host-{host}"}}
         for host in ("a", "b")
     ]
-    relabel = config["remote_write"][0]["write_relabel_configs"]
+    relabel = _relabelling(layers_recorded=layers == "all")
     quick = config["remote_write"][0]["queue_config"] | {"batch_send_deadline": "500ms"}
     config["remote_write"] = [
         {"url": url, "queue_config": quick, "write_relabel_configs": relabel} for url in receivers
@@ -271,8 +286,9 @@ def _config(port: int, receivers: list[str]) -> str:
     return json.dumps(config)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["lead", "all"])
 def scraped(
+    request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     native_binary: Callable[[str], str],
     shared_spawn: Spawn,
@@ -282,13 +298,14 @@ def scraped(
     free_ports: Callable[[int], list[int]],
 ) -> Iterator[_Fleet]:
     """Two hosts behind a shard, which sends to a Prometheus and to a VictoriaMetrics."""
+    layers: LayersOf = request.param
     folder = tmp_path_factory.mktemp("fleet")
     recorders = _runs(folder, make_manifest, append)
     followed = {host: Runs(folder / host, retention_seconds=1e12) for host in recorders}
     for runs in followed.values():
         while runs.poll():
             pass
-    hosts = {host: Exposition(runs, series_budget=10_000) for host, runs in followed.items()}
+    hosts = {host: Exposition(runs, series_budget=10_000, layers=layers) for host, runs in followed.items()}
     server = _serve(hosts)
     stores, ports = {}, free_ports(3)
     for name, port in zip(("central", "shard"), ports, strict=False):
@@ -297,11 +314,11 @@ def scraped(
     stores["victoria"] = victoria(native_binary("victoria-metrics"), folder, ports[2], shared_spawn, wait_until)
     stores["victoria"].command.append("-search.latencyOffset=0s")  # else it answers of half a minute ago
     receivers = [stores[name].write_url for name in ("central", "victoria")]
-    (folder / "shard" / "prometheus.yml").write_text(_config(server.server_address[1], receivers))
+    (folder / "shard" / "prometheus.yml").write_text(_config(server.server_address[1], receivers, layers))
     for store in stores.values():
         store.start()
     for store in (stores["central"], stores["victoria"]):
-        _wait_for(_exposed(hosts), store)
+        _wait_for(_exposed(hosts, layers), store)
     for _ in range(20):
         for recorder in [*recorders["a"], *recorders["b"]]:
             append(recorder, [[1.0, 2.0, 3.0, 4.0]], time_ns=time.time_ns(), clipped=1)
@@ -309,7 +326,7 @@ def scraped(
     for runs in followed.values():
         runs.poll()
     time.sleep(4)  # what is scraped is evaluated a second later, and sent in another
-    yield _Fleet(hosts=hosts, **stores, end=time.time() - 1)
+    yield _Fleet(layers=layers, hosts=hosts, **stores, end=time.time() - 1)
     server.shutdown()
     server.server_close()
     for runs in followed.values():
@@ -333,10 +350,12 @@ def free_ports() -> Callable[[int], list[int]]:
     return find
 
 
-def _exposed(hosts: dict[str, Exposition]) -> dict[Key, float]:
+def _exposed(hosts: dict[str, Exposition], layers: LayersOf) -> dict[Key, float]:
     """Reduce what the hosts expose, as the table says, by hand."""
     found: dict[Key, list[float]] = {}
     reductions = {part: fleet.REDUCTIONS[name] for name in CATALOGUE for part in _families(name)}
+    if layers == "lead":
+        reductions |= dict.fromkeys([name for name in CATALOGUE if CATALOGUE[name].labels == ("run_id", "layer")], "each")
     for host, exposition in hosts.items():
         for family in parse_text(exposition.render().decode()):
             for sample in family.samples:
@@ -369,7 +388,7 @@ def _wait_for(expected: dict[Key, float], store: Database) -> None:
 @pytest.mark.parametrize("store", ["central", "victoria"])
 def test_what_arrives_is_what_the_hosts_exposed(scraped: _Fleet, store: str) -> None:
     """The central stores hold each series of the hosts, reduced as the table says, and of the shard's the few named."""
-    expected = _exposed(scraped.hosts)
+    expected = _exposed(scraped.hosts, scraped.layers)
     assert sum(key[0] == "gradiometer_agent_errors_total" for key in expected) == 3
     found = _stored(getattr(scraped, store))
     assert expected.keys() <= found.keys()

@@ -1,6 +1,6 @@
 """Recording rules that make one series a run of what each of its hosts exports: for fleets of many hosts.
 
-    python -m gradiometer_dashboards.rules.fleet [--check | --by job,cluster]
+    python -m gradiometer_dashboards.rules.fleet [--check | --by job,cluster --out FOLDER]
 
 Guarantees: every metric of the catalogue that hosts export of runs is either reduced over them or left as it is, by
 name; the same Python gives the same text. ``run:gradiometer_x:max`` is renamed to ``gradiometer_x`` on its way to the
@@ -8,6 +8,9 @@ central store (``deploy/fleet/prometheus-shard.yml``), where dashboards and aler
 
 A sum over hosts is never recorded: when a host leaves it falls, and ``rate`` takes the fall for a restart. What each
 process counts for itself stays a series a host, to be summed after the rate.
+
+Layers are a file of their own, ``fleet-layers.rules.yml``: where the monitors' setting ``layers`` is ``lead`` a run has
+each of its layers once already, and to record as many series again would cost more than all else here.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ from typing import Literal
 from gradiometer.metrics import CATALOGUE, Metric
 from gradiometer.metrics.of_monitor import OF_MONITOR
 
-__all__ = ["BY", "REDUCTIONS", "main", "recorded", "render"]
+__all__ = ["BY", "LAYERS", "REDUCTIONS", "RUNS", "main", "recorded", "render"]
 
 Reduction = Literal["max", "min", "each"]
 """Over the hosts of a run; ``each`` stays a series a host."""
 
 BY = ("job",)
 """Labels of targets that stay, beside those of the metric: ``instance`` does not."""
-FILE = Path(__file__).parent.parent / "alerts" / "fleet.rules.yml"
+FOLDER = Path(__file__).parent.parent / "alerts"
+RUNS, LAYERS = "fleet.rules.yml", "fleet-layers.rules.yml"
+
+_LAYER = ("run_id", "layer")
 
 _SAME = (
     "grad_norm", "grad_norm_window_max", "grad_norm_baseline", "grad_norm_mad", "clip_ratio", "layer_grad_norm_last",
@@ -78,19 +84,20 @@ def recorded(name: str, part: str = "") -> str:
     return f"run:{name}{part}:{REDUCTIONS[name]}"
 
 
-def render(by: Sequence[str] = BY) -> str:
-    """Return the text of ``alerts/fleet.rules.yml``; ``by`` are the labels of targets that stay."""
+def render(file: str, by: Sequence[str] = BY) -> str:
+    """Return the text of ``alerts/<file>``, :data:`RUNS` or :data:`LAYERS`; ``by`` are the labels that stay."""
     groups: dict[str, list[str]] = {}
     for metric in CATALOGUE.values():
-        if REDUCTIONS[metric.name] != "each":
+        if REDUCTIONS[metric.name] != "each" and (metric.labels == _LAYER) == (file == LAYERS):
             groups.setdefault(_group(metric), []).extend(_rules(metric, by))
     return _HEAD + "".join(f"  - name: {name}\n    rules:\n{''.join(rules)}" for name, rules in groups.items())
 
 
 def _group(metric: Metric) -> str:
-    """Put into one group what is evaluated one after the other: layers and ranks, which are many, have their own."""
-    found = next((label for label in ("layer", "rank") if label in metric.labels), "run")
-    return f"gradiometer-fleet-{found}s"
+    """Put into one group what is evaluated one after the other; what is many has groups of its own."""
+    if metric.labels == _LAYER:
+        return f"gradiometer-fleet-{metric.name.removeprefix('gradiometer_').replace('_', '-')}"
+    return "gradiometer-fleet-ranks" if "rank" in metric.labels else "gradiometer-fleet-runs"
 
 
 def _rules(metric: Metric, by: Sequence[str]) -> Iterator[str]:
@@ -105,20 +112,23 @@ def _rules(metric: Metric, by: Sequence[str]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the file, compare it, or print it with other labels; the exit status is 1 if it differs."""
-    parser = argparse.ArgumentParser(prog="python -m gradiometer_dashboards.rules.fleet", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the file is not what is generated")
-    parser.add_argument("--by", help="print the rules with these labels of targets kept, separated by commas")
+    """Write the files, or with ``--check`` only compare; the exit status is 1 if one differs."""
+    parser = argparse.ArgumentParser(prog="python -m gradiometer_dashboards.rules.fleet", description="Generate rules.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not what is generated")
+    parser.add_argument("--by", default=",".join(BY), help="labels of targets to keep, default %(default)s")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where to write, default the package")
     options = parser.parse_args(arguments)
-    if options.by:
-        sys.stdout.write(render(tuple(options.by.split(","))))
-    elif not options.check:
-        FILE.parent.mkdir(exist_ok=True)
-        FILE.write_text(render(), encoding="utf-8")
-    elif not FILE.is_file() or FILE.read_text(encoding="utf-8") != render():
-        sys.stderr.write(f"{FILE} is not what its Python generates: run python -m gradiometer_dashboards.rules.fleet\n")
-        return 1
-    return 0
+    drifted = []
+    for name in (RUNS, LAYERS):
+        path, text = options.out / name, render(name, tuple(options.by.split(",")))
+        if not options.check:
+            options.out.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            drifted.append(path)
+    for path in drifted:
+        sys.stderr.write(f"{path} is not what its Python generates: run python -m gradiometer_dashboards.rules.fleet\n")
+    return int(bool(drifted))
 
 
 if __name__ == "__main__":
