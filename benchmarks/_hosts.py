@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -72,9 +73,9 @@ class Hosts:
         self._steps, self._lock = 0, threading.Lock()
         self._recorders = [Recorder(root, self._manifest(rank)) for rank in range(fleet.ranks)]
         self._runs = Runs(root, retention_seconds=1e12)
-        budgets = {"series_budget": 10_000_000, "total_series": 10_000_000}
-        self._lead = Exposition(self._runs, **budgets)
-        self._other = Exposition(self._runs, **budgets, layers="none") if fleet.mix == "lead" else self._lead
+        make = partial(Exposition, self._runs, series_budget=10_000_000, total_series=10_000_000)
+        self._lead = make()
+        self._other = make(layers="none") if fleet.mix == "lead" else self._lead
         for exposition in {self._lead, self._other}:
             exposition.watch("gpu", lambda: list(self._gpus()))
         first = time.time() - WARM_UP * STEP_SECONDS

@@ -2,9 +2,9 @@
 
 Simulated hosts (:mod:`benchmarks._hosts` says what of them is real) are scraped by a real Prometheus as
 ``deploy/fleet/prometheus-shard.yml`` has it: it records ``fleet.rules.yml`` and remote-writes what is reduced to a
-VictoriaMetrics, and, with one run over all hosts, to a second Prometheus too. Then each panel of each dashboard is asked
-for the last hour, of which there are only the minutes that were scraped: twice as scraped, once of each central store,
-in turn. How far the two times as scraped are apart is the noise.
+VictoriaMetrics, and, with one run over all hosts, to a second Prometheus too. Then each panel of each dashboard is
+asked for the last hour, of which there are only the minutes that were scraped: twice as scraped, once of each central
+store, in turn. How far the two times as scraped are apart is the noise.
 
 The mixes: ``one`` run over all hosts, each of which exports its layers, so that they are recorded too; ``lead``, the
 same run where only the host of rank 0 does (the monitors' setting ``layers: lead``); ``many``, a run a host.
@@ -140,7 +140,10 @@ def measure(folder: Path, fleet: Fleet, options: argparse.Namespace) -> Details:
         if fleet.mix != "many":
             central.append(stack.enter_context(prometheus("reduced, Prometheus", folder)))
         targets = [
-            {"targets": [f"127.0.0.1:{port}"], "labels": {"__metrics_path__": f"/{place}", "instance": fleet.name(place)}}
+            {
+                "targets": [f"127.0.0.1:{port}"],
+                "labels": {"__metrics_path__": f"/{place}", "instance": fleet.name(place)},
+            }
             for place in range(fleet.hosts)
         ]
         size = scrape_size(port)
@@ -186,36 +189,41 @@ def show(mix: str, found: Details) -> None:
     runs = {"one": "one run", "lead": "one run, its layers from the host of rank 0,", "many": "a run a host"}[mix]
     print(f"\n{runs} over {fleet['hosts']} hosts of {fleet['ranks']} ranks, {fleet['layers']} layers")
     kinds = ", ".join(f"{size[f'series_with_{label}']} with {label}" for label in ("layer", "rank", "gpu"))
-    print(f"  a host: {size['series']} series ({kinds}), {size['bytes'] / 1024:.0f} KiB, {size['bytes_gzip'] / 1024:.0f}"
-          f" KiB compressed; scraped in {found['scrape_seconds'] * 1e3:.0f} ms at most")  # fmt: skip
-    print(f"  {found['hosts_up']:.0f} hosts up, {found['series_scraped']:.0f} series scraped")
+    text, packed = size["bytes"] / 1024, size["bytes_gzip"] / 1024
+    print(f"  the first host: {size['series']} series ({kinds}), {text:.0f} KiB, {packed:.0f} KiB compressed")
+    slowest = found["scrape_seconds"] * 1e3
+    print(f"  {found['hosts_up']:.0f} hosts up, {found['series_scraped']:.0f} series; slowest scrape {slowest:.0f} ms")
     for name, store in found["stores"].items():
-        after = found["stores_after_queries"][name]["peak_rss_bytes"]
-        print(f"  {name:26} {store['series']:8} series {store['samples_per_second']:8.0f} samples/s "
-              f"{store['cores']:5.2f} cores {store['rss_bytes'] / 2**20:6.0f} MiB (peak {store['peak_rss_bytes'] / 2**20:.0f}, "
-              f"with queries {after / 2**20:.0f})")  # fmt: skip
+        rss, peak = store["rss_bytes"] / 2**20, found["stores_after_queries"][name]["peak_rss_bytes"] / 2**20
+        print(f"  {name:26} {store['series']:8} series {store['samples_per_second']:8.0f} samples/s", end=" ")
+        print(f"{store['cores']:5.2f} cores {rss:6.0f} MiB, {peak:.0f} at most with the queries")
     for name, seconds in found["rules"]["seconds"].items():
-        print(f"  rules {name:36} {seconds * 1e3:8.1f} ms")
+        print(f"  rules {name:46} {seconds * 1e3:8.1f} ms")
     for name in found["rules"]["failed"]:
         print(f"  rule {name} FAILED")
-    stores = [name for name in (RAW, *found["stores"]) if name != RAW]
-    print(f"  panels, median (max) of a round in ms; A/A noise {found['noise']:.1%}\n  {'':46}{RAW:>24}"
-          + "".join(f"{name:>26}" for name in stores))  # fmt: skip
-    for each in found["panels"]:
-        cells = [each["seconds"].get(name) for name in (RAW, *stores)]
-        texts = [f"{c['median'] * 1e3:.0f} ({c['max'] * 1e3:.0f})" if c else "failed" for c in cells]
-        print(f"  {each['dashboard'] + ': ' + each['panel']:46.46}{texts[0]:>24}" + "".join(f"{t:>26}" for t in texts[1:]))
-    for board in dict.fromkeys(each["dashboard"] for each in found["panels"]):
-        sums = [_sum(found["panels"], board, name) for name in (RAW, *stores)]
-        print(f"  {board + ', all panels':46}{sums[0]:>21.0f} ms" + "".join(f"{total:>23.0f} ms" for total in sums[1:]))
+    _show_panels(found)
+
+
+def _show_panels(found: Details) -> None:
+    asked, stores = found["panels"], list(found["stores"])
+    print(f"  panels, median (max) in ms; A/A noise {found['noise']:.1%}")
+    print(f"  {'':52}" + "".join(f"{name:>26}" for name in stores))
+    for each in asked:
+        cells = [each["seconds"].get(name) for name in stores]
+        texts = [f"{cell['median'] * 1e3:.0f} ({cell['max'] * 1e3:.0f})" if cell else "failed" for cell in cells]
+        print(f"  {each['dashboard'] + ': ' + each['panel']:52.52}" + "".join(f"{text:>26}" for text in texts))
+    for board in dict.fromkeys(each["dashboard"] for each in asked):
+        sums = [_sum(asked, board, name) for name in stores]
+        print(f"  {board + ', all panels':52}" + "".join(f"{total:>23.0f} ms" for total in sums))
 
 
 def _sum(asked: list[Details], board: str, store: str) -> float:
-    return sum(
+    total: float = sum(
         1e3 * each["seconds"][store]["median"]
         for each in asked
         if each["dashboard"] == board and store in each["seconds"]
     )
+    return total
 
 
 def arguments() -> argparse.Namespace:

@@ -439,7 +439,10 @@ def test_a_run_on_many_hosts_has_its_layers_once(
     exposition = Exposition(follow(tmp_path), series_budget=10_000, layers=layers)
     samples = _samples(exposition.render().decode())
     assert {labels[0] for name, labels in samples if name == "gradiometer_layer_nonfinite_total"} == shown
-    assert {labels[0] for name, labels in samples if name == "gradiometer_layer_grad_norm_quantile"} == {"lead", "other"}
+    assert {labels[0] for name, labels in samples if name == "gradiometer_layer_grad_norm_quantile"} == {
+        "lead",
+        "other",
+    }
     assert {value for (name, _), value in samples.items() if name == "gradiometer_series_omitted"} == {0}
     exposition.change_budgets(10_000, 10_000, "all")
     found = _samples(exposition.render().decode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "deploy" / "fleet"
 RULES = ROOT / "dashboards" / "gradiometer_dashboards" / "alerts"
 FILES = (fleet.RUNS, fleet.LAYERS)
+LAYERS: tuple[LayersOf, ...] = ("lead", "all")
 if not EXAMPLES.is_dir():
     pytest.skip("the examples belong to the repository, not to the wheel", allow_module_level=True)
 
@@ -221,7 +223,6 @@ def test_recorded_counters_fall_only_with_their_run(tmp_path: Path, native_binar
 class _Fleet:
     """Two hosts that were scraped, and stores that hold what they exposed."""
 
-    layers: LayersOf
     hosts: dict[str, Exposition]
     shard: Database
     central: Database
@@ -235,7 +236,11 @@ def _runs(root: Path, make_manifest: MakeManifest, append: Append) -> dict[str, 
     recorders: dict[str, list[Recorder]] = {"a": [], "b": []}
     for place, (run_id, rank) in enumerate([("wide", 0), ("wide", 1), ("wide", 2), ("wide", 3), ("solo", 0)]):
         host = "a" if place < 2 else "b"
-        described = {"job": "train.py", "created_ns": time.time_ns(), "policies": ("clip",)}  # empty labels are none
+        described: dict[str, Any] = {
+            "job": "train.py",
+            "created_ns": time.time_ns(),
+            "policies": ("clip",),
+        }  # empty labels are none
         manifest = make_manifest(run_id, rank=rank, world_size=4, **described)
         recorder = Recorder(root / host, manifest)
         recorder.status.agent_errors, recorder.status.rows_dropped = 1 + place, place
@@ -286,68 +291,77 @@ def _config(port: int, receivers: list[str], layers: LayersOf) -> str:
     return json.dumps(config)
 
 
-@pytest.fixture(scope="module", params=["lead", "all"])
-def scraped(
-    request: pytest.FixtureRequest,
+@pytest.fixture(scope="module")
+def fleets(
     tmp_path_factory: pytest.TempPathFactory,
-    native_binary: Callable[[str], str],
-    shared_spawn: Spawn,
-    wait_until: WaitUntil,
+    make_store: Callable[[Path, LayersOf, int], dict[str, Database]],
     make_manifest: MakeManifest,
     append: Append,
-    free_ports: Callable[[int], list[int]],
-) -> Iterator[_Fleet]:
-    """Two hosts behind a shard, which sends to a Prometheus and to a VictoriaMetrics."""
-    layers: LayersOf = request.param
+) -> Iterator[dict[LayersOf, _Fleet]]:
+    """The same two hosts, exporting all layers and those of rank 0, each behind a shard with central stores."""
     folder = tmp_path_factory.mktemp("fleet")
     recorders = _runs(folder, make_manifest, append)
     followed = {host: Runs(folder / host, retention_seconds=1e12) for host in recorders}
-    for runs in followed.values():
-        while runs.poll():
-            pass
-    hosts = {host: Exposition(runs, series_budget=10_000, layers=layers) for host, runs in followed.items()}
-    server = _serve(hosts)
-    stores, ports = {}, free_ports(3)
-    for name, port in zip(("central", "shard"), ports, strict=False):
-        (folder / name).mkdir()
-        stores[name] = prometheus(native_binary("prometheus"), folder / name, port, shared_spawn, wait_until)
-    stores["victoria"] = victoria(native_binary("victoria-metrics"), folder, ports[2], shared_spawn, wait_until)
-    stores["victoria"].command.append("-search.latencyOffset=0s")  # else it answers of half a minute ago
-    receivers = [stores[name].write_url for name in ("central", "victoria")]
-    (folder / "shard" / "prometheus.yml").write_text(_config(server.server_address[1], receivers, layers))
-    for store in stores.values():
-        store.start()
-    for store in (stores["central"], stores["victoria"]):
-        _wait_for(_exposed(hosts, layers), store)
+    _read(followed)
+    started: dict[LayersOf, tuple[dict[str, Exposition], ThreadingHTTPServer, dict[str, Database]]] = {}
+    for layers in LAYERS:
+        hosts = {host: Exposition(runs, series_budget=10_000, layers=layers) for host, runs in followed.items()}
+        server = _serve(hosts)
+        started[layers] = hosts, server, make_store(folder / layers, layers, server.server_address[1])
+    for layers, (hosts, _, stores) in started.items():
+        for store in (stores["central"], stores["victoria"]):
+            _wait_for(_exposed(hosts, layers), store)
     for _ in range(20):
         for recorder in [*recorders["a"], *recorders["b"]]:
             append(recorder, [[1.0, 2.0, 3.0, 4.0]], time_ns=time.time_ns(), clipped=1)
         time.sleep(0.1)
-    for runs in followed.values():
-        runs.poll()
+        _read(followed)
     time.sleep(4)  # what is scraped is evaluated a second later, and sent in another
-    yield _Fleet(layers=layers, hosts=hosts, **stores, end=time.time() - 1)
-    server.shutdown()
-    server.server_close()
+    end = time.time() - 1
+    yield {layers: _Fleet(hosts=hosts, **stores, end=end) for layers, (hosts, _, stores) in started.items()}
+    for _, server, _ in started.values():
+        server.shutdown()
+        server.server_close()
     for runs in followed.values():
         runs.close()
     for recorder in [*recorders["a"], *recorders["b"]]:
         recorder.close()
 
 
+def _read(followed: dict[str, Runs]) -> None:
+    for runs in followed.values():
+        while runs.poll():
+            pass
+
+
 @pytest.fixture(scope="module")
-def free_ports() -> Callable[[int], list[int]]:
-    """Give a function that finds ports of loopback that were free a moment ago."""
-    import socket
+def make_store(
+    native_binary: Callable[[str], str], shared_spawn: Spawn, wait_until: WaitUntil
+) -> Callable[[Path, LayersOf, int], dict[str, Database]]:
+    """Give a function that starts a shard, which scrapes the hosts behind a port, and its central stores."""
 
-    def find(count: int) -> list[int]:
-        probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-        ports = [probe.getsockname()[1] for probe in probes]
-        for probe in probes:
-            probe.close()
-        return ports
+    def make(folder: Path, layers: LayersOf, port: int) -> dict[str, Database]:
+        stores, ports = {}, _free_ports(3)
+        for name, own in zip(("central", "shard"), ports, strict=False):
+            (folder / name).mkdir(parents=True)
+            stores[name] = prometheus(native_binary("prometheus"), folder / name, own, shared_spawn, wait_until)
+        stores["victoria"] = victoria(native_binary("victoria-metrics"), folder, ports[2], shared_spawn, wait_until)
+        stores["victoria"].command.append("-search.latencyOffset=0s")  # else it answers of half a minute ago
+        receivers = [stores[name].write_url for name in ("central", "victoria")]
+        (folder / "shard" / "prometheus.yml").write_text(_config(port, receivers, layers))
+        for store in stores.values():
+            store.start()
+        return stores
 
-    return find
+    return make
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
 def _exposed(hosts: dict[str, Exposition], layers: LayersOf) -> dict[Key, float]:
@@ -355,7 +369,9 @@ def _exposed(hosts: dict[str, Exposition], layers: LayersOf) -> dict[Key, float]
     found: dict[Key, list[float]] = {}
     reductions = {part: fleet.REDUCTIONS[name] for name in CATALOGUE for part in _families(name)}
     if layers == "lead":
-        reductions |= dict.fromkeys([name for name in CATALOGUE if CATALOGUE[name].labels == ("run_id", "layer")], "each")
+        reductions |= dict.fromkeys(
+            [name for name in CATALOGUE if CATALOGUE[name].labels == ("run_id", "layer")], "each"
+        )
     for host, exposition in hosts.items():
         for family in parse_text(exposition.render().decode()):
             for sample in family.samples:
@@ -386,9 +402,11 @@ def _wait_for(expected: dict[Key, float], store: Database) -> None:
 @pytest.mark.native
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["central", "victoria"])
-def test_what_arrives_is_what_the_hosts_exposed(scraped: _Fleet, store: str) -> None:
+@pytest.mark.parametrize("layers", LAYERS)
+def test_what_arrives_is_what_the_hosts_exposed(fleets: dict[LayersOf, _Fleet], layers: LayersOf, store: str) -> None:
     """The central stores hold each series of the hosts, reduced as the table says, and of the shard's the few named."""
-    expected = _exposed(scraped.hosts, scraped.layers)
+    scraped = fleets[layers]
+    expected = _exposed(scraped.hosts, layers)
     assert sum(key[0] == "gradiometer_agent_errors_total" for key in expected) == 3
     found = _stored(getattr(scraped, store))
     assert expected.keys() <= found.keys()
@@ -411,8 +429,12 @@ def _numbers(values: list[float]) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("board", names())
 @pytest.mark.parametrize("store", ["central", "victoria"])
-def test_dashboards_say_the_same_of_both(scraped: _Fleet, board: str, store: str) -> None:
+@pytest.mark.parametrize("layers", LAYERS)
+def test_dashboards_say_the_same_of_both(
+    fleets: dict[LayersOf, _Fleet], board: str, layers: LayersOf, store: str
+) -> None:
     """Each query of a dashboard gives, of what is reduced, the series and numbers that it gives of the hosts."""
+    scraped = fleets[layers]
     views = [
         View(
             dashboard=load(board), prometheus=Prometheus(url=each.url), start=scraped.end - 30, end=scraped.end,

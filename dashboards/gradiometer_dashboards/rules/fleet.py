@@ -74,7 +74,7 @@ REDUCTIONS: dict[str, Reduction] = {
 _HEAD = """\
 # Written by `python -m gradiometer_dashboards.rules.fleet`; docs/scaling.md tells when and how to use it.
 # Evaluate it as often as hosts are scraped (evaluation_interval = scrape_interval). A counter that falls, but to no
-# less than half, fell because the host that counted most left: it stays where it was. One that falls further began anew.
+# less than half, fell because the host that counted most left: it stays. One that falls further began anew.
 groups:
 """
 
