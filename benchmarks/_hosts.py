@@ -3,7 +3,8 @@
 What is real: the ring of each rank of one host, written row by row, the monitor's following of them and its scrape,
 compressed as the monitor does. What is simulated: the numbers in the rows, the GPUs, and the other hosts, whose scrapes
 are that of the first with its ranks (one run over all hosts) or its run (a run a host) and its GPUs renamed, without
-the layers where only the host of rank 0 exports them. So the norms of two hosts are the same, which is what data-parallel hosts export.
+the layers where only the host of rank 0 exports them. So the norms of two hosts are the same, which is what
+data-parallel hosts export.
 """
 
 from __future__ import annotations
