@@ -43,7 +43,10 @@ STEP_SECONDS = 0.25
 WARM_UP = 600
 """Steps that each rank took before the first scrape: baselines, scores and noise scale are there."""
 RUN = "fleet"
-PARTS = {"ecc_errors_total": ("corrected", "uncorrected"), "throttled": ("power_cap", "thermal", "hardware")}
+PARTS = {
+    "ecc_errors_total": ("corrected", "uncorrected"),
+    "throttled": ("power_cap", "thermal", "hardware_thermal", "hardware_power_brake", "hardware"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

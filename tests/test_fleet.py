@@ -246,9 +246,9 @@ def _runs(root: Path, make_manifest: MakeManifest, append: Append) -> dict[str, 
         recorder.status.agent_errors, recorder.status.rows_dropped = 1 + place, place
         recorder.policies[:] = np.nan
         recorder.policies[:, 0] = 1.5, 0.5 / (1 + place)
-        norms = np.random.default_rng(0).random((150, 4)) + 1
+        norms = np.random.default_rng(0).random((200, 4)) + 1
         now = time.time_ns()
-        append(recorder, norms, time_ns=[now + step * 10**6 for step in range(150)], clipped=1, loss=2.0 + place)
+        append(recorder, norms, time_ns=[now + step * 10**6 for step in range(200)], clipped=1, loss=2.0 + place)
         recorders[host].append(recorder)
     return recorders
 
@@ -450,3 +450,21 @@ def test_dashboards_say_the_same_of_both(
                 assert again == pytest.approx(told, rel=1e-6), (panel["title"], raw.expr)
             elif raw.instant and "increase(" in raw.expr:
                 assert again == pytest.approx(told, rel=0.3), (panel["title"], raw.expr)
+
+
+def test_figures_of_the_page_on_scaling(tmp_path: Path, make_manifest: MakeManifest, append: Append) -> None:
+    """A run, a policy, a rank and a layer have as many series as docs/scaling.md computes with."""
+    recorders = _runs(tmp_path, make_manifest, append)
+    runs = Runs(tmp_path / "a", retention_seconds=1e12)
+    _read({"a": runs})
+    text = Exposition(runs, series_budget=10_000).render().decode()
+    found = [sample for family in parse_text(text) for sample in family.samples if "run_id" in sample.labels]
+    of = {label: [s for s in found if label in s.labels] for label in ("layer", "rank", "mode")}
+    layers = {sample.labels["layer"] for sample in of["layer"]}
+    assert len(of["layer"]) == 4 * len(layers)
+    assert len(of["mode"]) == 3
+    assert 2 <= len(of["rank"]) / 2 <= 7
+    assert len(found) - sum(map(len, of.values())) == pytest.approx(80, abs=6)
+    runs.close()
+    for recorder in [*recorders["a"], *recorders["b"]]:
+        recorder.close()
