@@ -156,7 +156,8 @@ def shard_config(
     job["static_configs"] = targets
     form = {key: config["remote_write"][0][key] for key in ("queue_config", "write_relabel_configs")}
     if layers:
-        recorded = {"source_labels": ["__name__", "run_id"], "regex": "gradiometer_layer_[a-z_]+;.+", "action": "drop"}
+        names_of_layers = "gradiometer_(?:layer_[a-z_]+|series_omitted);.+"
+        recorded = {"source_labels": ["__name__", "run_id"], "regex": names_of_layers, "action": "drop"}
         form["write_relabel_configs"] = [form["write_relabel_configs"][0], recorded, *form["write_relabel_configs"][1:]]
     config["remote_write"] = [{"url": url, **form} for url in receivers]
     return config

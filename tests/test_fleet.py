@@ -106,7 +106,7 @@ def test_rules_can_keep_more_labels(tmp_path: Path) -> None:
 def test_only_what_is_reduced_or_of_a_host_is_sent(name: str, layers_recorded: bool) -> None:
     """What is the same on all hosts is sent as it was recorded, under its own name; all else as it is."""
     labels = dict.fromkeys(CATALOGUE[name].labels, "x") | {"job": "gradiometer"}
-    of_layers = CATALOGUE[name].labels == ("run_id", "layer")
+    of_layers = fleet.of_layers(CATALOGUE[name])
     for family in _families(name):
         sent = _relabelled(family, labels | {"instance": "host"}, layers_recorded=layers_recorded)
         if fleet.REDUCTIONS[name] == "each" or (of_layers and not layers_recorded):
@@ -164,46 +164,51 @@ def _case(of: str, name: str, series: dict[str, str], expected: dict[str, dict[s
     }
 
 
-STEPS, GAUGE, RUN = "gradiometer_steps_total", "gradiometer_grad_norm_last", '{job="g", run_id="r"}'
+COUNTER, GAUGE, RUN = "gradiometer_policy_changes_total", "gradiometer_clip_threshold", '{job="g", run_id="r"}'
 CASES = [
     _case(
         "a counter stays where it was when the host that counted most leaves, and goes on when it is overtaken",
-        fleet.recorded(STEPS),
+        fleet.recorded(COUNTER),
         {
-            f'{STEPS}{{job="g", instance="a", run_id="r"}}': "0+10x3 stale",
-            f'{STEPS}{{job="g", instance="b", run_id="r"}}': "0+9x8",
+            f'{COUNTER}{{job="g", instance="a", run_id="r"}}': "0+10x3 stale",
+            f'{COUNTER}{{job="g", instance="b", run_id="r"}}': "0+9x8",
         },
         {"45s": {RUN: 30}, "60s": {RUN: 36}, "90s": {RUN: 54}},
     ),
     _case(
         "a counter does not fall behind what it was",
-        fleet.recorded(STEPS),
+        fleet.recorded(COUNTER),
         {
-            f'{STEPS}{{job="g", instance="a", run_id="r"}}': "100+0x1 stale",
-            f'{STEPS}{{job="g", instance="b", run_id="r"}}': "99+0x4",
+            f'{COUNTER}{{job="g", instance="a", run_id="r"}}': "100+0x1 stale",
+            f'{COUNTER}{{job="g", instance="b", run_id="r"}}': "99+0x4",
         },
         {"15s": {RUN: 100}, "60s": {RUN: 100}},
     ),
     _case(
         "a run that began anew counts from there",
-        fleet.recorded(STEPS),
-        {f'{STEPS}{{job="g", instance="a", run_id="r"}}': "100 110 3 13"},
+        fleet.recorded(COUNTER),
+        {f'{COUNTER}{{job="g", instance="a", run_id="r"}}': "100 110 3 13"},
         {"15s": {RUN: 110}, "30s": {RUN: 3}, "45s": {RUN: 13}},
     ),
     _case(
         "a run that leaves is not recorded any more",
-        fleet.recorded(STEPS),
-        {f'{STEPS}{{job="g", instance="a", run_id="r"}}': "100 110 stale"},
+        fleet.recorded(COUNTER),
+        {f'{COUNTER}{{job="g", instance="a", run_id="r"}}': "100 110 stale"},
         {"15s": {RUN: 110}, "60s": {}},
     ),
     _case(
-        "ranks stay apart",
+        "policies stay apart",
         fleet.recorded(GAUGE),
         {
-            f'{GAUGE}{{job="g", instance="a", run_id="r", rank="0"}}': "1 2",
-            f'{GAUGE}{{job="g", instance="b", run_id="r", rank="1"}}': "3 1",
+            f'{GAUGE}{{job="g", instance="a", run_id="r", policy="p", mode="act"}}': "1 2",
+            f'{GAUGE}{{job="g", instance="b", run_id="r", policy="q", mode="act"}}': "3 1",
         },
-        {"15s": {'{job="g", run_id="r", rank="0"}': 2, '{job="g", run_id="r", rank="1"}': 1}},
+        {
+            "15s": {
+                '{job="g", run_id="r", policy="p", mode="act"}': 2,
+                '{job="g", run_id="r", policy="q", mode="act"}': 1,
+            }
+        },
     ),
 ]
 
@@ -240,8 +245,8 @@ def _runs(root: Path, make_manifest: MakeManifest, append: Append) -> dict[str, 
             "job": "train.py",
             "created_ns": time.time_ns(),
             "policies": ("clip",),
-        }  # empty labels are none
-        manifest = make_manifest(run_id, rank=rank, world_size=4, **described)
+        }
+        manifest = make_manifest(run_id, rank=rank, world_size=4, capacity=512, **described)
         recorder = Recorder(root / host, manifest)
         recorder.status.agent_errors, recorder.status.rows_dropped = 1 + place, place
         recorder.policies[:] = np.nan
@@ -369,9 +374,7 @@ def _exposed(hosts: dict[str, Exposition], layers: LayersOf) -> dict[Key, float]
     found: dict[Key, list[float]] = {}
     reductions = {part: fleet.REDUCTIONS[name] for name in CATALOGUE for part in _families(name)}
     if layers == "lead":
-        reductions |= dict.fromkeys(
-            [name for name in CATALOGUE if CATALOGUE[name].labels == ("run_id", "layer")], "each"
-        )
+        reductions |= dict.fromkeys([name for name in CATALOGUE if fleet.of_layers(CATALOGUE[name])], "each")
     for host, exposition in hosts.items():
         for family in parse_text(exposition.render().decode()):
             for sample in family.samples:
@@ -458,6 +461,9 @@ def test_figures_of_the_page_on_scaling(tmp_path: Path, make_manifest: MakeManif
     runs = Runs(tmp_path / "a", retention_seconds=1e12)
     _read({"a": runs})
     text = Exposition(runs, series_budget=10_000).render().decode()
+    runs.close()
+    for recorder in [*recorders["a"], *recorders["b"]]:
+        recorder.close()
     found = [sample for family in parse_text(text) for sample in family.samples if "run_id" in sample.labels]
     of = {label: [s for s in found if label in s.labels] for label in ("layer", "rank", "mode")}
     layers = {sample.labels["layer"] for sample in of["layer"]}
@@ -465,6 +471,3 @@ def test_figures_of_the_page_on_scaling(tmp_path: Path, make_manifest: MakeManif
     assert len(of["mode"]) == 3
     assert 2 <= len(of["rank"]) / 2 <= 7
     assert len(found) - sum(map(len, of.values())) == pytest.approx(80, abs=6)
-    runs.close()
-    for recorder in [*recorders["a"], *recorders["b"]]:
-        recorder.close()

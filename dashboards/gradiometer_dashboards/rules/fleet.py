@@ -24,7 +24,7 @@ from typing import Literal
 from gradiometer.metrics import CATALOGUE, Metric
 from gradiometer.metrics.of_monitor import OF_MONITOR
 
-__all__ = ["BY", "LAYERS", "REDUCTIONS", "RUNS", "main", "recorded", "render"]
+__all__ = ["BY", "LAYERS", "REDUCTIONS", "RUNS", "main", "of_layers", "recorded", "render"]
 
 Reduction = Literal["max", "min", "each"]
 """Over the hosts of a run; ``each`` stays a series a host."""
@@ -34,24 +34,25 @@ BY = ("job",)
 FOLDER = Path(__file__).parent.parent / "alerts"
 RUNS, LAYERS = "fleet.rules.yml", "fleet-layers.rules.yml"
 
-_LAYER = ("run_id", "layer")
-
 _SAME = (
-    "grad_norm", "grad_norm_window_max", "grad_norm_baseline", "grad_norm_mad", "clip_ratio", "layer_grad_norm_last",
+    "grad_norm", "grad_norm_window_max", "grad_norm_mad", "clip_ratio", "layer_grad_norm_last",
     "layer_grad_norm_window_max", "layer_grad_norm_quantile", "layer_nonfinite_total", "layer_anomaly_score",
     "layers_vanishing", "layers_exploding", "layer_state", "layer_weight_norm", "layer_update_ratio",
-    "layer_grad_cosine", "grad_cosine", "grad_noise_scale", "steps_total", "nonfinite_steps_total",
-    "skipped_steps_total", "nonfinite_updates_total", "skipped_steps_in_a_row", "clip_events_total", "clip_threshold",
-    "policy_revision", "policy_changes_total", "policy_rejections_total", "policy_actions_total", "step_seconds",
-    "loss", "learning_rate", "loss_scale", "run_state", "run_info", "run_label_info", "series_omitted",
+    "layer_grad_cosine", "grad_cosine", "grad_noise_scale", "skipped_steps_in_a_row", "clip_events_total",
+    "clip_threshold", "policy_revision", "policy_changes_total", "policy_rejections_total", "policy_actions_total",
+    "step_seconds", "loss", "learning_rate", "loss_scale", "run_state", "run_info", "run_label_info", "series_omitted",
 )  # fmt: skip
 """The same on every host but for the instant at which it was scraped, or such that the largest is what matters."""
+_SMALLEST = ("clip_coefficient", "uncounted_steps")
 _OF_RANKS = (
     "grad_norm_last", "rank_nonfinite_total", "rank_microbatch_norm_last", "rank_norm_deviation", "rank_steps_behind",
     "rank_lag_seconds", "last_step_timestamp_seconds",
 )  # fmt: skip
-"""A rank is on one host: there is nothing to reduce but ``instance``."""
-_SMALLEST = ("clip_coefficient", "uncounted_steps")
+"""A rank is on one host: there is nothing to reduce."""
+_COMPARED = (
+    "steps_total", "nonfinite_steps_total", "skipped_steps_total", "nonfinite_updates_total", "grad_norm_baseline",
+)  # fmt: skip
+"""By which dashboards compare the hosts of a run."""
 _OF_PROCESSES = (
     "rows_dropped_total", "events_dropped_total", "series_dropped_total", "agent_errors_total", "agent_seconds_total",
     "callback_failures_total", "build_info",
@@ -64,9 +65,9 @@ def _named(names: Sequence[str], reduction: Reduction) -> dict[str, Reduction]:
 
 
 REDUCTIONS: dict[str, Reduction] = {
-    **_named((*_SAME, *_OF_RANKS), "max"),
+    **_named(_SAME, "max"),
     **_named(_SMALLEST, "min"),
-    **_named(_OF_PROCESSES, "each"),
+    **_named((*_OF_RANKS, *_COMPARED, *_OF_PROCESSES), "each"),
     **{metric.name: "each" for metric in OF_MONITOR},
 }
 """How each metric of the catalogue is reduced over the hosts of a run."""
@@ -88,16 +89,21 @@ def render(file: str, by: Sequence[str] = BY) -> str:
     """Return the text of ``alerts/<file>``, :data:`RUNS` or :data:`LAYERS`; ``by`` are the labels that stay."""
     groups: dict[str, list[str]] = {}
     for metric in CATALOGUE.values():
-        if REDUCTIONS[metric.name] != "each" and (metric.labels == _LAYER) == (file == LAYERS):
+        if REDUCTIONS[metric.name] != "each" and of_layers(metric) == (file == LAYERS):
             groups.setdefault(_group(metric), []).extend(_rules(metric, by))
     return _HEAD + "".join(f"  - name: {name}\n    rules:\n{''.join(rules)}" for name, rules in groups.items())
 
 
+def of_layers(metric: Metric) -> bool:
+    """Tell whether a metric comes and goes with the monitors' setting ``layers``, or is joined with one that does."""
+    return metric.labels == ("run_id", "layer") or metric.name == "gradiometer_series_omitted"
+
+
 def _group(metric: Metric) -> str:
     """Put into one group what is evaluated one after the other; what is many has groups of its own."""
-    if metric.labels == _LAYER:
+    if of_layers(metric):
         return f"gradiometer-fleet-{metric.name.removeprefix('gradiometer_').replace('_', '-')}"
-    return "gradiometer-fleet-ranks" if "rank" in metric.labels else "gradiometer-fleet-runs"
+    return "gradiometer-fleet-runs"
 
 
 def _rules(metric: Metric, by: Sequence[str]) -> Iterator[str]:
