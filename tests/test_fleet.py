@@ -250,7 +250,6 @@ def _runs(root: Path, make_manifest: MakeManifest, append: Append) -> dict[str, 
         }
         manifest = make_manifest(run_id, rank=rank, world_size=4, capacity=512, **described)
         recorder = Recorder(root / host, manifest)
-        recorder.status.agent_errors, recorder.status.rows_dropped = 1 + place, place
         recorder.policies[:] = np.nan
         recorder.policies[:, 0] = 1.5, 0.5 / (1 + place)
         norms = np.random.default_rng(0).random((200, 4)) + 1
@@ -319,7 +318,8 @@ def fleets(
         for store in (stores["central"], stores["victoria"]):
             _wait_for(_exposed(hosts, layers), store)
     for _ in range(20):
-        for recorder in [*recorders["a"], *recorders["b"]]:
+        for place, recorder in enumerate([*recorders["a"], *recorders["b"]]):
+            recorder.status.agent_errors, recorder.status.rows_dropped = 1 + place, place
             append(recorder, [[1.0, 2.0, 3.0, 4.0]], time_ns=time.time_ns(), clipped=1)
         time.sleep(0.1)
         _read(followed)
