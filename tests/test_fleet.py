@@ -26,6 +26,7 @@ from gradiometer.recorder import Recorder
 from gradiometer_dashboards import load, names
 from gradiometer_dashboards.evaluation import Answer, Prometheus, View
 from gradiometer_dashboards.rules import fleet
+from gradiometer_monitor.config.settings import resolve
 from gradiometer_monitor.exposition.exposition import TEXT, Exposition, LayersOf
 from gradiometer_monitor.following.runs import Runs
 from tests._receivers import Database, prometheus, victoria
@@ -136,6 +137,13 @@ def test_both_receivers_get_the_same() -> None:
     for part in ("queue_config", "write_relabel_configs"):
         assert first[part] == second[part]
     assert _shard()["global"]["evaluation_interval"] == _shard()["global"]["scrape_interval"]
+
+
+def test_the_monitor_takes_its_example(tmp_path: Path) -> None:
+    """The example of a monitor in a fleet is a valid configuration, and sends to the stores that the shard sends to."""
+    settings = resolve(tmp_path, EXAMPLES / "monitor.yaml")
+    assert settings.layers == "lead"
+    assert [each.url for each in settings.remote_write] == [each["url"] for each in _shard()["remote_write"]]
 
 
 @pytest.mark.native
