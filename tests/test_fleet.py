@@ -25,7 +25,7 @@ from gradiometer.metrics.of_monitor import OF_MONITOR
 from gradiometer.recorder import Recorder
 from gradiometer_dashboards import load, names
 from gradiometer_dashboards.evaluation import Answer, Prometheus, View
-from gradiometer_dashboards.rules import fleet
+from gradiometer_dashboards.rules import Settings, fleet
 from gradiometer_monitor.config.settings import resolve
 from gradiometer_monitor.exposition.exposition import TEXT, Exposition, LayersOf
 from gradiometer_monitor.following.runs import Runs
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "deploy" / "fleet"
 RULES = ROOT / "dashboards" / "gradiometer_dashboards" / "alerts"
-FILES = (fleet.RUNS, fleet.LAYERS)
+RUNS, FILES = "fleet.rules.yml", ("fleet.rules.yml", "fleet-layers.rules.yml")
 LAYERS: tuple[LayersOf, ...] = ("lead", "all")
 if not EXAMPLES.is_dir():
     pytest.skip("the examples belong to the repository, not to the wheel", allow_module_level=True)
@@ -88,20 +88,11 @@ def test_every_metric_is_reduced_or_left() -> None:
     assert fleet.REDUCTIONS.keys() == CATALOGUE.keys()
 
 
-def test_rules_do_not_drift(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The committed rules are what the Python generates; ``--check`` says so and a build makes it so."""
-    assert fleet.main(["--check"]) == 0
-    assert fleet.main(["--check", "--out", str(tmp_path)]) == 1
-    assert all(name in capsys.readouterr().err for name in FILES[:1])
-    assert fleet.main(["--out", str(tmp_path)]) == 0
-    assert fleet.main(["--check", "--out", str(tmp_path)]) == 0
-
-
-def test_rules_can_keep_more_labels(tmp_path: Path) -> None:
-    """``--by`` makes rules that keep other labels of the targets."""
-    assert fleet.main(["--by", "job,rack", "--out", str(tmp_path)]) == 0
-    assert "max by (job, rack, run_id) (gradiometer_loss)" in (tmp_path / fleet.RUNS).read_text()
-    assert "by (job, rack, run_id, layer)" in (tmp_path / fleet.LAYERS).read_text()
+def test_rules_can_keep_more_labels() -> None:
+    """Labels of targets that are asked for stay beside the job."""
+    settings = Settings(by=("rack",))
+    assert "max by (job, rack, run_id) (gradiometer_loss)" in fleet.fleet_rules(settings)
+    assert "by (job, rack, run_id, layer)" in fleet.fleet_layer_rules(settings)
 
 
 @pytest.mark.parametrize("layers_recorded", [False, True])
@@ -227,7 +218,7 @@ CASES = [
 def test_recorded_counters_fall_only_with_their_run(tmp_path: Path, native_binary: Callable[[str], str]) -> None:
     """Promtool evaluates the rules over hosts that leave, runs that begin anew, and runs that end."""
     file = tmp_path / "cases.yml"
-    file.write_text(json.dumps({"rule_files": [str(RULES / fleet.RUNS)], "evaluation_interval": "15s", "tests": CASES}))
+    file.write_text(json.dumps({"rule_files": [str(RULES / RUNS)], "evaluation_interval": "15s", "tests": CASES}))
     done = subprocess.run(
         [native_binary("promtool"), "test", "rules", file], capture_output=True, text=True, check=False, timeout=60
     )

@@ -1,7 +1,5 @@
 """Recording rules that make one series a run of what each of its hosts exports: for fleets of many hosts.
 
-    python -m gradiometer_dashboards.rules.fleet [--check | --by job,cluster --out FOLDER]
-
 Guarantees: every metric of the catalogue that hosts export of runs is either reduced over them or left as it is, by
 name; the same Python gives the same text. ``run:gradiometer_x:max`` is renamed to ``gradiometer_x`` on its way to the
 central store (``deploy/fleet/prometheus-shard.yml``), where dashboards and alerts are as they are on one host.
@@ -15,24 +13,17 @@ each of its layers once already, and to record as many series again would cost m
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 from gradiometer.metrics import CATALOGUE, Metric
 from gradiometer.metrics.of_monitor import OF_MONITOR
+from gradiometer_dashboards.rules.model import Settings
 
-__all__ = ["BY", "LAYERS", "REDUCTIONS", "RUNS", "main", "of_layers", "recorded", "render"]
+__all__ = ["REDUCTIONS", "fleet_layer_rules", "fleet_rules", "of_layers", "recorded"]
 
 Reduction = Literal["max", "min", "each"]
 """Over the hosts of a run; ``each`` stays a series a host."""
-
-BY = ("job",)
-"""Labels of targets that stay, beside those of the metric: ``instance`` does not."""
-FOLDER = Path(__file__).parent.parent / "alerts"
-RUNS, LAYERS = "fleet.rules.yml", "fleet-layers.rules.yml"
 
 _SAME = (
     "grad_norm", "grad_norm_window_max", "grad_norm_mad", "clip_ratio", "layer_grad_norm_last",
@@ -73,7 +64,7 @@ REDUCTIONS: dict[str, Reduction] = {
 """How each metric of the catalogue is reduced over the hosts of a run."""
 
 _HEAD = """\
-# Written by `python -m gradiometer_dashboards.rules.fleet`; docs/scaling.md tells when and how to use it.
+# Written by `gradiometer rules`; docs/scaling.md tells when and how to use it.
 # Evaluate it as often as hosts are scraped (evaluation_interval = scrape_interval). A counter that falls, but to no
 # less than half, fell because the host that counted most left: it stays. One that falls further began anew.
 groups:
@@ -85,12 +76,21 @@ def recorded(name: str, part: str = "") -> str:
     return f"run:{name}{part}:{REDUCTIONS[name]}"
 
 
-def render(file: str, by: Sequence[str] = BY) -> str:
-    """Return the text of ``alerts/<file>``, :data:`RUNS` or :data:`LAYERS`; ``by`` are the labels that stay."""
+def fleet_rules(settings: Settings) -> str:
+    """Return the text of ``alerts/fleet.rules.yml``; of the labels of targets, the job and ``settings.by`` stay."""
+    return _render(settings, layers=False)
+
+
+def fleet_layer_rules(settings: Settings) -> str:
+    """Return the text of ``alerts/fleet-layers.rules.yml``."""
+    return _render(settings, layers=True)
+
+
+def _render(settings: Settings, *, layers: bool) -> str:
     groups: dict[str, list[str]] = {}
     for metric in CATALOGUE.values():
-        if REDUCTIONS[metric.name] != "each" and of_layers(metric) == (file == LAYERS):
-            groups.setdefault(_group(metric), []).extend(_rules(metric, by))
+        if REDUCTIONS[metric.name] != "each" and of_layers(metric) == layers:
+            groups.setdefault(_group(metric), []).extend(_rules(metric, ("job", *settings.by)))
     return _HEAD + "".join(f"  - name: {name}\n    rules:\n{''.join(rules)}" for name, rules in groups.items())
 
 
@@ -115,27 +115,3 @@ def _rules(metric: Metric, by: Sequence[str]) -> Iterator[str]:
             yield f"{now}\n"
         else:
             yield f">-\n          ({before} > {now} <= 2 * {now})\n          or {now}\n"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files, or with ``--check`` only compare; the exit status is 1 if one differs."""
-    parser = argparse.ArgumentParser(prog="python -m gradiometer_dashboards.rules.fleet", description="Generate rules.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not what is generated")
-    parser.add_argument("--by", default=",".join(BY), help="labels of targets to keep, default %(default)s")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where to write, default the package")
-    options = parser.parse_args(arguments)
-    drifted = []
-    for name in (RUNS, LAYERS):
-        path, text = options.out / name, render(name, tuple(options.by.split(",")))
-        if not options.check:
-            options.out.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-            drifted.append(path)
-    for path in drifted:
-        sys.stderr.write(f"{path} is not what its Python generates: run python -m gradiometer_dashboards.rules.fleet\n")
-    return int(bool(drifted))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
