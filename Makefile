@@ -52,7 +52,7 @@ stack: $(STAMP)  ## Run monitor, Prometheus, Alertmanager, Grafana if it is ther
 test: $(STAMP)  ## Run the tests from the checkout
 	@$(BIN)/python -m pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## Check style, formatting and that the dashboards match their Python
+lint: $(STAMP)  ## Check style, formatting and that dashboards and rules match their Python
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m gradiometer_dashboards.build --check
@@ -67,7 +67,7 @@ format: $(STAMP)  ## Format, and fix what can be fixed
 bench: $(STAMP)  ## Run the benchmarks
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-dashboards: $(STAMP)  ## Generate the dashboards' JSON
+dashboards: $(STAMP)  ## Generate the dashboards' JSON and the alert rules
 	@$(BIN)/python -m gradiometer_dashboards.build
 
 golden: $(STAMP) dashboards  ## Regenerate every golden file; read the diff before you commit it

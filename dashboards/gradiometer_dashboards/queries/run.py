@@ -1,4 +1,5 @@
-"""What the *Run* dashboard asks of a run as a whole; what it asks of layers is in :mod:`layer_queries`.
+"""What the *Run* dashboard asks of a run as a whole; what it asks of layers is in
+:mod:`gradiometer_dashboards.queries.layers`.
 
 Guarantees: a run that spans hosts is counted once, and a peak of one step is seen at any zoom.
 """
