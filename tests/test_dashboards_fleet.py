@@ -17,7 +17,6 @@ from tests._dashboards import panels, strings_under
 
 Json = dict[str, Any]
 Binary = Callable[[str], Any]
-BOARDS = ("fleet", "run", "layers", "ranks", "monitor")
 HANDED_OVER = ["${__url_time_range}", "${datasource:queryparam}", "${job:queryparam}", "${instance:queryparam}"]
 EVERYTHING = {"job": ".+", "instance": ".+", "__rate_interval": "1m", "__interval": "15s", "__range": "10m"}
 NOW = "10m"

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.native
 FINE, BAD = int(Flag.HOOKED | Flag.OWN_WATCHED), int(Flag.HOOKED | Flag.OWN_WATCHED | Flag.OWN_NONFINITE)
-HOSTS, RANKS_A_HOST, LONELY = 200, 8, 1500
-"""Of the large run; the rank from which on hosts have steps behind."""
+HOSTS, RANKS_A_HOST = 200, 8
+"""Of the large run."""
 Ask = Callable[..., list[Answer]]
 
 

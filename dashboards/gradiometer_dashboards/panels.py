@@ -33,7 +33,6 @@ __all__ = [
     "layer_map",
     "limited",
     "log_graph",
-    "ranking",
     "row",
     "states",
     "tabular",
@@ -133,15 +132,6 @@ def layer_map(card: Card, query: Query) -> heatmap.Panel:
     panel = panel.filter_values(heatmap.FilterValueRange().le(HEATMAP_HIDDEN_BELOW))
     # In the heatmap format Grafana takes series for cumulative buckets and subtracts each from the next.
     return panel.targets([_target(query, 0).range().format(PromQueryFormat.TIME_SERIES)])
-
-
-def ranking(card: Card, query: Query, *, label: str, column: str) -> table.Panel:
-    """List the newest values by ``label``, largest first; ``column`` is the header of the values."""
-    keep = {"excludeByName": {"Time": True}, "renameByName": {"Value": column, label: label.capitalize()}}
-    largest_first = common_builders.TableSortByFieldState().display_name(column).desc(True)
-    panel = _dress(table.Panel(), card).sort_by([largest_first])
-    panel = panel.with_transformation(dashboard.DataTransformerConfig(id_val="organize", options=keep))
-    return panel.targets([_target(query, 0).instant().format(PromQueryFormat.TABLE)])
 
 
 def limited(panel: timeseries.Panel, limit: float) -> timeseries.Panel:

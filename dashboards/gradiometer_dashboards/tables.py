@@ -18,7 +18,7 @@ from grafana_foundation_sdk.models import dashboard
 from gradiometer_dashboards.panels import Card, Step, tabular, value_names
 from gradiometer_dashboards.promql import Query
 
-__all__ = ["Column", "joined", "labelled", "link_to", "linked"]
+__all__ = ["Column", "joined", "labelled", "link_to", "link_within", "linked"]
 
 CONTEXT = "${__url_time_range}&${datasource:queryparam}&${job:queryparam}&${instance:queryparam}"
 """What a link hands over: Grafana writes ``from`` and ``to``, and ``var-NAME=…`` for each value of a variable."""
@@ -49,7 +49,13 @@ class Column:
 
 def link_to(board: str, title: str, run: str = "${__data.fields.run_id}") -> Json:
     """Link to another dashboard of ours, with the run of a table's row."""
-    return {"title": title, "url": f"/d/gradiometer-{board}?{CONTEXT}&var-run_id={run}", "targetBlank": False}
+    return _link(board, title, f"var-run_id={run}")
+
+
+def link_within(board: str, title: str, key: str, value: str) -> Json:
+    """Link to another dashboard of ours about the run that is shown, with one ``rank`` or ``layer`` of it chosen."""
+    kept = (f"${{{name}:queryparam}}" for name in ("run_id", "rank", "layer") if name != key)
+    return _link(board, title, *kept, f"var-{key}={value}")
 
 
 def linked(panel: timeseries.Panel, board: str, title: str) -> timeseries.Panel:
@@ -84,6 +90,10 @@ def labelled(card: Card, query: Query, columns: Sequence[Column]) -> table.Panel
         .sort_by([largest])
     )
     return _columns(panel, columns)
+
+
+def _link(board: str, title: str, *more: str) -> Json:
+    return {"title": title, "url": f"/d/gradiometer-{board}?{'&'.join((CONTEXT, *more))}", "targetBlank": False}
 
 
 def _joining(key: str, headers: Mapping[str, str]) -> list[dashboard.DataTransformerConfig]:

@@ -15,7 +15,7 @@ from gradiometer_dashboards.panels import Card, Panel
 from gradiometer_dashboards.promql import Query, Selector
 from gradiometer_dashboards.queries import layers as layer_queries
 from gradiometer_dashboards.queries.layers import IN_GRAPH, IN_MAP, IN_TABLE, LAYERS
-from gradiometer_dashboards.tables import CONTEXT, Column, joined
+from gradiometer_dashboards.tables import Column, joined, link_within
 
 __all__ = ["largest", "layer_link", "layers"]
 
@@ -43,8 +43,7 @@ def layers() -> builders.Dashboard:
 
 def layer_link(board: str, title: str, layer: str = _OF_CELL) -> dict[str, Any]:
     """Link to a dashboard of ours with this run, time and data source, and one layer chosen."""
-    url = f"/d/gradiometer-{board}?{CONTEXT}&${{run_id:queryparam}}&${{rank:queryparam}}&var-layer={layer}"
-    return {"title": title, "url": url, "targetBlank": False}
+    return link_within(board, title, "layer", layer)
 
 
 def largest(card: Card, *links: dict[str, Any], of: Selector = LAYERS) -> table.Panel:

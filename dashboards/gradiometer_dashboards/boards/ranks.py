@@ -13,7 +13,7 @@ from gradiometer_dashboards.frame import Section, frame
 from gradiometer_dashboards.panels import Card, Panel
 from gradiometer_dashboards.queries import ranks as rank_queries
 from gradiometer_dashboards.queries.ranks import IN_GRAPH, IN_MAP
-from gradiometer_dashboards.tables import CONTEXT, Column, joined
+from gradiometer_dashboards.tables import Column, joined, link_within
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
 __all__ = ["ranks"]
@@ -39,8 +39,7 @@ def ranks() -> builders.Dashboard:
 
 
 def _link(board: str, title: str, rank: str) -> dict[str, Any]:
-    url = f"/d/gradiometer-{board}?{CONTEXT}&${{run_id:queryparam}}&${{layer:queryparam}}&var-rank={rank}"
-    return {"title": title, "url": url, "targetBlank": False}
+    return link_within(board, title, "rank", rank)
 
 
 def _links(rank: str) -> list[dict[str, Any]]:

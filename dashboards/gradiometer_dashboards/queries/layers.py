@@ -38,7 +38,6 @@ __all__ = [
     "NORMS",
     "NORM_MAP",
     "OTHER_SHARES",
-    "OUTSTANDING",
     "QUANTILES",
     "SCORE",
     "SHARES",
@@ -92,12 +91,12 @@ LAST, SCORE, UPDATE_RATIO, _COUNTER = (
 
 # A layer has no score in the first steps; it then stands behind all that have one.
 _NONFINITE_STEPS = f"max by (layer) ({over_view('increase', _COUNTER, of=LAYERS)})"
-OUTSTANDING = f"({_in_view(SCORE)} or 0 * {_NONFINITE_STEPS} - 1e6)"
+_OUTSTANDING = f"({_in_view(SCORE)} or 0 * {_NONFINITE_STEPS} - 1e6)"
 """By how much each layer was above its own usual norm, at its worst in the view."""
 
 
 def _standing_out(expr: str) -> str:
-    return _first(expr, IN_GRAPH, OUTSTANDING)
+    return _first(expr, IN_GRAPH, _OUTSTANDING)
 
 
 _TROUBLED = f"1e6 * {_in_view('gradiometer_layer_state')}"
@@ -105,7 +104,7 @@ _TROUBLED = f"1e6 * {_in_view('gradiometer_layer_state')}"
 
 def _to_map(expr: str) -> Query:
     """Draw logarithms of ``expr``, those of layers that vanish or explode before all others."""
-    chosen = _first(expr, IN_MAP, f"({_TROUBLED} or {OUTSTANDING})")
+    chosen = _first(expr, IN_MAP, f"({_TROUBLED} or {_OUTSTANDING})")
     return Query(expr=by_number(f"log10(clamp({chosen}, {LEAST}, {MOST}))", "layer"), legend="{{layer}}")
 
 

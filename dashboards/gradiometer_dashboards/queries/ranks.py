@@ -21,7 +21,40 @@ from gradiometer_dashboards.promql import (
 )
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
-__all__ = ["IN_GRAPH", "IN_MAP", "RANKS", "by_rank", "host_count"]
+__all__ = [
+    "AGE",
+    "AGES",
+    "BAD_BATCHES",
+    "BAD_IN_VIEW",
+    "BAD_RANKS",
+    "BEHIND",
+    "COMPARISON",
+    "DEVIATIONS",
+    "FURTHEST_BEHIND",
+    "GPU",
+    "HOST",
+    "HOSTS_APART",
+    "HOSTS_BEHIND",
+    "HOST_AGE",
+    "HOST_BASELINE",
+    "HOST_NORM",
+    "HOST_RANKS",
+    "HOST_STEPS",
+    "IN_GRAPH",
+    "IN_MAP",
+    "LAGS",
+    "LARGEST_DEVIATION",
+    "OWN_MAP",
+    "OWN_NORMS",
+    "OWN_RATIO",
+    "OWN_VARIATION",
+    "RANKS",
+    "REPORTING",
+    "SEEN",
+    "WORLD_SIZE",
+    "by_rank",
+    "host_count",
+]
 
 IN_GRAPH = 20
 """Series of a graph."""
