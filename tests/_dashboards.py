@@ -20,6 +20,7 @@ __all__ = [
     "every_panel",
     "every_target",
     "metric_of",
+    "panel_titled",
     "panels",
     "rows_and_panels",
     "strings_under",
@@ -103,6 +104,11 @@ def rows_and_panels(name: str) -> list[Json]:
 
 def panels(name: str) -> list[Json]:
     return [panel for panel in rows_and_panels(name) if panel["type"] != "row"]
+
+
+def panel_titled(name: str, title: str) -> Json:
+    (found,) = [panel for panel in panels(name) if panel["title"] == title]
+    return found
 
 
 def targets(name: str) -> list[Target]:

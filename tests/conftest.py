@@ -22,6 +22,7 @@ import pytest
 from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.records import Flag, Manifest, ParameterInfo, RingGeometry
 from tests._monitor import WRITER, Monitor, launch
+from tests._ports import free_ports
 
 NAN = float("nan")
 START_NS = 1_700_000_000_000_000_000
@@ -181,9 +182,7 @@ def native_binary() -> Callable[[str], str]:
 @pytest.fixture
 def free_port() -> int:
     """Give a port of loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    (port,) = free_ports(1)
     return port
 
 

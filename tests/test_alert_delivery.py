@@ -28,6 +28,7 @@ import yaml
 from gradiometer_dashboards.evaluation import Prometheus
 from gradiometer_dashboards.rules import Settings, prometheus_rules
 from tests._monitor import Monitor
+from tests._ports import free_ports
 
 if TYPE_CHECKING:
     from tests.conftest import Spawn, Start, WaitUntil
@@ -154,13 +155,13 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 @pytest.fixture(scope="module")
 def stack(
     webhook: tuple[str, list[dict[str, Any]]], shared_start: Start, shared_spawn: Spawn, wait_until: WaitUntil,
-    native_binary: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory, free_ports: list[int],
+    native_binary: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory,
 ) -> Stack:  # fmt: skip
     """Start trainings, monitor, Prometheus and Alertmanager; break two of the trainings; wait until all is resolved."""
     side, root = tmp_path_factory.mktemp("side"), tmp_path_factory.mktemp("runs")
     shared_spawn(sys.executable, "-c", textwrap.dedent(JOB), root)
     monitor = shared_start(root=root)
-    alertmanager, prometheus = (f"127.0.0.1:{port}" for port in free_ports)
+    alertmanager, prometheus = (f"127.0.0.1:{port}" for port in free_ports(2))
     (side / "alertmanager.yml").write_text(alertmanager_config(webhook[0]))
     shared_spawn(
         native_binary("prometheus-alertmanager"), f"--config.file={side}/alertmanager.yml",
@@ -177,15 +178,6 @@ def stack(
     made = Stack(monitor=monitor, prometheus=Prometheus(url=f"http://{prometheus}"), delivered=webhook[1])
     _go_wrong(made, root, wait_until)
     return made
-
-
-@pytest.fixture(scope="module")
-def free_ports() -> list[int]:
-    """Give two ports of loopback that were free a moment ago."""
-    servers = [HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) for _ in range(2)]
-    for server in servers:
-        server.server_close()
-    return [server.server_port for server in servers]
 
 
 def _prometheus_config(side: Path, monitor: Monitor, alertmanager: str) -> dict[str, Any]:

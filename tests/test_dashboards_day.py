@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -21,6 +20,7 @@ from gradiometer_dashboards.evaluation import Prometheus, Series, View
 from gradiometer_monitor.exposition.layer_lines import LayerLines
 from gradiometer_monitor.exposition.lines import line
 from tests._dashboards import NAMES, Target, every_target, targets
+from tests._ports import free_ports
 from tests._receivers import prometheus
 
 if TYPE_CHECKING:
@@ -104,10 +104,7 @@ def database(
         side / "tsdb",
     ]
     subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    made = prometheus(native_binary("prometheus"), side, port, shared_spawn, wait_until)
+    made = prometheus(native_binary("prometheus"), side, free_ports(1)[0], shared_spawn, wait_until)
     made.command.append("--storage.tsdb.retention.time=100y")
     made.start()
     return Prometheus(url=made.url)

@@ -13,18 +13,13 @@ import yaml
 
 from gradiometer_dashboards import load
 from gradiometer_dashboards.interpolation import replaced
-from tests._dashboards import panels, strings_under
+from tests._dashboards import panel_titled, panels, strings_under
 
 Json = dict[str, Any]
 Binary = Callable[[str], Any]
 HANDED_OVER = ["${__url_time_range}", "${datasource:queryparam}", "${job:queryparam}", "${instance:queryparam}"]
 EVERYTHING = {"job": ".+", "instance": ".+", "__rate_interval": "1m", "__interval": "15s", "__range": "10m"}
 NOW = "10m"
-
-
-def _panel(board: str, title: str) -> Json:
-    (found,) = [panel for panel in panels(board) if panel["title"] == title]
-    return found
 
 
 def _transformation(panel: Json, name: str) -> Json:
@@ -34,7 +29,7 @@ def _transformation(panel: Json, name: str) -> Json:
 
 def _columns() -> dict[str, str]:
     """Read the table of runs as Grafana does: each header to the query that fills it, the order of the rows first."""
-    panel = _panel("fleet", "Runs")
+    panel = panel_titled("fleet", "Runs")
     (hidden,) = _transformation(panel, "organize")["excludeByName"]
     headers = {hidden: "order", **_transformation(panel, "organize")["renameByName"]}
     found = {}
@@ -47,7 +42,7 @@ def _columns() -> dict[str, str]:
 
 def test_each_column_is_one_query() -> None:
     """Every query of the table of runs is shown under one header, in the order in which columns are declared."""
-    panel, columns = _panel("fleet", "Runs"), _columns()
+    panel, columns = panel_titled("fleet", "Runs"), _columns()
     organized = _transformation(panel, "organize")
     assert len(columns) == len(panel["targets"])
     in_order = sorted(organized["indexByName"], key=organized["indexByName"].__getitem__)
@@ -59,7 +54,7 @@ def test_each_column_is_one_query() -> None:
 
 def test_table_is_joined_by_run_and_sorted_by_need() -> None:
     """Times are dropped before the join, which would else be columns, and the order is that of the first query."""
-    panel = _panel("fleet", "Runs")
+    panel = panel_titled("fleet", "Runs")
     kept = set(_transformation(panel, "filterFieldsByName")["include"]["names"])
     assert [each["id"] for each in panel["transformations"]] == [
         *("filterFieldsByName", "joinByField", "sortBy", "organize")
@@ -205,7 +200,7 @@ def test_first_screen_counts_each_run_once(tmp_path: Path, native_binary: Binary
         "Running": 1, "Finished": 1, "Lost": 1, "Critical alerts": 2, "Other alerts": 1, "Monitors up": 2,
         "Monitors down": 1,
     }  # fmt: skip
-    exprs = {title: _panel("fleet", title)["targets"][0]["expr"] for title in counts}
+    exprs = {title: panel_titled("fleet", title)["targets"][0]["expr"] for title in counts}
     _check(native_binary, tmp_path / "t.yml", _fleet(), {exprs[title]: {"{}": n} for title, n in counts.items()})
     nothing = [_sample("something_else", "1x80")]
     _check(native_binary, tmp_path / "n.yml", nothing, {expr: {"{}": 0} for expr in exprs.values()})
@@ -214,7 +209,7 @@ def test_first_screen_counts_each_run_once(tmp_path: Path, native_binary: Binary
 @pytest.mark.native
 def test_alerts_are_listed_by_severity(tmp_path: Path, native_binary: Binary) -> None:
     """Critical is 3 and warning 2, which the table sorts by; what is not ours is not listed."""
-    (target,) = _panel("fleet", "Firing alerts")["targets"]
+    (target,) = panel_titled("fleet", "Firing alerts")["targets"]
     rows = {("GradiometerNonFiniteUpdate", "wide"): 3, ("GradiometerNonFiniteUpdate", "left-long-ago"): 3}
     rows |= {("GradiometerSpike", "wide"): 2}
     samples = {f'{{alertname="{name}", run_id="{run}"}}': value for (name, run), value in rows.items()}
@@ -235,7 +230,7 @@ def test_graphs_keep_the_twenty_that_matter(title: str, last: float, tmp_path: P
             nonfinite_steps_total=f"0+{place}x80", steps_total=speed,
         )  # fmt: skip
         series += _rank(f"r{place:02}", "h1", "0", f"{600 - place}x80")
-    (target,) = _panel("fleet", title)["targets"]
+    (target,) = panel_titled("fleet", title)["targets"]
     expected = {f"count({target['expr']})": {"{}": 20.0}, f"sum({target['expr']} and on (run_id) X)": {"{}": last}}
     worst = [_sample("X", "1x80", run_id="r29")]
     _check(native_binary, tmp_path / "t.yml", series + worst, expected)
@@ -248,7 +243,7 @@ def test_overhead_is_of_one_rank(tmp_path: Path, native_binary: Binary) -> None:
     series += [
         _sample("gradiometer_agent_seconds_total", "0+3x80", run_id="wide", instance=host) for host in ("h1", "h2")
     ]
-    exprs = [_panel("monitor", title)["targets"][0]["expr"] for title in ("Largest overhead", "Agent overhead")]
+    exprs = [panel_titled("monitor", title)["targets"][0]["expr"] for title in ("Largest overhead", "Agent overhead")]
     expected = {exprs[0]: {"{}": 0.1}, exprs[1]: _by_run(wide=0.1)}
     _check(native_binary, tmp_path / "t.yml", series, expected)
 
@@ -264,7 +259,7 @@ def test_monitor_shows_only_what_failed(tmp_path: Path, native_binary: Binary) -
         for name, values in (("runs", "1x80"), ("gpu", "0x10 1x70"))
     ]
     titles = ("Monitors that were down", "Collectors that failed")
-    down, failed = (_panel("monitor", title)["targets"][0]["expr"] for title in titles)
+    down, failed = (panel_titled("monitor", title)["targets"][0]["expr"] for title in titles)
     expected = {down: {'{instance="h2"}': 1.0}, failed: {'{instance="h1", collector="gpu"}': 1.0}}
     _check(native_binary, tmp_path / "t.yml", series, expected)
 
@@ -278,7 +273,7 @@ def test_one_infinite_norm_takes_no_axis(tmp_path: Path, native_binary: Binary) 
         for run, window in norms.items()
         for name, values in (("window_max", window), ("baseline", "1+0x80"))
     ]
-    graph = _panel("fleet", "Norm / baseline")["targets"][0]["expr"]
+    graph = panel_titled("fleet", "Norm / baseline")["targets"][0]["expr"]
     cells = _columns()["Norm / baseline"]
     rows = f"sum by (run_id) ({cells} == bool Inf)"
     _check(native_binary, tmp_path / "t.yml", series, {graph: _by_run(good=2), rows: _by_run(bad=1, good=0)})

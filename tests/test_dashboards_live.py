@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from tests._dashboards import NAMES, Target, every_panel, panels, variables
 from tests._grafana import StubServer, token_of
 from tests._monitor import WRITER, launch
 from tests._nvml import LIBRARY
+from tests._ports import free_ports
 from tests._receivers import Database, prometheus
 from tests._web import READ, WRITE, write_tokens
 
@@ -117,13 +117,6 @@ class World:
         return bool(Prometheus(url=self.database.url).ask("query", query=selector)["result"])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def _written(spawn: Spawn, root: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
     """Start a process that writes a run, and wait until its first rows are there."""
     process = spawn(sys.executable, "-c", script, root, *arguments, stdout=subprocess.PIPE)
@@ -137,7 +130,7 @@ def _train(spawn: Spawn, root: Path, make_manifest: MakeManifest) -> int:
 
     Returns the process of the job's rank 0.
     """
-    port, command = str(_free_port()), (sys.executable, "-m", "tests._dashboard_job")
+    port, command = str(free_ports(1)[0]), (sys.executable, "-m", "tests._dashboard_job")
     ranks = [
         spawn(*command, str(rank), port, root, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
         for rank in range(job.WORLD)
@@ -206,7 +199,7 @@ def world(
     root, side, began = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("side"), time.time()
     program = native_binary("prometheus")
     _gpu_library(side)
-    database = prometheus(program, side, _free_port(), shared_spawn, wait_until)
+    database = prometheus(program, side, free_ports(1)[0], shared_spawn, wait_until)
     pid = _train(shared_spawn, root, make_manifest)
     grafana = StubServer("")
     outage = grafana.stub.fault(drop=True)

@@ -15,7 +15,7 @@ import yaml
 from gradiometer_dashboards import load
 from gradiometer_dashboards.evaluation import Prometheus, View
 from gradiometer_dashboards.interpolation import replaced
-from tests._dashboards import panels, strings_under
+from tests._dashboards import panel_titled, panels, strings_under
 
 Json = dict[str, Any]
 Binary = Callable[[str], Any]
@@ -28,13 +28,8 @@ OTHER_STEP = 2.0
 """By how much the second host's norms are larger: it was scraped at another step, of other layers' doing too."""
 
 
-def _panel(board: str, title: str) -> Json:
-    (found,) = [panel for panel in panels(board) if panel["title"] == title]
-    return found
-
-
 def _expr(board: str, title: str, place: int = 0, **filling: str) -> str:
-    return replaced(str(_panel(board, title)["targets"][place]["expr"]), {**ALL, **SPANS, **filling})
+    return replaced(str(panel_titled(board, title)["targets"][place]["expr"]), {**ALL, **SPANS, **filling})
 
 
 def _sample(name: str, values: str, **labels: str) -> Json:
@@ -124,7 +119,7 @@ def test_tables_have_one_row_a_layer(tmp_path: Path, native_binary: Binary) -> N
     ]
     tables = [("run", "Largest layers"), ("layers", "Largest layers"), ("layers", "Layers that stood out")]
     tables += [("layers", "Vanishing or exploding now")]
-    exprs = [_expr(*table, place) for table in tables for place in range(len(_panel(*table)["targets"]))]
+    exprs = [_expr(*table, place) for table in tables for place in range(len(panel_titled(*table)["targets"]))]
     checks = [(f"count({expr}) - count(count by (layer) ({expr}))", {"{}": 0.0}) for expr in exprs]
     worse = {'{layer="embed"}': 2.0, '{layer="blocks.2.up"}': 1.0}
     _check(native_binary, tmp_path, series, *checks, (_expr("layers", "Vanishing or exploding now", 1), worse))
@@ -263,7 +258,7 @@ def test_data_age_is_of_a_state(tmp_path: Path, native_binary: Binary) -> None:
             [*stamps, *_state(state)],
             (_expr("run", "Data age"), {f'{{state="{state}"}}': 40.0}),
         )
-    overrides = _panel("run", "Data age")["fieldConfig"]["overrides"]
+    overrides = panel_titled("run", "Data age")["fieldConfig"]["overrides"]
     assert [each["matcher"]["options"] for each in overrides] == ["finished"]
 
 
@@ -300,7 +295,7 @@ def _followed(board: str, title: str, fields: Mapping[str, str]) -> list[tuple[s
     chosen = {"datasource": "prom", "job": "train", "instance": "h1:9477", "run_id": RUN, "rank": "1", "layer": "embed"}
     nowhere = Prometheus(url="http://127.0.0.1:9")
     view = View(dashboard=load(board), prometheus=nowhere, start=1000, end=2000, chosen=chosen)
-    urls = [urlsplit(view.link(url, fields)) for url in strings_under(_panel(board, title), "url")]
+    urls = [urlsplit(view.link(url, fields)) for url in strings_under(panel_titled(board, title), "url")]
     return [(url.path, parse_qs(url.query)) for url in urls]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import socket
 import subprocess
 import threading
 import time
@@ -29,6 +28,7 @@ from gradiometer_dashboards.rules import Settings, fleet
 from gradiometer_monitor.config.settings import resolve
 from gradiometer_monitor.exposition.exposition import TEXT, Exposition, LayersOf
 from gradiometer_monitor.following.runs import Runs
+from tests._ports import free_ports
 from tests._receivers import Database, prometheus, victoria
 
 if TYPE_CHECKING:
@@ -347,7 +347,7 @@ def make_store(
     """Give a function that starts a shard, which scrapes the hosts behind a port, and its central stores."""
 
     def make(folder: Path, layers: LayersOf, port: int) -> dict[str, Database]:
-        stores, ports = {}, _free_ports(3)
+        stores, ports = {}, free_ports(3)
         for name, own in zip(("central", "shard"), ports, strict=False):
             (folder / name).mkdir(parents=True)
             stores[name] = prometheus(native_binary("prometheus"), folder / name, own, shared_spawn, wait_until)
@@ -360,14 +360,6 @@ def make_store(
         return stores
 
     return make
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _exposed(hosts: dict[str, Exposition], layers: LayersOf) -> dict[Key, float]:

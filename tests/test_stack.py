@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import pytest
 from gradiometer.records import State
 from gradiometer.run import open_run
 from gradiometer_dashboards.evaluation import Prometheus, View
+from tests._ports import free_ports
 
 if TYPE_CHECKING:
     from tests.conftest import Spawn, WaitUntil
@@ -97,14 +97,8 @@ class Stack:
         return found
 
 
-def _free_ports() -> dict[str, int]:
-    sockets = [socket.socket() for _ in PARTS]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = {name: each.getsockname()[1] for name, each in zip(PARTS, sockets, strict=True)}
-    for each in sockets:
-        each.close()
-    return ports
+def _ports() -> dict[str, int]:
+    return dict(zip(PARTS, free_ports(len(PARTS)), strict=True))
 
 
 def _start(folder: Path, ports: dict[str, int], *options: str, path: str = "") -> Stack:
@@ -135,7 +129,7 @@ def stack(
     grafana = folder / "bin" / "grafana-server"
     grafana.write_text(f"#!{sys.executable}\n{GRAFANA}")
     grafana.chmod(0o755)
-    made = _start(folder, _free_ports(), path=f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    made = _start(folder, _ports(), path=f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
     try:
         wait_until(lambda: "| ready:" in made.said() or made.process.poll() is not None, 60)
         assert made.process.poll() is None, made.said()
@@ -267,7 +261,7 @@ def _ended(tmp_path: Path, ports: dict[str, int], *options: str, path: str = "")
 
 def test_what_cannot_be_started_is_said(stack: Stack, tmp_path: Path) -> None:
     """A port or folder that is taken, two parts on one port, and packages that are missing, each with a remedy."""
-    free = _free_ports()
+    free = _ports()
     status, said = _ended(tmp_path, free | {"prometheus": stack.ports["prometheus"]})
     assert status == 2
     assert f"port {stack.ports['prometheus']}, which prometheus needs, is taken" in said
@@ -290,7 +284,7 @@ def _gone(processes: list[psutil.Process], seconds: float = 20) -> bool:
 
 def test_one_that_ends_ends_all(stack: Stack, tmp_path: Path, wait_until: WaitUntil) -> None:
     """When a part is killed the others are stopped, and it is said which it was."""
-    made = _start(tmp_path, _free_ports(), "--no-demo", "--no-grafana")
+    made = _start(tmp_path, _ports(), "--no-demo", "--no-grafana")
     try:
         wait_until(lambda: "| ready:" in made.said(), 60)
         children = made.children()
