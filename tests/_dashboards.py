@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,6 +17,8 @@ __all__ = [
     "NAMES",
     "PARTS",
     "Target",
+    "each_panel",
+    "each_target",
     "every_panel",
     "every_target",
     "metric_of",
@@ -127,6 +129,31 @@ def every_panel() -> list[Any]:
 def every_target() -> list[Any]:
     """Give each target of every dashboard, named, as parameters."""
     return [pytest.param(target, id=target.id) for name in NAMES for target in targets(name)]
+
+
+def each_panel(test: Callable[[Json], None]) -> Callable[[], None]:
+    """Make of a test of one panel a test of all."""
+    return _of_each(test, every_panel())
+
+
+def each_target(test: Callable[[Target], None]) -> Callable[[], None]:
+    """Make of a test of one target a test of all."""
+    return _of_each(test, every_target())
+
+
+def _of_each(test: Callable[[Any], None], parts: list[Any]) -> Callable[[], None]:
+    """Loop, and name the one that fails: to collect and report thousands of tests takes longer than to run them."""
+
+    def of_each() -> None:
+        for part in parts:
+            try:
+                test(*part.values)
+            except AssertionError as error:
+                error.add_note(part.id)
+                raise
+
+    of_each.__name__, of_each.__doc__ = test.__name__, test.__doc__
+    return of_each
 
 
 def strings_under(value: Any, key: str) -> Iterator[str]:

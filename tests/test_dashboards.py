@@ -19,8 +19,8 @@ from tests._dashboards import (
     NAMES,
     PARTS,
     Target,
-    every_panel,
-    every_target,
+    each_panel,
+    each_target,
     metric_of,
     panels,
     rows_and_panels,
@@ -53,8 +53,6 @@ PEAKS = {("max_over_time", "$__interval"), ("max_over_time", "$__range")}
 NORMS = re.compile(r"gradiometer_(layer_|rank_microbatch_)?grad_norm_(last|window_max|baseline|quantile)")
 
 each_dashboard = pytest.mark.parametrize("name", NAMES)
-each_panel = pytest.mark.parametrize("panel", every_panel())
-each_target = pytest.mark.parametrize("target", every_target())
 
 
 @each_dashboard
