@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
+    "ANY_IS_BAD",
+    "ANY_IS_ODD",
     "BAD",
     "BASELINE",
     "CLIPPED",
@@ -19,6 +21,7 @@ __all__ = [
     "SKIPPED",
     "STATES",
     "THRESHOLD",
+    "UP_OR_DOWN",
     "WARNING",
 ]
 
@@ -45,3 +48,9 @@ FINISHED = "blue"
 NEUTRAL = "text"
 
 STATES = {"running": GOOD, "finished": FINISHED, "lost": BAD}
+UP_OR_DOWN = {0: ("down", BAD), 1: ("up", GOOD)}
+
+ANY_IS_ODD: tuple[tuple[float | None, str], ...] = ((None, GOOD), (0.5, WARNING))
+"""From where on a count has which colour: of what should not be."""
+ANY_IS_BAD: tuple[tuple[float | None, str], ...] = ((None, GOOD), (0.5, BAD))
+"""And of what must not be."""

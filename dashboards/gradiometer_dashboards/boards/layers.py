@@ -19,8 +19,6 @@ from gradiometer_dashboards.tables import Column, joined, link_within
 
 __all__ = ["largest", "layer_link", "layers"]
 
-_ONE_OR_MORE = ((None, colours.GOOD), (0.5, colours.WARNING))
-_ONE_OR_MORE_IS_BAD = ((None, colours.GOOD), (0.5, colours.BAD))
 _CHOSEN = "Choose layers at the top to see others."
 _STAND_OUT = f"those furthest above their own usual norm in the time shown. {_CHOSEN}"
 _IN_MAP = f"Of more than {IN_MAP} layers, those that vanish or explode, and {_STAND_OUT}"
@@ -126,9 +124,9 @@ def _counts() -> list[Panel]:
     )
     return [
         panels.value(count, layer_queries.COUNT),
-        panels.value(vanishing, layer_queries.VANISHING, steps=_ONE_OR_MORE),
-        panels.value(exploding, layer_queries.EXPLODING, steps=_ONE_OR_MORE_IS_BAD),
-        panels.value(nonfinite, layer_queries.NONFINITE_LAYERS, steps=_ONE_OR_MORE_IS_BAD).decimals(0),
+        panels.value(vanishing, layer_queries.VANISHING, steps=colours.ANY_IS_ODD),
+        panels.value(exploding, layer_queries.EXPLODING, steps=colours.ANY_IS_BAD),
+        panels.value(nonfinite, layer_queries.NONFINITE_LAYERS, steps=colours.ANY_IS_BAD).decimals(0),
     ]
 
 
@@ -156,7 +154,7 @@ def _outliers() -> list[Panel]:
     best = Query(expr=f"topk(1, {layer_queries.worst_score()})", legend="{{layer}}")
     return [
         panels.value(furthest, best).text_mode(common.BigValueTextMode.VALUE_AND_NAME).decimals(1).no_value("not yet"),
-        panels.value(left_out, layer_queries.LEFT_OUT, steps=_ONE_OR_MORE),
+        panels.value(left_out, layer_queries.LEFT_OUT, steps=colours.ANY_IS_ODD),
     ]
 
 

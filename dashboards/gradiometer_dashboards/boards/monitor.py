@@ -7,7 +7,7 @@ from grafana_foundation_sdk.builders import dashboard as builders
 from gradiometer_dashboards import colours, panels
 from gradiometer_dashboards.boards.monitor_outlets import outlets
 from gradiometer_dashboards.frame import Section, frame
-from gradiometer_dashboards.panels import Card, Panel, Step
+from gradiometer_dashboards.panels import Card, Panel
 from gradiometer_dashboards.promql import (
     FLEET,
     TARGETS,
@@ -24,10 +24,7 @@ from gradiometer_dashboards.tables import linked
 
 __all__ = ["monitor"]
 
-UP_OR_DOWN = {0: ("down", colours.BAD), 1: ("up", colours.GOOD)}
 WELL_OR_NOT = {0: ("failing", colours.BAD), 1: ("well", colours.GOOD)}
-NONE_IS_GOOD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.BAD))
-FEW_ARE_ODD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.WARNING))
 
 
 def _failing(name: str, legend: str) -> Query:
@@ -188,11 +185,11 @@ def _hosts() -> list[Panel]:
     )
     return [
         panels.value(up, UP, steps=((None, colours.BAD), (0.5, colours.GOOD))),
-        panels.value(down, DOWN, steps=NONE_IS_GOOD),
+        panels.value(down, DOWN, steps=colours.ANY_IS_BAD),
         panels.value(slowest, SLOWEST, steps=((None, colours.GOOD), (2, colours.WARNING), (8, colours.BAD))),
-        panels.value(collectors, COLLECTORS_FAILING, steps=NONE_IS_GOOD),
-        panels.value(services, SERVICES_FAILING, steps=FEW_ARE_ODD),
-        panels.value(configs, CONFIGS_REJECTED, steps=FEW_ARE_ODD),
+        panels.value(collectors, COLLECTORS_FAILING, steps=colours.ANY_IS_BAD),
+        panels.value(services, SERVICES_FAILING, steps=colours.ANY_IS_ODD),
+        panels.value(configs, CONFIGS_REJECTED, steps=colours.ANY_IS_ODD),
     ]
 
 
@@ -222,11 +219,11 @@ def _losses() -> list[Panel]:
         "Largest share of a run's wall time that its agents spend in their hooks, on average of a host's ranks.",
     )
     return [
-        panels.value(memory, IN_MEMORY, steps=FEW_ARE_ODD),
-        panels.value(rows, ROWS_LOST, steps=FEW_ARE_ODD),
-        panels.value(events, EVENTS_LOST, steps=FEW_ARE_ODD),
-        panels.value(omitted, OMITTED, steps=FEW_ARE_ODD),
-        panels.value(errors, ERRORS, steps=FEW_ARE_ODD),
+        panels.value(memory, IN_MEMORY, steps=colours.ANY_IS_ODD),
+        panels.value(rows, ROWS_LOST, steps=colours.ANY_IS_ODD),
+        panels.value(events, EVENTS_LOST, steps=colours.ANY_IS_ODD),
+        panels.value(omitted, OMITTED, steps=colours.ANY_IS_ODD),
+        panels.value(errors, ERRORS, steps=colours.ANY_IS_ODD),
         panels.value(overhead, OVERHEAD_NOW, steps=((None, colours.GOOD), (0.03, colours.WARNING), (0.1, colours.BAD))),
     ]
 
@@ -248,7 +245,7 @@ def _first_graphs() -> list[Panel]:
         width=12,
     )
     return [
-        panels.timeline(down, WERE_DOWN, UP_OR_DOWN).no_value("none was down"),
+        panels.timeline(down, WERE_DOWN, colours.UP_OR_DOWN).no_value("none was down"),
         linked(panels.graph(overhead, OVERHEAD).min(0), "run", "Show the run"),
     ]
 

@@ -10,8 +10,6 @@ from gradiometer_dashboards.thresholds import THRESHOLDS
 
 __all__ = ["outlets"]
 
-UP_OR_DOWN = {0: ("down", colours.BAD), 1: ("up", colours.GOOD)}
-
 
 def outlets() -> list[Section]:
     """Build the sections."""
@@ -154,7 +152,7 @@ def _receivers() -> list[Panel]:
     mean = Query(expr=f"{spent} / on (receiver) ({made} > 0)", legend="{{receiver}}")
     down = _were_down("remote_write_up", "instance, receiver", "{{instance}} to {{receiver}}")
     return [
-        panels.timeline(up, down, UP_OR_DOWN).no_value("none was down"),
+        panels.timeline(up, down, colours.UP_OR_DOWN).no_value("none was down"),
         panels.limited(panels.graph(waiting, oldest).min(0), THRESHOLDS.remote_write_seconds),
         panels.graph(pending, _largest("remote_write_pending_rows", "receiver", "{{receiver}}")).min(0),
         panels.graph(seconds, mean).min(0),
@@ -214,7 +212,7 @@ def _annotations() -> list[Panel]:
         43, "Annotations waiting", "short", "Events that wait for Grafana, of the host with most of them." + unused
     )
     return [
-        panels.timeline(up, _were_down("grafana_up", "instance", "{{instance}}"), UP_OR_DOWN).no_value(
+        panels.timeline(up, _were_down("grafana_up", "instance", "{{instance}}"), colours.UP_OR_DOWN).no_value(
             "it always was up"
         ),
         panels.bars(results, _counted("annotations_total", "result", "{{result}}")),

@@ -21,7 +21,6 @@ __all__ = ["ranks"]
 _DEVIATION_STEPS = ((None, colours.GOOD), (THRESHOLDS.rank_deviation, colours.BAD))
 _AGE_STEPS = ((None, colours.GOOD), (60.0, colours.WARNING), (THRESHOLDS.stalled_seconds, colours.BAD))
 _BEHIND_STEPS = ((None, colours.GOOD), (2.0, colours.WARNING))
-_NONE_IS_GOOD = ((None, colours.GOOD), (0.5, colours.BAD))
 _ALONE = "one rank a host"
 _OF_MANY = f"Of more than {IN_GRAPH} ranks"
 _LIMIT = f"the red line, at {THRESHOLDS.rank_deviation:.0%}, is where the alert is"
@@ -131,7 +130,7 @@ def _who_stands_out() -> list[Panel]:
         panels.value(deviation, rank_queries.LARGEST_DEVIATION, steps=_DEVIATION_STEPS)
         .text_mode(named)
         .no_value(_ALONE),
-        panels.value(bad, rank_queries.BAD_RANKS, steps=_NONE_IS_GOOD).no_value("not looked at").decimals(0),
+        panels.value(bad, rank_queries.BAD_RANKS, steps=colours.ANY_IS_BAD).no_value("not looked at").decimals(0),
     ]
 
 
@@ -261,7 +260,7 @@ def _each_rank() -> Section:
             steps=_DEVIATION_STEPS,
         ),
         Column(title="Own norm", expr=rank_queries.by_rank("microbatch_norm_last"), decimals=3),
-        Column(title="Bad batches", expr=rank_queries.BAD_IN_VIEW, unit="locale", decimals=0, steps=_NONE_IS_GOOD),
+        Column(title="Bad batches", expr=rank_queries.BAD_IN_VIEW, unit="locale", decimals=0, steps=colours.ANY_IS_BAD),
         Column(title="GPU", expr=rank_queries.GPU, label="gpu"),
     ]
     key = Column(title="Rank", label="rank", links=tuple(_links("${__value.raw}")), width=80)
@@ -320,7 +319,7 @@ def _host_columns() -> list[Column]:
             expr=rank_queries.host_count("nonfinite_updates"),
             unit="locale",
             decimals=0,
-            steps=_NONE_IS_GOOD,
+            steps=colours.ANY_IS_BAD,
         ),
         Column(title="Rows dropped", expr=rank_queries.host_count("rows_dropped"), unit="locale", decimals=0),
     ]

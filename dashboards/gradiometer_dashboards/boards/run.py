@@ -22,8 +22,6 @@ __all__ = ["run"]
 
 _MINUTE = 60.0
 _NO_GPU = "no GPU of this run is known"
-_NONE_IS_GOOD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.WARNING))
-_NONE_OR_BAD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.BAD))
 _CLIPPED: tuple[Step, ...] = ((None, colours.GOOD), (THRESHOLDS.clip_ratio, colours.WARNING))
 
 
@@ -106,13 +104,13 @@ def _healthy() -> list[stat.Panel]:
     )
     spike = THRESHOLDS.spike_ratio
     counts = (queries.NONFINITE_IN_VIEW, queries.SKIPPED_IN_VIEW, queries.HARM_IN_VIEW)
-    steps = [{"value": start, "color": colour} for start, colour in _NONE_OR_BAD]
+    steps = [{"value": start, "color": colour} for start, colour in colours.ANY_IS_BAD]
     red = [dashboard.DynamicConfigValue("thresholds", {"mode": "absolute", "steps": steps})]
     return [
         panels.value(
             normal, queries.NORM_OVER_BASELINE, steps=((None, "green"), (spike / 2, "orange"), (spike, "red"))
         ),
-        panels.value(incidents, *counts, steps=_NONE_IS_GOOD).decimals(0).override_by_query("C", red),
+        panels.value(incidents, *counts, steps=colours.ANY_IS_ODD).decimals(0).override_by_query("C", red),
         panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED).no_value("not yet"),
     ]
 
@@ -271,9 +269,9 @@ def _layers() -> Section:
     link = layer_link("layers", "This layer over time")
     return panels.row(104, "Layers"), [
         largest(top, link, of=RUN),
-        panels.value(vanishing, layer_queries.VANISHING, steps=_NONE_IS_GOOD),
-        panels.value(exploding, layer_queries.EXPLODING, steps=_NONE_OR_BAD),
-        panels.value(left_out, layer_queries.LEFT_OUT, steps=_NONE_IS_GOOD),
+        panels.value(vanishing, layer_queries.VANISHING, steps=colours.ANY_IS_ODD),
+        panels.value(exploding, layer_queries.EXPLODING, steps=colours.ANY_IS_BAD),
+        panels.value(left_out, layer_queries.LEFT_OUT, steps=colours.ANY_IS_ODD),
     ]
 
 
