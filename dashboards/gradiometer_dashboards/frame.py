@@ -14,7 +14,7 @@ from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.variants import Dataquery
 from grafana_foundation_sdk.models import common, dashboard
 
-from gradiometer_dashboards.colours import BAD, THRESHOLD
+from gradiometer_dashboards.colours import BAD, THRESHOLD, WARNING
 from gradiometer_dashboards.panels import DATASOURCE, Panel
 from gradiometer_dashboards.promql import FLEET, RUN, firing, series
 
@@ -88,7 +88,7 @@ def _annotations(*, of_run: bool) -> Iterator[builders.AnnotationQuery]:
     Tags can be asked for and not be ruled out, so a change of policy is an incident too: its own colour lies on top.
     """
     tags = [TAG, "$run_id"] if of_run else [TAG]
-    yield _tagged("Incidents", tags, "orange")
+    yield _tagged("Incidents", tags, WARNING)
     yield _tagged("Policy changes", [*tags, "policy_changed"], THRESHOLD)
     if of_run:
         yield _alerts()

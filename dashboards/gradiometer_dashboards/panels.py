@@ -18,6 +18,7 @@ from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from gradiometer_dashboards.colours import BAD
 from gradiometer_dashboards.promql import Query
 
 __all__ = [
@@ -137,7 +138,7 @@ def layer_map(card: Card, query: Query) -> heatmap.Panel:
 def limited(panel: timeseries.Panel, limit: float) -> timeseries.Panel:
     """Draw a line into a graph where too much begins."""
     dashed = common_builders.GraphThresholdsStyleConfig().mode(common.GraphThresholdsStyleMode.DASHED)
-    return panel.thresholds(_thresholds(((None, "transparent"), (limit, "red")))).thresholds_style(dashed)
+    return panel.thresholds(_thresholds(((None, "transparent"), (limit, BAD)))).thresholds_style(dashed)
 
 
 def folded(id_: int, title: str, *inside: Panel) -> dashboard_builders.Row:

@@ -6,7 +6,7 @@ from grafana_foundation_sdk.builders import dashboard as builders
 
 from gradiometer_dashboards import colours, panels
 from gradiometer_dashboards.boards.fleet_gpus import gpus
-from gradiometer_dashboards.boards.fleet_table import AGE, STATE, age, runs_table
+from gradiometer_dashboards.boards.fleet_table import AGE, SPEED, STATE, age, runs_table
 from gradiometer_dashboards.frame import Section, frame
 from gradiometer_dashboards.panels import Card, Panel
 from gradiometer_dashboards.promql import (
@@ -18,7 +18,6 @@ from gradiometer_dashboards.promql import (
     increase,
     over_view,
     peak,
-    rate,
     series,
 )
 from gradiometer_dashboards.tables import Column, labelled, link_to, linked
@@ -72,12 +71,11 @@ NONFINITE_OVER_TIME = Query(
     ),
     legend="{{run_id}}",
 )
-_SPEED = f"max by (run_id) ({rate('gradiometer_steps_total', of=FLEET)})"
 _SPEED_AT_END = f"max by (run_id) ({over_view('rate', 'gradiometer_steps_total', of=FLEET, span='$__rate_interval')})"
 _USUAL_SPEED = f"max by (run_id) ({over_view('rate', 'gradiometer_steps_total', of=FLEET)})"
 SPEED_OVER_TIME = Query(
     expr=chosen_in_view(
-        _SPEED,
+        SPEED,
         f"{_SPEED_AT_END} / ({_USUAL_SPEED} > 0)",
         first="bottomk(20, {})",
     ),

@@ -10,7 +10,7 @@ from gradiometer_dashboards.promql import FLEET, firing, increase_in_view, rate,
 from gradiometer_dashboards.tables import Column, joined, link_to
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
-__all__ = ["AGE", "STATE", "age", "runs_table"]
+__all__ = ["AGE", "SPEED", "STATE", "age", "runs_table"]
 
 MINUTE = 60.0
 FINE = "transparent"

@@ -103,13 +103,12 @@ def _healthy() -> list[stat.Panel]:
         height=4,
     )
     spike = THRESHOLDS.spike_ratio
+    judged = ((None, colours.GOOD), (spike / 2, colours.WARNING), (spike, colours.BAD))
     counts = (queries.NONFINITE_IN_VIEW, queries.SKIPPED_IN_VIEW, queries.HARM_IN_VIEW)
     steps = [{"value": start, "color": colour} for start, colour in colours.ANY_IS_BAD]
     red = [dashboard.DynamicConfigValue("thresholds", {"mode": "absolute", "steps": steps})]
     return [
-        panels.value(
-            normal, queries.NORM_OVER_BASELINE, steps=((None, "green"), (spike / 2, "orange"), (spike, "red"))
-        ),
+        panels.value(normal, queries.NORM_OVER_BASELINE, steps=judged),
         panels.value(incidents, *counts, steps=colours.ANY_IS_ODD).decimals(0).override_by_query("C", red),
         panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED).no_value("not yet"),
     ]
