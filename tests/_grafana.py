@@ -1,8 +1,9 @@
 """A server that behaves as Grafana's documented HTTP API does, and one Grafana, stub or real, that tests work against.
 
 What the stub keeps of Grafana: tokens and basic authentication, roles, uids, versions with messages and the conflict of
-two who save, folders, provisioned objects that refuse, alert rules, and annotations: a dashboard that is not known makes one of the
-whole organisation, tags are matched all of them, times overlap, tags are split at the first colon and made one.
+two who save, folders, provisioned objects that refuse, alert rules (in a module of their own), and annotations: a
+dashboard that is not known makes one of the whole organisation, tags are matched all of them, times overlap, tags are
+split at the first colon and made one.
 """
 
 from __future__ import annotations
@@ -260,6 +261,7 @@ def _tags(given: list[str]) -> list[str]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is two writes, of which the second would wait 40 ms
     server: _Server
 
     def _serve(self) -> None:

@@ -14,7 +14,7 @@ class RefusalError(Exception):
 
     def __init__(self, code: int, message: str, /, **more: Any) -> None:
         super().__init__(message)
-        self.status, self.body = code, {"message": message, **more}
+        self.status, self.body = code, {"message": message, **more} if message else ""
 
 
 def require_there(found: Json | None, message: str, **more: Any) -> Json:

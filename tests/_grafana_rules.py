@@ -1,7 +1,7 @@
 """Alert rules as the stub of Grafana keeps them: its provisioning API, as documented and as its source has it.
 
-What is kept of it: a group is replaced as a whole, what a rule may be, titles once in a folder, uids once in all, who may,
-provenances that do not mix, and which only the answer about one rule tells; defaults that Grafana adds to a query.
+What is kept of it: a group is replaced as a whole, what a rule may be, titles once in a folder, uids once in all, who
+may, provenances that do not mix, and which only the answer about one rule tells; defaults that Grafana adds to a query.
 """
 
 from __future__ import annotations
