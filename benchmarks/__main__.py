@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 NAMES = ("step_overhead", "parallel", "policies", "ring", "exposition", "ingest", "conditions", "remote_write")
-NEED_CUDA = ("gpu",)
+BY_NAME = ("gpu", "fleet")
+"""Only where they are named: one needs a CUDA device, the other two databases and a quarter of an hour."""
 LOCAL = Path(__file__).parent / "results" / "local"
 
 
@@ -20,6 +21,8 @@ def command(name: str, folder: Path, *, rounds: int | None, quick: bool) -> list
     parts = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(folder / f"{name}.json")]
     if quick and name in ("step_overhead", "parallel", "ingest"):
         parts.append("--quick")
+    if quick and name == "fleet":
+        parts.append("--dry-run")
     if rounds or quick:
         parts += ["--rounds", str(rounds or 1)]
     return parts
@@ -28,14 +31,14 @@ def command(name: str, folder: Path, *, rounds: int | None, quick: bool) -> list
 def main() -> int:
     """Run the benchmarks and return the first exit code that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=NAMES, help=f"any of {', '.join(NAMES + NEED_CUDA)}")
+    parser.add_argument("names", nargs="*", default=NAMES, help=f"any of {', '.join(NAMES + BY_NAME)}")
     parser.add_argument("--quick", action="store_true", help="one round, small models: only to see that they run")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: each benchmark's own)")
     parser.add_argument("--json", type=Path, default=LOCAL, metavar="FOLDER", help="default benchmarks/results/local")
     options = parser.parse_args()
-    unknown = set(options.names) - {*NAMES, *NEED_CUDA}
+    unknown = set(options.names) - {*NAMES, *BY_NAME}
     if unknown:
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}: expected any of {NAMES + NEED_CUDA}")
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}: expected any of {NAMES + BY_NAME}")
     codes = []
     for name in options.names:
         print(f"== {name}", flush=True)

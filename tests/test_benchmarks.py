@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from gradiometer_dashboards import names
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").is_dir():
@@ -135,6 +138,25 @@ def test_remote_write_pushes_all(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for layers, pushed in results_of(path)["pushed"].items():
         assert pushed["samples"] >= 150_000 // (int(layers) + 13) * int(layers)
+
+
+@pytest.mark.native
+@pytest.mark.slow
+def test_fleet_asks_every_panel_of_hosts_and_of_runs(tmp_path: Path, native_binary: Callable[[str], str]) -> None:
+    """A dry run of the fleet scrapes its hosts, sends on what is reduced, and asks each panel of each store."""
+    for name in ("prometheus", "victoria-metrics"):
+        native_binary(name)
+    path = tmp_path / "fleet.json"
+    done = run("benchmarks.fleet", "--dry-run", "--mix", "one", "--json", path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())["results"]["one"]
+    stores = found["stores"]
+    assert found["hosts_up"] == 3
+    assert found["rules"]["failed"] == []
+    assert 0 < stores["reduced, Prometheus"]["series"] < stores["as scraped"]["series"]
+    assert stores["reduced, VictoriaMetrics"]["samples_per_second"] > 0
+    assert all(not each["errors"] and stores.keys() <= each["seconds"].keys() for each in found["panels"])
+    assert {each["dashboard"] for each in found["panels"]} == set(names())
 
 
 @pytest.mark.slow

@@ -330,10 +330,10 @@ def _colours(name: str) -> list[tuple[str, str, str]]:
         by_letter = {target["refId"]: target for target in panel.get("targets", ())}
         for override in panel.get("fieldConfig", {}).get("overrides", ()):
             for each in override["properties"]:
-                if each["id"] == "color" and each["value"].get("mode") == "fixed":
+                if each["id"] == "color" and each["value"].get("mode") in ("fixed", "shades"):
                     target = by_letter.get(override["matcher"]["options"])
                     legend = target["legendFormat"] if target else override["matcher"]["options"]
-                    expr = re.sub(r"\{[^}]*\}", "", target["expr"]) if target else legend
+                    expr = re.sub(r'\{[^}]*?(mode="\w+")?\}', r"\1", target["expr"]) if target else legend
                     found.append((legend, expr, each["value"]["fixedColor"]))
     return found
 

@@ -17,7 +17,7 @@ from gradiometer.recorder import Recorder
 from gradiometer.records import Flag
 from gradiometer_dashboards import load
 from gradiometer_dashboards.evaluation import Answer, Prometheus, QueryError, View
-from gradiometer_dashboards.rank_queries import IN_GRAPH, IN_MAP
+from gradiometer_dashboards.queries.ranks import IN_GRAPH, IN_MAP
 
 if TYPE_CHECKING:
     from tests._monitor import Monitor

@@ -24,7 +24,7 @@ from gradiometer.records import Flag
 from gradiometer.summary import LAYER_METRICS
 from gradiometer.tail import Sample
 from gradiometer_monitor.exposition import exposition as module
-from gradiometer_monitor.exposition.exposition import OPENMETRICS, TEXT, Exposition
+from gradiometer_monitor.exposition.exposition import OPENMETRICS, TEXT, Exposition, LayersOf
 from gradiometer_monitor.exposition.layer_lines import share
 from gradiometer_monitor.following.runs import Run, Runs
 
@@ -423,3 +423,40 @@ def test_run_that_starts_again_serves_its_own_layers(
         pass
     layers = {labels[1] for name, labels in _samples(exposition.render().decode()) if "layer_grad_norm_last" in name}
     assert layers == {"new"}
+
+
+@pytest.mark.parametrize(("layers", "shown"), [("all", {"lead", "other"}), ("lead", {"lead"}), ("none", set())])
+def test_a_run_on_many_hosts_has_its_layers_once(
+    tmp_path: Path,
+    follow: Callable[[Path], Runs],
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    layers: LayersOf,
+    shown: set[str],
+) -> None:
+    """Layers are those of the runs that the setting names; what is told of all of them together is always there."""
+    for run_id, rank in (("lead", 0), ("lead", 1), ("other", 1)):
+        write_run(make_manifest(run_id, rank=rank), [[1.0, 2.0, 3.0, 4.0]])
+    exposition = Exposition(follow(tmp_path), series_budget=10_000, layers=layers)
+    samples = _samples(exposition.render().decode())
+    assert {labels[0] for name, labels in samples if name == "gradiometer_layer_nonfinite_total"} == shown
+    assert {labels[0] for name, labels in samples if name == "gradiometer_layer_grad_norm_quantile"} == {
+        "lead",
+        "other",
+    }
+    assert {value for (name, _), value in samples.items() if name == "gradiometer_series_omitted"} == {0}
+    exposition.change_budgets(10_000, 10_000, "all")
+    found = _samples(exposition.render().decode())
+    assert {labels[0] for name, labels in found if name == "gradiometer_layer_nonfinite_total"} == {"lead", "other"}
+
+
+def test_layers_that_are_not_shown_take_nobodys_place(
+    tmp_path: Path, follow: Callable[[Path], Runs], make_manifest: MakeManifest, write_run: WriteRun
+) -> None:
+    """A run whose layers another host shows leaves the budget of all runs to the others."""
+    many = [f"blocks.{place}" for place in range(100)]
+    for run_id, rank in (("lead", 0), ("other", 1)):
+        write_run(make_manifest(run_id, rank=rank, layers=many), np.ones((1, 100)))
+    exposition = Exposition(follow(tmp_path), series_budget=10_000, total_series=550, layers="lead")
+    names = [name for name, _ in _samples(exposition.render().decode())]
+    assert names.count("gradiometer_layer_nonfinite_total") == 100

@@ -18,7 +18,13 @@ from gradiometer_dashboards.boards.layers import layers
 from gradiometer_dashboards.boards.monitor import monitor
 from gradiometer_dashboards.boards.ranks import ranks
 from gradiometer_dashboards.boards.run import run
-from gradiometer_dashboards.rules import Settings, grafana_rules, prometheus_rules
+from gradiometer_dashboards.rules import (
+    Settings,
+    fleet_layer_rules,
+    fleet_rules,
+    grafana_rules,
+    prometheus_rules,
+)
 
 __all__ = ["DASHBOARDS", "main", "render"]
 
@@ -29,7 +35,12 @@ DASHBOARDS: dict[str, Callable[[], Dashboard]] = {
     "ranks": ranks,
     "monitor": monitor,
 }
-RULES: dict[str, Callable[[Settings], str]] = {"gradiometer.rules.yml": prometheus_rules, "grafana.yml": grafana_rules}
+RULES: dict[str, Callable[[Settings], str]] = {
+    "gradiometer.rules.yml": prometheus_rules,
+    "grafana.yml": grafana_rules,
+    "fleet.rules.yml": fleet_rules,
+    "fleet-layers.rules.yml": fleet_layer_rules,
+}
 FOLDER = Path(__file__).parent / "json"
 RULES_FOLDER = Path(__file__).parent / "alerts"
 

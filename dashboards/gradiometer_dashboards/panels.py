@@ -100,7 +100,9 @@ def graph(card: Card, *queries: Query) -> timeseries.Panel:
     panel = panel.show_points(common.VisibilityMode.NEVER)
     for index, query in enumerate(queries):
         if query.colour:
-            fixed = {"mode": dashboard.FieldColorModeId.FIXED, "fixedColor": query.colour}
+            many = "{{" in query.legend  # series that mean the same differ in their shade
+            mode = dashboard.FieldColorModeId.SHADES if many else dashboard.FieldColorModeId.FIXED
+            fixed = {"mode": mode, "fixedColor": query.colour}
             panel = panel.override_by_query(LETTERS[index], [dashboard.DynamicConfigValue("color", fixed)])
     return panel.targets([_target(query, index).range() for index, query in enumerate(queries)])
 

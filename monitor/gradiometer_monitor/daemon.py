@@ -83,7 +83,7 @@ class Daemon:
         runs = Runs(settings.root, retention_seconds=settings.retention_seconds, store=store)
         self.context = Context(runs=runs, events=Events(runs, store), store=store)
         budgets = {"series_budget": settings.series_budget, "total_series": settings.total_series}
-        self.exposition = Exposition(runs, **budgets)
+        self.exposition = Exposition(runs, **budgets, layers=settings.layers)
         self.services = _services(settings, self.context)
         self._listener, self._hangups, self._reread = listener, hangups, reread
         self._stop, self._poll_now = threading.Event(), threading.Event()
@@ -138,7 +138,7 @@ class Daemon:
         logs.configure(new.log)
         self.settings, self._switch.app, self._listener.gate.limits = new, served, new.limits
         self.context.runs.retention_seconds = new.retention_seconds
-        self.exposition.change_budgets(new.series_budget, new.total_series)
+        self.exposition.change_budgets(new.series_budget, new.total_series, new.layers)
         self.services = reloading.replace(self.services, made, changed)
         self._collect()
         self._poll_now.set()

@@ -9,11 +9,12 @@ from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.builders import heatmap, table, timeseries
 from grafana_foundation_sdk.models import common, dashboard
 
-from gradiometer_dashboards import colours, layer_queries, panels
+from gradiometer_dashboards import colours, panels
 from gradiometer_dashboards.frame import Section, frame
-from gradiometer_dashboards.layer_queries import IN_GRAPH, IN_MAP, IN_TABLE, LAYERS
 from gradiometer_dashboards.panels import Card, Panel
 from gradiometer_dashboards.promql import Query, Selector
+from gradiometer_dashboards.queries import layers as layer_queries
+from gradiometer_dashboards.queries.layers import IN_GRAPH, IN_MAP, IN_TABLE, LAYERS
 from gradiometer_dashboards.tables import CONTEXT, Column, joined
 
 __all__ = ["largest", "layer_link", "layers"]

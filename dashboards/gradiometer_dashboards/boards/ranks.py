@@ -8,10 +8,11 @@ from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.builders import timeseries
 from grafana_foundation_sdk.models import common, dashboard
 
-from gradiometer_dashboards import colours, panels, rank_queries
+from gradiometer_dashboards import colours, panels
 from gradiometer_dashboards.frame import Section, frame
 from gradiometer_dashboards.panels import Card, Panel
-from gradiometer_dashboards.rank_queries import IN_GRAPH, IN_MAP
+from gradiometer_dashboards.queries import ranks as rank_queries
+from gradiometer_dashboards.queries.ranks import IN_GRAPH, IN_MAP
 from gradiometer_dashboards.tables import CONTEXT, Column, joined
 from gradiometer_dashboards.thresholds import THRESHOLDS
 

@@ -9,12 +9,13 @@ from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.builders import stat
 from grafana_foundation_sdk.models import common, dashboard
 
-from gradiometer_dashboards import colours, layer_queries, panels
-from gradiometer_dashboards import run_queries as queries
+from gradiometer_dashboards import colours, panels
 from gradiometer_dashboards.boards.layers import largest, layer_link
 from gradiometer_dashboards.frame import Section, frame
 from gradiometer_dashboards.panels import Card, Step
 from gradiometer_dashboards.promql import RUN
+from gradiometer_dashboards.queries import layers as layer_queries
+from gradiometer_dashboards.queries import run as queries
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
 __all__ = ["run"]

@@ -27,6 +27,8 @@ LEGEND = 0.4
 """Share of a graph's width that a legend on the right takes at most."""
 LEGEND_PIXELS = 330.0
 LEGEND_LINE = 17
+LINE = 15
+"""Pixels that the name of a row takes."""
 COLUMN = 52
 """Pixels of a legend's column of numbers."""
 
@@ -40,14 +42,14 @@ def stat(axes: Axes, panel: Json, answers: list[Answer], _: View) -> None:
         text, colour = worded(reduce(curve.series.values, panel["options"]["reduceOptions"]["calcs"][0]), curve.own)
         across = (place + 0.5) * wide / len(shown)
         if panel["options"].get("textMode") == "name":
-            text, colour, label = curve.name, curve.colour, ""
+            text, label = curve.name, ""
         else:
             label = curve.name if named else ""
         background = panel["options"].get("colorMode") == "background" and colour != INK
         if background:
             left = place * wide / len(shown)
             axes.add_patch(Rectangle((left, 0), wide / len(shown), high - 2, fc=colour, ec="none"))
-        size = min(24.0, high / 3, 1.35 * wide / len(shown) / max(3, len(text)))
+        size = min(24.0, high / 3, 1.2 * wide / len(shown) / max(3, len(text)))
         axes.text(
             across, high * 0.46, text, size=size, color="white" if background else colour, ha="center", va="center"
         )
@@ -98,8 +100,9 @@ def heatmap(axes: Axes, panel: Json, answers: list[Answer], view: View) -> None:
     finite: Grid = np.where(np.isfinite(cells), cells, np.nan)
     mesh = plot.pcolormesh(edges, np.arange(len(series) + 1), finite, cmap="turbo", shading="flat")
     _scale(axes, panel, mesh)
-    names = [each.legend or each.labels.get("le", "") for each in series]
-    every = max(1, math.ceil(len(names) / 24))
+    unit = ((panel["options"].get("yAxis") or {}).get("unit")) or "none"
+    names = [spell(float(each.labels["le"]), unit) if buckets else each.legend for each in series]
+    every = max(1, math.ceil(len(names) * LINE / size_of(axes)[1]))
     plot.set_yticks(
         np.arange(0, len(names), every) + (1.0 if buckets else 0.5), [clipped(n, 165) for n in names[::every]]
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gradiometer_dashboards.drawing.shades import SERIES, judged, shade
+from gradiometer_dashboards.drawing.shades import SERIES, judged, shade, shaded
 from gradiometer_dashboards.drawing.units import spell
 from gradiometer_dashboards.evaluation import Answer, Series
 
@@ -32,14 +32,19 @@ class Curve:
 def curves(panel: Json, answers: list[Answer]) -> list[Curve]:
     """Give each series of the answers its looks; colours that nobody states go round."""
     found, free = [], 0
+    alikes: dict[str, int] = {}
     for answer in answers:
         for series in answer.series:
             own = setting(panel, series.legend, answer.ref_id)
-            colour = own.get("color", {}).get("fixedColor") if own.get("color", {}).get("mode") == "fixed" else None
-            if colour is None:
-                colour, free = SERIES[free % len(SERIES)], free + 1
+            stated = own.get("color", {})
+            if stated.get("mode") in ("fixed", "shades"):
+                colour, alike = stated["fixedColor"], alikes.get(answer.ref_id, 0)
+                alikes[answer.ref_id] = alike + 1
+                colour = shaded(colour, alike) if stated["mode"] == "shades" else shade(colour)
+            else:
+                colour, free = shade(SERIES[free % len(SERIES)]), free + 1
             name = own.get("displayName") or series.legend or "Value"
-            found.append(Curve(series=series, name=name, colour=shade(colour), own=own))
+            found.append(Curve(series=series, name=name, colour=colour, own=own))
     return found
 
 

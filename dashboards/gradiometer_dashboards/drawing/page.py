@@ -14,6 +14,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from gradiometer_dashboards.drawing import charts, tables
 from gradiometer_dashboards.drawing.shades import INK, LINES, PAPER, QUIET, WINDOW
+from gradiometer_dashboards.drawing.tables import clipped, size_of
 from gradiometer_dashboards.evaluation import Answer, QueryError, View
 
 __all__ = ["draw"]
@@ -100,35 +101,35 @@ def _headline(view: View) -> str:
 
 
 def _panel(figure: Figure, page: Axes, place: Place, view: View) -> None:
-    panel = place.panel
+    panel, left, top, width, height = place.panel, place.left, place.top, place.width, place.height
     if panel["type"] == "row":
-        page.text(
-            place.left, place.top + place.height / 2, panel["title"], size=11, weight="bold", color=INK, va="center"
-        )
+        page.text(left, top + height / 2, panel["title"], size=11, weight="bold", color=INK, va="center")
         return
-    corner = (place.left, place.top)
     page.add_patch(
-        FancyBboxPatch(corner, place.width, place.height, boxstyle="round,pad=0,rounding_size=3", fc=PAPER, ec=LINES)
+        FancyBboxPatch((left, top), width, height, boxstyle="round,pad=0,rounding_size=3", fc=PAPER, ec=LINES)
     )
-    page.text(place.left + 8, place.top + 14, panel["title"], size=9.5, weight="bold", color=INK, va="center")
-    inside = _axes(figure, place.left, place.top + TITLE, place.width, place.height - TITLE)
-    if panel["type"] not in DRAWN:
-        said = "Grafana's own list: not drawn here" if panel["type"] == "alertlist" else None
-        if said is None:
-            raise ValueError(f"panel {panel['title']!r} is a {panel['type']}, which is not drawn")
-        inside.text(place.width / 2, (place.height - TITLE) / 2, said, size=9, color=QUIET, ha="center", va="center")
+    title = clipped(panel["title"], 0.85 * width)
+    page.text(left + 8, top + 14, title, size=9.5, weight="bold", color=INK, va="center")
+    inside = _axes(figure, left, top + TITLE, width, height - TITLE)
+    if panel["type"] == "alertlist":
+        _note(inside, "Grafana's own list: not drawn here")
         return
+    if panel["type"] not in DRAWN:
+        raise ValueError(f"panel {panel['title']!r} is a {panel['type']}, which is not drawn")
     try:
         answers = view.answers(panel)
     except QueryError as error:
         inside.text(8, 20, str(error)[:200], size=8, color="red", wrap=True)
         return
-    if not any(answer.series for answer in answers):
-        inside.text(
-            place.width / 2, (place.height - TITLE) / 2, "No data", size=10, color=QUIET, ha="center", va="center"
-        )
-        return
-    DRAWN[panel["type"]](inside, panel, answers, view)
+    if any(answer.series for answer in answers):
+        DRAWN[panel["type"]](inside, panel, answers, view)
+    else:
+        _note(inside, panel["fieldConfig"]["defaults"].get("noValue") or "No data")
+
+
+def _note(axes: Axes, text: str) -> None:
+    wide, high = size_of(axes)
+    axes.text(wide / 2, high / 2, text, size=10, color=QUIET, ha="center", va="center")
 
 
 def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:

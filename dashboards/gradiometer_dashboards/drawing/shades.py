@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["INK", "LINES", "PAPER", "QUIET", "SERIES", "WINDOW", "judged", "shade"]
+__all__ = ["INK", "LINES", "PAPER", "QUIET", "SERIES", "WINDOW", "judged", "shade", "shaded"]
 
 Json = dict[str, Any]
 
@@ -33,12 +33,20 @@ def shade(name: str) -> str:
     base = HUES.get(hue, INK)
     if mixture not in MIXED:
         return base
-    other, share = MIXED[mixture]
+    return _mixed(base, *MIXED[mixture])
+
+
+def _mixed(base: str, other: str, share: float) -> str:
     parts = [
         round(int(base[place : place + 2], 16) * (1 - share) + int(other[place : place + 2], 16) * share)
         for place in (1, 3, 5)
     ]
     return "#" + "".join(f"{part:02x}" for part in parts)
+
+
+def shaded(name: str, place: int) -> str:
+    """Return the shade that the series at ``place`` has of those that share a colour: each lighter than the last."""
+    return _mixed(shade(name), "#ffffff", 1 - 0.75 ** (place % 6))
 
 
 def judged(value: float, steps: Sequence[Json]) -> str:

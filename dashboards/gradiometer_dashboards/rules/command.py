@@ -20,17 +20,20 @@ from gradiometer_dashboards.rules.choices import (
     read_url,
     split_thresholds,
 )
+from gradiometer_dashboards.rules.fleet import fleet_layer_rules, fleet_rules
 from gradiometer_dashboards.rules.grafana import grafana_rules
 from gradiometer_dashboards.rules.model import Settings
 from gradiometer_dashboards.rules.prometheus import operator_rules, prometheus_rules
 
 __all__ = ["rules"]
 
-Form = Literal["prometheus", "grafana", "operator"]
+Form = Literal["prometheus", "grafana", "operator", "fleet", "fleet-layers"]
 FORMS: dict[str, Callable[[Settings], str]] = {
     "prometheus": prometheus_rules,
     "grafana": grafana_rules,
     "operator": operator_rules,
+    "fleet": fleet_rules,
+    "fleet-layers": fleet_layer_rules,
 }
 DEFAULTS = Settings()
 WIDTH = 160
@@ -61,7 +64,10 @@ def rules(
     out: Annotated[Path | None, typer.Option(help="File to write, instead of the standard output.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Only list the alerts and what they mean.")] = False,
 ) -> None:
-    """Write the alert rules, for Prometheus and what reads its files, for Grafana's own alerting, or the operator."""
+    """Write the alert rules, for Prometheus and what reads its files, for Grafana's own alerting, or the operator.
+
+    fleet and fleet-layers are the recording rules of docs/scaling.md.
+    """
     settings = Settings(
         grafana_url=_checked("--grafana-url", read_url, grafana_url),
         runbook_url=_checked("--runbook-url", read_url, runbook_url),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -45,6 +45,9 @@ class Settings(Section):
     """Series that one run may have in a scrape."""
     total_series: Annotated[int, between(100, 10_000_000)] = 200_000
     """Series that all runs together may have in a scrape."""
+    layers: Literal["all", "lead", "none"] = "all"
+    """Runs whose layers are in a scrape: `all`; `lead`, those whose rank 0 is on this host, so that a run on many hosts
+    has each of its layers once; or `none`."""
     retention_seconds: Annotated[float, between(0, 366 * 86400)] = 900.0
     """How long the series of a run that is over stay after its last heartbeat."""
     log: LogSettings = LogSettings()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -29,7 +29,7 @@ from gradiometer_monitor.exposition.layer_lines import RUN_SAMPLES, LayerLines, 
 from gradiometer_monitor.exposition.lines import Counts, Lines, add, add_histogram, header, line
 from gradiometer_monitor.following.runs import Run, Runs
 
-__all__ = ["OPENMETRICS", "TEXT", "TOTAL_SERIES", "Exposition"]
+__all__ = ["OPENMETRICS", "TEXT", "TOTAL_SERIES", "Exposition", "LayersOf"]
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -37,6 +37,9 @@ TOTAL_SERIES = 200_000
 """Series of all runs together in one scrape, unless the settings say otherwise: some 20 MB of text."""
 COLLECT_SECONDS = 4.0
 """How long a scrape waits for its collectors, all together: well below Prometheus' usual limit of 10 s for a scrape."""
+
+LayersOf = Literal["all", "lead", "none"]
+"""Runs whose layers are in a scrape: all, those whose rank 0 is followed here, or none."""
 
 Collect = Callable[[], Iterable[Sample]]
 Line = tuple[str, str]
@@ -48,11 +51,13 @@ class Exposition:
     """The text of a scrape of ``runs``; safe to render from several threads, one of which renders at a time.
 
     A run has at most ``series_budget`` series, and all runs together at most ``total_series``: layers are left out
-    beyond that, nothing else is.
+    beyond that, nothing else is. ``layers`` says of which runs there are any.
     """
 
-    def __init__(self, runs: Runs, *, series_budget: int, total_series: int = TOTAL_SERIES) -> None:
-        self._runs, self._budget, self._total = runs, series_budget, total_series
+    def __init__(
+        self, runs: Runs, *, series_budget: int, total_series: int = TOTAL_SERIES, layers: LayersOf = "all"
+    ) -> None:
+        self._runs, self._budget, self._total, self._layers_of = runs, series_budget, total_series, layers
         self._layers: dict[tuple[Any, ...], LayerLines] = {}
         self._lock = threading.Lock()
         self._seconds, self._bytes = Histogram(SCRAPE_SECONDS_BUCKETS), 0
@@ -75,10 +80,10 @@ class Exposition:
         """Take also the samples that these give, by name, at each scrape; another call replaces them."""
         self._others = {name: Asked(name, partial(_lines, collect)) for name, collect in collectors.items()}
 
-    def change_budgets(self, series_budget: int, total_series: int) -> None:
-        """Keep to other budgets, of each run and of all, from the next scrape on."""
+    def change_budgets(self, series_budget: int, total_series: int, layers: LayersOf) -> None:
+        """Keep to other budgets, of each run and of all, and show other layers, from the next scrape on."""
         with self._lock:
-            self._budget, self._total = series_budget, total_series
+            self._budget, self._total, self._layers_of = series_budget, total_series, layers
 
     def render(self, content_type: str = TEXT) -> bytes:
         """Render one scrape in ``content_type``, :data:`TEXT` or :data:`OPENMETRICS`."""
@@ -138,13 +143,17 @@ class Exposition:
         with self._runs.snapshot(scrape=True) as runs:
             self._layers = {run.key: self._layers.get(run.key) or _layer_lines(run) for run in runs}
             frames = [(run, frame) for run in runs if (frame := found.attempt(run.frame)) is not None]
-            sizes = [_series(frame) for _, frame in frames]
+            sizes = [_series(frame, self._shows_layers(run)) for run, frame in frames]
             most = share([min(self._budget, sum(size)) for size in sizes], self._total)
             for (run, frame), (fixed, _) in zip(frames, sizes, strict=True):
-                take = partial(_taken, frame, self._layers[run.key], min(self._budget, most) - fixed)
+                places = min(self._budget, most) - fixed if self._shows_layers(run) else None
+                take = partial(_taken, frame, self._layers[run.key], places)
                 if (taken := found.attempt(take)) is not None:
                     found.runs.append(taken)
         return found
+
+    def _shows_layers(self, run: Run) -> bool:
+        return self._layers_of == "all" or (self._layers_of == "lead" and run.ranks[0].rank == 0)
 
     def _add_runs(self, lines: Lines, answer: Answer[_Snapshot]) -> None:
         """Add every run, or nothing of one that fails."""
@@ -189,15 +198,15 @@ def _layer_lines(run: Run) -> LayerLines:
     return LayerLines(run.run_id, run.ranks[0].manifest.layers)
 
 
-def _series(frame: Frame) -> tuple[int, int]:
+def _series(frame: Frame, shows_layers: bool) -> tuple[int, int]:
     """Count the series of a run that are not of layers, and those of its layers."""
     histograms = sum(len(histogram.bounds) + 3 for histogram in frame.histograms.values())
-    layers = int(np.count_nonzero(frame.layers.exported)) * len(frame.layers.metrics)
+    layers = int(np.count_nonzero(frame.layers.exported)) * len(frame.layers.metrics) * shows_layers
     beside = 0 if frame.beside is None else frame.beside.series
     return len(frame.samples) + beside + histograms + RUN_SAMPLES, layers
 
 
-def _taken(frame: Frame, lines: LayerLines, places: int) -> _Taken:
+def _taken(frame: Frame, lines: LayerLines, places: int | None) -> _Taken:
     return _Taken(
         run_id=frame.run_id,
         samples=frame.samples,

@@ -64,8 +64,14 @@ class LayerLines:
         self._blocks: dict[str, _Block] = {}
         self._dropped = 0
 
-    def take(self, layers: LayerSummary, places: int) -> LayerValues:
-        """Copy what is to be shown, ``places`` being how many series there is room for."""
+    def take(self, layers: LayerSummary, places: int | None) -> LayerValues:
+        """Copy what is to be shown, ``places`` being how many series there is room for; None shows no layer at all.
+
+        Layers that another host shows are not omitted; what is told of all of them together is told here too.
+        """
+        if places is None:
+            peaks, known = layers.columns()[SPREAD_OF]
+            return LayerValues(columns=[], peaks=peaks[known], omitted=0)
         self._choose(layers, max(0, places) // len(layers.metrics))
         columns = layers.columns()
         shown = {name: known & self._chosen for name, (_, known) in columns.items()}

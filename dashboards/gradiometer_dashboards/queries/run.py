@@ -65,18 +65,18 @@ def _mode(mode: str) -> Selector:
     return RUN & f'mode="{mode}"'
 
 
-def clip_threshold(mode: str, legend: str) -> Query:
+def clip_threshold(mode: str, legend: str, colour: str) -> Query:
     """Show the thresholds of the policies that ``act`` or are in ``shadow``; one that bounds no norm has Inf."""
     found = f"max by (policy) ({series('gradiometer_clip_threshold', of=_mode(mode))})"
-    return Query(expr=finite(found), legend=legend)
+    return Query(expr=finite(found), legend=legend, colour=colour)
 
 
-CLIP_THRESHOLD = clip_threshold("act", "threshold of {{policy}}")
-SHADOW_THRESHOLD = clip_threshold("shadow", "threshold of {{policy}} in shadow")
+CLIP_THRESHOLD = clip_threshold("act", "threshold of {{policy}}", colours.THRESHOLD)
+SHADOW_THRESHOLD = clip_threshold("shadow", "threshold of {{policy}} in shadow", colours.SHADOW)
 NORM_HISTOGRAM = Query(expr=f"max by (le) ({increase('gradiometer_grad_norm', '_bucket')})", legend="{{le}}")
 
 
-def clip_ratio(mode: str, legend: str) -> Query:
+def clip_ratio(mode: str, legend: str, colour: str) -> Query:
     """Divide the steps that each policy clipped, or in ``shadow`` would have, by those that were taken.
 
     A run that stands still has no ratio: dividing by zero would draw NaN in the legend.
@@ -85,14 +85,16 @@ def clip_ratio(mode: str, legend: str) -> Query:
         expr=f"max by (policy) ({rate('gradiometer_clip_events_total', of=_mode(mode))})"
         f" / on () group_left () (max({rate('gradiometer_steps_total')}) > 0)",
         legend=legend,
+        colour=colour,
     )
 
 
-CLIP_RATIO = clip_ratio("act", "{{policy}}")
-SHADOW_RATIO = clip_ratio("shadow", "{{policy}} in shadow")
+CLIP_RATIO = clip_ratio("act", "{{policy}}", colours.CLIPPED)
+SHADOW_RATIO = clip_ratio("shadow", "{{policy}} in shadow", colours.SHADOW)
 CLIP_COEFFICIENT = Query(
     expr=f"min by (policy) (min_over_time({series('gradiometer_clip_coefficient', of=_mode('act'))}[$__interval]))",
     legend="{{policy}}",
+    colour=colours.CLIPPED,
 )
 NONFINITE_STEPS = Query(
     expr=f"max({increase('gradiometer_nonfinite_steps_total')})", legend="non-finite", colour=colours.NONFINITE

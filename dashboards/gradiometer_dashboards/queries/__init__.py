@@ -1,0 +1,1 @@
+"""What the dashboards of one run ask, apart from the panels that draw it."""
