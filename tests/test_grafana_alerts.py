@@ -22,16 +22,21 @@ from tests._grafana import ServedGrafana, Stub, serve_grafana, token_of
 Json = dict[str, Any]
 Applied = Callable[..., list[Change]]
 Command = Callable[..., Result]
-SOURCE = "some-prometheus"
+
+
+def source_of(grafana: ServedGrafana) -> str:
+    """Return the uid of a datasource that was there before."""
+    return f"{grafana.prefix}-source"
 
 
 @pytest.fixture
 def grafana(tmp_path: Path) -> Iterator[ServedGrafana]:
     """Give the Grafana to test against."""
     with serve_grafana(tmp_path) as tested:
-        tested.ask("POST", "/datasources", {"uid": SOURCE, "name": SOURCE, "type": "prometheus", "access": "proxy"})
+        uid = source_of(tested)
+        tested.ask("POST", "/datasources", {"uid": uid, "name": uid, "type": "prometheus", "access": "proxy"})
         yield tested
-        tested.ask("DELETE", f"/datasources/uid/{SOURCE}")
+        tested.ask("DELETE", f"/datasources/uid/{uid}")
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ def applied(grafana: ServedGrafana, monkeypatch: pytest.MonkeyPatch) -> Applied:
     monkeypatch.setattr("gradiometer_monitor.grafana.provision.names", lambda: ())
 
     def run(dry_run: bool = False, wait: Callable[[float], Any] | None = None, **rules: Any) -> list[Change]:
-        given = grafana.settings | {"alerts": True, "datasource_uid": SOURCE, "alert_rules": rules}
+        given = grafana.settings | {"alerts": True, "datasource_uid": source_of(grafana), "alert_rules": rules}
         session = Grafana(GrafanaSettings.model_validate(given))
         try:
             return [each for each in apply(session, dry_run=dry_run, wait=wait)[1] if each.what == "alerts"]
@@ -88,7 +93,7 @@ def test_a_second_apply_changes_nothing(grafana: ServedGrafana, applied: Applied
 
 
 def test_what_a_rule_is_made_of(grafana: ServedGrafana, applied: Applied) -> None:
-    """It asks the datasource given, links where people are, stands on its limit and goes on firing over a gap."""
+    """It asks the datasource given, links where people are, and stands on its limit."""
     applied(
         runbook_url="https://gradiometer-monitor/runbooks",
         grafana_url="https://g.example",
@@ -101,11 +106,10 @@ def test_what_a_rule_is_made_of(grafana: ServedGrafana, applied: Applied) -> Non
     assert spike["annotations"]["dashboard_url"].startswith(f"https://g.example/d/{grafana.prefix}-run?var-job=")
     assert spike["annotations"]["__dashboardUid__"] == f"{grafana.prefix}-run"
     queries = {query["refId"]: query for query in spike["data"]}
-    assert {query["datasourceUid"] for query in spike["data"]} == {SOURCE, "__expr__"}
+    assert {query["datasourceUid"] for query in spike["data"]} == {source_of(grafana), "__expr__"}
     assert queries["C"]["model"]["conditions"][0]["evaluator"]["params"] == [20]
     assert "cluster" in queries["A"]["model"]["expr"]
     assert "train-.*" in down["data"][0]["model"]["expr"]
-    assert (spike["keep_firing_for"], spike["missingSeriesEvalsToResolve"]) == ("5m", 10)
 
 
 def test_links_lead_to_the_grafana_given(grafana: ServedGrafana, applied: Applied) -> None:
@@ -163,7 +167,7 @@ def test_rules_of_somebody_else_are_kept(stub: Stub, grafana: ServedGrafana, app
         (runs, monitor) = applied()
         assert (runs.state, monitor.state) == ("kept", "unchanged")
         assert said in runs.detail
-        assert "--uid-prefix" in runs.detail or "move it" in runs.detail
+        assert "leave out --alerts" in runs.detail or "move it" in runs.detail
         stub.rules = before
     assert len(stub.writes()) == sent
 
@@ -172,6 +176,7 @@ def test_grafanas_own_words_are_no_difference(stub: Stub, grafana: ServedGrafana
     """Durations written otherwise, another order and fields that are Grafana's do not make every apply a change."""
     applied()
     rule = stub.rules[f"{grafana.prefix}-layerexploding"]
+    assert (rule["for"], rule["keep_firing_for"], rule["missingSeriesEvalsToResolve"]) == ("1m", "5m", 10)
     rule |= {"for": "60s", "id": 7, "orgID": 3, "updated": "2027-01-01T00:00:00Z", "guid": "x"}
     rule["data"][0]["model"]["legendFormat"] = "__auto"
     stub.rules = dict(reversed(stub.rules.items()))
@@ -206,7 +211,7 @@ def test_an_editor_need_not_read_the_datasource(stub: Stub, grafana: ServedGrafa
     """Where it is not ours to make, an account that may not look at it is told so, and nothing fails."""
     assert grafana.token_file is not None
     grafana.token_file.write_text(token_of("Editor"))
-    given = grafana.settings | {"alerts": True, "datasource_uid": SOURCE}
+    given = grafana.settings | {"alerts": True, "datasource_uid": source_of(grafana)}
     session = Grafana(GrafanaSettings.model_validate(given))
     changes = apply(session)[1]
     session.close()
@@ -236,10 +241,10 @@ def test_without_a_folder_there_are_no_rules(stub: Stub, applied: Applied) -> No
 
 def test_the_command(grafana: ServedGrafana, command: Command) -> None:
     """The exit status is that of the dashboards: to be done, done, nothing to do."""
-    options = ("--datasource-uid", SOURCE, "--set", "spike_ratio=20", "--runbook-url", "https://r.example", "--json")
+    options = ("--datasource-uid", source_of(grafana), "--set", "spike_ratio=20", "--runbook-url", "https://r.example")
     dry = command(*options, "--dry-run")
     assert dry.exit_code == 4, dry.stderr
-    done = command(*options)
+    done = command(*options, "--json")
     assert done.exit_code == 0, done.stderr
     alerts = [change for change in json.loads(done.stdout)["changes"] if change["what"] == "alerts"]
     assert [(each["uid"], each["state"]) for each in alerts] == [
@@ -261,7 +266,7 @@ def test_the_command(grafana: ServedGrafana, command: Command) -> None:
         (("--by", "rank"), "--by: 'rank' is a label that alerts have"),
         (("--runbook-url", "r"), "--runbook-url: 'r' is no address"),
         (("--grafana-url", "http://me:hunter22@g"), "--grafana-url: it holds a user or a password"),
-        (("--datasource-uid", SOURCE, "--uid-prefix", "x" * 23), "uid_prefix of at most 22 characters"),
+        (("--datasource-uid", "some", "--uid-prefix", "x" * 23), "uid_prefix of at most 22 characters"),
     ],
 )
 def test_the_command_says_what_is_wrong(command: Command, given: tuple[str, ...], said: str) -> None:

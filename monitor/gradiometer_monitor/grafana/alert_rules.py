@@ -32,6 +32,9 @@ WHOLE = ("labels", "annotations")
 DURATION = re.compile(r"(\d+)(ms|s|m|h|d|w|y)")
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
 SHOWN_DIFFERENCES = 3
+REMEDY = (
+    "delete it there, or leave out --alerts, or alerts: true; under another uid prefix everything would alert twice"
+)
 
 
 def wanted_groups(settings: GrafanaSettings) -> list[Json]:
@@ -136,8 +139,7 @@ def _hindrance(grafana: Grafana, there: Json, wanted: Json) -> str:
             continue
         if (provenance := rule.get("provenance") or "") != OURS:
             owner = {"": "somebody's own", "file": "of a provisioning file"}.get(provenance, f"of {provenance}")
-            return f"the rule {uid} is {owner}: delete it there, or choose another --uid-prefix, or uid_prefix"
+            return f"the rule {uid} is {owner}: {REMEDY}"
         if rule.get("folderUID") != folder:
-            elsewhere = f"the rule {uid} is in the folder {rule.get('folderUID')}"
-            return f"{elsewhere}: delete it there, or choose another --uid-prefix, or uid_prefix"
+            return f"the rule {uid} is in the folder {rule.get('folderUID')}: {REMEDY}"
     return ""
