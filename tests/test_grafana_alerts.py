@@ -176,7 +176,7 @@ def test_grafanas_own_words_are_no_difference(stub: Stub, grafana: ServedGrafana
     """Durations written otherwise, another order and fields that are Grafana's do not make every apply a change."""
     applied()
     rule = stub.rules[f"{grafana.prefix}-layerexploding"]
-    assert (rule["for"], rule["keep_firing_for"], rule["missingSeriesEvalsToResolve"]) == ("1m", "5m", 10)
+    assert (rule["for"], rule["keep_firing_for"], rule["missingSeriesEvalsToResolve"]) == ("1m", "12m", 10)
     rule |= {"for": "60s", "id": 7, "orgID": 3, "updated": "2027-01-01T00:00:00Z", "guid": "x"}
     rule["data"][0]["model"]["legendFormat"] = "__auto"
     stub.rules = dict(reversed(stub.rules.items()))
