@@ -39,10 +39,14 @@ RUNS = f"max by (run_id) ({series('gradiometer_run_info', of=FLEET)})"
 STATE = _state()
 AGE = age()
 SPEED = f"max by (run_id) ({rate('gradiometer_steps_total', of=FLEET)})"
-LARGEST_NORM = (
+_SCALED = f"max by (run_id) ({series('gradiometer_loss_scale', of=FLEET)}) > 0"
+"""Runs with a GradScaler, which finds its scale by steps that are not finite and skips them."""
+_LARGEST = (
     f"max by (run_id) ({series('gradiometer_grad_norm_window_max', of=FLEET)})"
     f" / max by (run_id) ({series('gradiometer_grad_norm_baseline', of=FLEET)})"
 )
+LARGEST_NORM = f"({_LARGEST} < Inf or {_LARGEST} unless on (run_id) {_SCALED})"
+"""Nothing where a GradScaler overflowed within the last minute."""
 
 
 def _of_every_run(expr: str) -> str:
@@ -55,8 +59,6 @@ SKIPPED = _of_every_run(f"max by (run_id) ({increase_in_view('gradiometer_skippe
 _CRITICAL, _OTHERS = firing('severity="critical"'), firing('severity!="critical"')
 CRITICAL = _of_every_run(f"count by (run_id) ({_CRITICAL})")
 OTHERS = _of_every_run(f"count by (run_id) ({_OTHERS})")
-_SCALED = f"max by (run_id) ({series('gradiometer_loss_scale', of=FLEET)}) > 0"
-"""Runs with a GradScaler, which finds its scale by steps that are not finite and skips them."""
 ATTENTION = " + ".join(
     (
         f"16 * ({CRITICAL} > bool 0)",
