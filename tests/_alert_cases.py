@@ -184,8 +184,8 @@ def _silent() -> Iterator[Case]:
         "healthy": healthy, "warm-up": _warm_up, "gap": _gapped, "restart": _restarted, "end": _ended,
         "scaler": _scaler, "scaler-starts": _scaler_starts, "noisy": _noisy, "slow": _slow, "starting": _starting,
         "finished": _finished, "lost-long-ago": _lost_long_ago, "fast-ranks": _fast_ranks, "pod": _moved,
-        "infinite-peak": _infinite_peak, "scaler-searches": _scaler_searches, "by-design": _clips_by_design,
-        "one-target-less": _scaled_down, "slow-ranks": _slow_ranks,
+        "infinite-peak": _infinite_peak, "scaler-searches": _scaler_searches, "evaluates": _evaluates,
+        "by-design": _clips_by_design, "one-target-less": _scaled_down, "slow-ranks": _slow_ranks,
     }  # fmt: skip
     for name, make in makers.items():
         yield Case(name=name, rows=make())
@@ -205,6 +205,7 @@ def _firing() -> Iterator[Case]:
         "hosts": ("RankDivergence", lambda rows: put(rows, "norm_baseline;b:", 1.06, START, START + 8), 5, 14),
         "scaled-spike": ("Spike", _spike_beside_overflows, 1, 10),
         "scale-lost": ("SkippingRun", _searches_for_ever, 0, 9),
+        "hangs-after-evaluations": ("Stalled", _hangs_after_evaluations, 32, 45),
         "stuck-at-start": ("Stalled", _stuck_at_start, 12, 40),
     }
     for name, (of, change, fires, lingers) in makers.items():
@@ -279,6 +280,23 @@ def _starting() -> Rows:
     put(rows, "gradiometer_steps_total", lambda since: 9, 0)
     put(rows, "last_step_timestamp", 0, 0, 25)
     return rows
+
+
+def _evaluates(minutes: float = 20) -> Rows:
+    """Give a run that evaluates, and not for the first time: two of its steps took longer than 300 s."""
+    rows = healthy()
+    for part, change in FROZEN.items():
+        put(rows, part, change, START, START + minutes)
+    counts = {name: row for name, row in rows.items() if name.startswith("gradiometer_step_seconds_count")}
+    for name, row in counts.items():
+        bucket = name.replace("_count{", "_bucket{").replace("}", ', le="300.0"}')
+        rows[bucket] = [None if value is None else value - 2 for value in row]
+    return rows
+
+
+def _hangs_after_evaluations(rows: Rows) -> None:
+    """Let a run that has evaluated before hang for longer than any evaluation may take."""
+    rows.update(_evaluates(38))
 
 
 def _stuck_at_start(rows: Rows) -> None:

@@ -118,9 +118,9 @@ LOSS_SCALE = Query(expr=finite(f"max({series('gradiometer_loss_scale')})"), lege
 
 
 def step_seconds(quantile: float) -> Query:
-    """Estimate a quantile of the step time from its histogram."""
+    """Estimate a quantile of the step time from its histogram; of no steps there is none, rather than NaN."""
     return Query(
-        expr=f"histogram_quantile({quantile:g}, sum by (le) ({rate('gradiometer_step_seconds', '_bucket')}))",
+        expr=f"histogram_quantile({quantile:g}, sum by (le) ({rate('gradiometer_step_seconds', '_bucket')})) >= 0",
         legend=f"p{quantile * 100:g}",
     )
 
