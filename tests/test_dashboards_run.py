@@ -347,6 +347,10 @@ def test_annotations_of_a_run(board: str) -> None:
     assert shown["Incidents"]["target"]["tags"] == ["gradiometer", "$run_id"]
     assert shown["Policy changes"]["target"]["tags"] == ["gradiometer", "$run_id", "policy_changed"]
     assert 'run_id="$run_id"' in shown["Alerts"]["expr"]
+    assert shown["Alerts"]["target"]["expr"] == shown["Alerts"]["expr"], (
+        "later releases than Grafana 11 read the target"
+    )
+    assert shown["Alerts"]["target"]["interval"] == shown["Alerts"]["step"]
     assert {each["enable"] for each in shown.values()} == {True}
 
 
