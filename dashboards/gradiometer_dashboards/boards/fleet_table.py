@@ -6,7 +6,7 @@ from grafana_foundation_sdk.builders import table
 
 from gradiometer_dashboards import colours
 from gradiometer_dashboards.panels import Card
-from gradiometer_dashboards.promql import FLEET, firing, increase_in_view, rate, series
+from gradiometer_dashboards.promql import FLEET, firing, gained_in_view, rate, series
 from gradiometer_dashboards.tables import Column, joined, link_to
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
@@ -54,8 +54,8 @@ def _of_every_run(expr: str) -> str:
     return f"({RUNS} * on (run_id) ({expr}) or 0 * {RUNS})"
 
 
-NONFINITE = _of_every_run(f"max by (run_id) ({increase_in_view('gradiometer_nonfinite_steps_total', of=FLEET)})")
-SKIPPED = _of_every_run(f"max by (run_id) ({increase_in_view('gradiometer_skipped_steps_total', of=FLEET)})")
+NONFINITE = _of_every_run(f"max by (run_id) ({gained_in_view('gradiometer_nonfinite_steps_total', of=FLEET)})")
+SKIPPED = _of_every_run(f"max by (run_id) ({gained_in_view('gradiometer_skipped_steps_total', of=FLEET)})")
 _CRITICAL, _OTHERS = firing('severity="critical"'), firing('severity!="critical"')
 CRITICAL = _of_every_run(f"count by (run_id) ({_CRITICAL})")
 OTHERS = _of_every_run(f"count by (run_id) ({_OTHERS})")

@@ -13,8 +13,8 @@ from gradiometer_dashboards.promql import (
     Selector,
     finite,
     firing,
+    gained_in_view,
     increase,
-    increase_in_view,
     peak,
     rate,
     series,
@@ -33,9 +33,9 @@ NORM_OVER_BASELINE = Query(
     legend="largest norm / baseline",
 )
 CLIPPED_NOW = Query(expr=f"max({series('gradiometer_clip_ratio')})", legend="clipped")
-NONFINITE_IN_VIEW = Query(expr=f"max({increase_in_view('gradiometer_nonfinite_steps_total')})", legend="non-finite")
-SKIPPED_IN_VIEW = Query(expr=f"max({increase_in_view('gradiometer_skipped_steps_total')})", legend="skipped")
-HARM_IN_VIEW = Query(expr=f"max({increase_in_view('gradiometer_nonfinite_updates_total')})", legend="NaN in weights")
+NONFINITE_IN_VIEW = Query(expr=f"max({gained_in_view('gradiometer_nonfinite_steps_total')})", legend="non-finite")
+SKIPPED_IN_VIEW = Query(expr=f"max({gained_in_view('gradiometer_skipped_steps_total')})", legend="skipped")
+HARM_IN_VIEW = Query(expr=f"max({gained_in_view('gradiometer_nonfinite_updates_total')})", legend="NaN in weights")
 
 _FIRING = firing('run_id="$run_id"')
 _CRITICAL = firing('run_id="$run_id", severity="critical"')
