@@ -80,7 +80,7 @@ def _healthy() -> list[stat.Panel]:
         "none",
         "Largest global norm of the last minute as a multiple of the run's own median. Near 1 to 3 is usual; red, "
         f"{THRESHOLDS.spike_ratio:g}, is a spike. In the first {THRESHOLDS.warm_up_steps} steps norms fall fast, "
-        "and it means little.",
+        "and it means little. A GradScaler that overflowed within the minute leaves none finite, as usual.",
         width=3,
         height=4,
     )
@@ -108,7 +108,7 @@ def _healthy() -> list[stat.Panel]:
     steps = [{"value": start, "color": colour} for start, colour in colours.ANY_IS_BAD]
     red = [dashboard.DynamicConfigValue("thresholds", {"mode": "absolute", "steps": steps})]
     return [
-        panels.value(normal, queries.NORM_OVER_BASELINE, steps=judged),
+        panels.value(normal, queries.NORM_OVER_BASELINE, steps=judged).no_value("none finite"),
         panels.value(incidents, *counts, steps=colours.ANY_IS_ODD).decimals(0).override_by_query("C", red),
         panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED).no_value("not yet"),
     ]
