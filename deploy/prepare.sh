@@ -29,8 +29,9 @@ token() {
     file=$secrets/$3
     [ -s "$file" ] || random >"$file"
     line="$1 $2 $(cat "$file")"
-    if ! grep -qxF -- "$line" "$tokens"; then
-        { grep -v "^[a-z]* $2 " "$tokens" || true; echo "$line"; } >"$tokens.new"
+    # By standard input, for everybody sees the arguments of a process.
+    if ! printf '%s\n' "$line" | grep -qxF -f - "$tokens"; then
+        { grep -v "^[a-z]* $2 " "$tokens" || true; printf '%s\n' "$line"; } >"$tokens.new"
         mv "$tokens.new" "$tokens"
     fi
 }

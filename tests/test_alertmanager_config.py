@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -61,6 +62,23 @@ def test_a_mistake_in_an_example_is_found(check: Check) -> None:
     done = check(with_example("slack").replace("channel:", "chanel:"))
     assert done.returncode != 0
     assert "chanel" in done.stdout + done.stderr
+
+
+@pytest.mark.native
+def test_names_mention_nobody_in_slack(tmp_path: Path, native_binary: Callable[[str], str]) -> None:
+    """A layer whose name Slack would take for a mention or a link is told by its name."""
+    texts = {name: f"{name} of <!channel> <https://else.test|layer>" for name in ("summary", "description")}
+    links = {"runbook_url": "https://runbook.test", "dashboard_url": "https://dashboard.test"}
+    alert = {"status": "firing", "labels": {"alertname": "A", "severity": "critical"}, "annotations": texts | links}
+    (tmp_path / "data.json").write_text(json.dumps({"status": "firing", "alerts": [alert]}))
+    (slack,) = yaml.safe_load(with_example("slack"))["receivers"][0]["slack_configs"]
+    for name, told in (("title", "summary"), ("text", "description")):
+        command = [native_binary("amtool"), "template", "render", "--template.glob", str(tmp_path / "none")]
+        command += ["--template.data", str(tmp_path / "data.json"), "--template.text", slack[name]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert f"{told} of &lt;!channel> &lt;https://else.test|layer>" in done.stdout
+        assert re.findall("<.*?>", done.stdout) == [f"<{links[f'{link}_url']}|{link}>" for link in
+                                                    ("runbook", "dashboard") if name == "text"]  # fmt: skip
 
 
 @pytest.mark.native
