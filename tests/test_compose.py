@@ -282,6 +282,29 @@ def test_tokens_are_in_no_arguments(tmp_path: Path) -> None:
     assert not [token for token in tokens if token in said]
 
 
+@pytest.mark.parametrize("name", ["it's", "back\\", "two\nlines"])
+def test_paths_that_env_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
+    """They are named, and nothing is written that compose would read as something else."""
+    for variable in ("GRADIOMETER_DIR", "GRADIOMETER_SECRETS"):
+        done = _prepare(tmp_path, **{variable: f"{tmp_path}/{name}"})
+        assert done.returncode == 2
+        assert f"{variable} {tmp_path}/{name}: .env cannot hold" in done.stderr
+    assert (tmp_path / "env").read_text() == ""
+
+
+def test_paths_are_the_same_for_compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is relative is so to where the script runs, one in quotes may begin with ~, and no word is run."""
+    odd = f"{tmp_path}/$(touch pwned) `id` #"
+    for given, meant in (("a b/runs", tmp_path / "a b" / "runs"), ("~/r", tmp_path / "r"), (odd, Path(odd))):
+        (tmp_path / "env").unlink(missing_ok=True)
+        monkeypatch.chdir(tmp_path)
+        done = _prepare(tmp_path, GRADIOMETER_DIR=given, HOME=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert f"GRADIOMETER_DIR='{meant}'" in (tmp_path / "env").read_text().splitlines()
+        assert meant.is_dir()
+    assert not (tmp_path / "pwned").exists()
+
+
 @pytest.mark.parametrize("name", ["a: b", "a #b", "it's", 'quote"d', "$HOME", "{x}", "a\\b", "\u00e9"])
 def test_odd_paths_stay_what_they_are(name: str, tmp_path: Path, prepared: Path) -> None:
     """A folder whose name would be something else in YAML is in the copies as it is."""
