@@ -190,6 +190,15 @@ def test_grafanas_file_is_as_it_provisions() -> None:
         assert "$" not in str({key: value for key, value in rule.items() if key not in raw})
 
 
+def test_a_dollar_is_no_variable_of_grafana() -> None:
+    """Grafana takes ``$NAME`` in a file's queries for its environment's: an anchor's dollar is doubled."""
+    (down,) = (
+        rule for rule in _rules(yaml.safe_load(grafana_rules(Settings(job="^a$|^b$")))) if "Down" in rule["title"]
+    )
+    assert down["data"][0]["model"]["expr"].count('{job=~"^a$$|^b$$"}') == 3
+    assert down["data"][0]["model"]["expr"].replace("$$", "").count("$") == 0
+
+
 def _run(*arguments: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["rules", *arguments])
     if done.exception is not None and not isinstance(done.exception, SystemExit):

@@ -92,6 +92,7 @@ def _names(alert: Alert) -> str:
 
 def _query(ref: str, expr: str, settings: Settings) -> Json:
     uid = settings.datasource_uid
+    expr = expr.replace("$", "$$")  # Grafana takes $NAME in queries of its files for variables of its environment
     model = {
         "refId": ref, "datasource": {"type": "prometheus", "uid": uid}, "editorMode": "code", "expr": expr,
         "instant": True, "range": False, "intervalMs": 1000, "maxDataPoints": 43200,
