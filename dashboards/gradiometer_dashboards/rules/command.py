@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,7 +84,28 @@ def rules(
     if out is None:
         typer.echo(text, nl=False)
     else:
-        out.write_text(text, encoding="utf-8")
+        _write(out, text)
+
+
+def _write(out: Path, text: str) -> None:
+    """Write all of it or nothing: Prometheus may read the file that is there at any time."""
+    file = out.resolve()
+    whole = file.is_file() or not file.exists()  # what is no file, as /dev/stdout, cannot be replaced
+    place = file.with_name(f".{file.name}.{os.getpid()}.tmp") if whole else file
+    try:
+        place.write_text(text, encoding="utf-8")
+        if whole:
+            if file.exists():
+                shutil.copymode(file, place)
+            place.replace(file)
+    except OSError as error:
+        if whole:
+            with suppress(OSError):
+                place.unlink()
+        raise ValueError(
+            f"--out: {str(out)!r} cannot be written ({error.strerror}); give a file in a folder that is there, where "
+            "you may write, and that has room"
+        ) from error
 
 
 def _url(option: str, value: str) -> str:
@@ -91,7 +115,8 @@ def _url(option: str, value: str) -> str:
         )
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.netloc or re.search(r"[\s{}?#]", value):
-        raise ValueError(f"{option}: {value!r} is no address that a path can follow; give one like http://host:3000")
+        usual = DEFAULTS.grafana_url if option == "--grafana-url" else DEFAULTS.runbook_url
+        raise ValueError(f"{option}: {value!r} is no address that a path can follow; give one like {usual}")
     return value
 
 
@@ -120,7 +145,9 @@ def _thresholds(given: Sequence[str]) -> Thresholds:
     for item in given:
         name, _, text = item.partition("=")
         if name not in known:
-            raise ValueError(f"--set: there is no threshold {name!r}; there are: {', '.join(known)}")
+            raise ValueError(
+                f"--set: there is no threshold {name!r}; give THRESHOLD=VALUE of one of these: {', '.join(known)}"
+            )
         chosen[name] = _number(name, text, whole=isinstance(known[name], int))
     return replace(THRESHOLDS, **chosen)
 
