@@ -24,6 +24,10 @@ _MINUTE = 60.0
 _NO_GPU = "no GPU of this run is known"
 _NONE_IS_GOOD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.WARNING))
 _NONE_OR_BAD: tuple[Step, ...] = ((None, colours.GOOD), (0.5, colours.BAD))
+_OVER = [
+    dashboard.DynamicConfigValue("color", {"mode": dashboard.FieldColorModeId.FIXED, "fixedColor": colours.FINISHED})
+]
+"""What was bad of a run is not any more, once it is over."""
 _CLIPPED: tuple[Step, ...] = ((None, colours.GOOD), (THRESHOLDS.clip_ratio, colours.WARNING))
 
 
@@ -65,13 +69,10 @@ def _alive() -> list[stat.Panel]:
         height=4,
     )
     judged = ((None, colours.GOOD), (_MINUTE, colours.WARNING), (THRESHOLDS.stalled_seconds, colours.BAD))
-    over = {"mode": dashboard.FieldColorModeId.FIXED, "fixedColor": colours.FINISHED}
     return [
         panels.states(state, queries.STATE, colours.STATES),
         panels.value(steps, queries.STEPS),
-        panels.value(age, queries.DATA_AGE, steps=judged).override_by_name(
-            "finished", [dashboard.DynamicConfigValue("color", over)]
-        ),
+        panels.value(age, queries.DATA_AGE, steps=judged).override_by_name("finished", _OVER),
     ]
 
 
@@ -82,7 +83,7 @@ def _healthy() -> list[stat.Panel]:
         "none",
         "Largest global norm of the last minute as a multiple of the run's own median. Near 1 to 3 is usual; red, "
         f"{THRESHOLDS.spike_ratio:g}, is a spike. In the first {THRESHOLDS.warm_up_steps} steps norms fall fast, "
-        "and it means little.",
+        "and it means little. Blue once the run has finished.",
         width=3,
         height=4,
     )
@@ -111,7 +112,7 @@ def _healthy() -> list[stat.Panel]:
     return [
         panels.value(
             normal, queries.NORM_OVER_BASELINE, steps=((None, "green"), (spike / 2, "orange"), (spike, "red"))
-        ),
+        ).override_by_name("finished", _OVER),
         panels.value(incidents, *counts, steps=_NONE_IS_GOOD).decimals(0).override_by_query("C", red),
         panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED).no_value("not yet"),
     ]

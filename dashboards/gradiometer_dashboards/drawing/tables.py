@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 LINE = 26
 """Height of a row, in pixels."""
-CHARACTER = 6.1
+CHARACTER = 6.6
 """Width of a character, in pixels, at the size of a table."""
 
 
