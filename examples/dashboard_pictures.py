@@ -130,6 +130,7 @@ def take(url: str, folder: Path, began: float) -> None:
 
 def main(folder: Path, minutes: float) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         home, monitor, prometheus, meeting = Path(temporary), free_port(), free_port(), free_port()
         os.environ["GRADIOMETER_STATE_DIR"] = str(home / "state")

@@ -275,6 +275,7 @@ def test_one_infinite_norm_takes_no_axis(tmp_path: Path, native_binary: Binary) 
         for run, window in norms.items()
         for name, values in (("window_max", window), ("baseline", "1+0x80"))
     ]
+    series += [_sample("gradiometer_run_state", "1x80", run_id=run, state="running", instance="h1") for run in norms]
     series.append(_sample("gradiometer_loss_scale", "65536x80", run_id="scaled", instance="h1"))
     graph = panel_titled("fleet", "Norm / baseline")["targets"][0]["expr"]
     cells = _columns()["Norm / baseline"]

@@ -211,6 +211,9 @@ def test_the_command_writes_what_is_shipped(tmp_path: Path) -> None:
     assert _run() == (0, prometheus_rules(Settings()))
     assert _run("grafana", "--out", str(tmp_path / "grafana.yml")) == (0, "")
     assert (tmp_path / "grafana.yml").read_text() == grafana_rules(Settings())
+    (tmp_path / "folder").mkdir()
+    assert "Is a directory" in _run("--out", str(tmp_path / "folder"))[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "grafana.yml"]
 
 
 def test_the_command_takes_what_differs_from_place_to_place() -> None:
@@ -242,7 +245,7 @@ def test_the_command_lists_the_alerts() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("--set", "spik=2"), "no threshold 'spik'; there are: spike_ratio"),
+        (("--set", "spik=2"), "no threshold 'spik'; give THRESHOLD=VALUE of one of these: spike_ratio"),
         (("--set", "spike_ratio"), "spike_ratio='' is not a number"),
         (("--set", "spike_ratio=nan"), "spike_ratio='nan' is not a number from 0 to 1e+09; by default it is 10"),
         (("--set", "warm_up_steps=1.5"), "warm_up_steps='1.5' is not a whole number"),
@@ -255,6 +258,8 @@ def test_the_command_lists_the_alerts() -> None:
         (("--grafana-url", "http://me:secret@g"), "leave them out"),
         (("--runbook-url", "http://h/{{x}}"), "--runbook-url: 'http://h/{{x}}' is no address"),
         (("--datasource-uid", "a b"), "'a b' is no uid"),
+        (("--out", "/nowhere/rules.yml"), "--out: '/nowhere/rules.yml' cannot be written (No such file or directory)"),
+        (("--out", "/dev/full"), "--out: '/dev/full' cannot be written (No space left on device)"),
     ],
 )
 def test_the_command_says_what_is_wrong(given: tuple[str, ...], said: str) -> None:

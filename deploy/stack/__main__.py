@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from getpass import getuser
 from pathlib import Path
 from typing import TextIO
 
@@ -40,9 +41,9 @@ def main() -> int:
         if not options.grafana:
             programs.pop("grafana", None)
         started = ["monitor", *programs]
-        _check_ports({name: ports[name] for name in started})
-        options.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_folder("--state", options.state)
         with _locked(options.state), Processes(max(map(len, PORTS))) as processes:
+            _check_ports({name: ports[name] for name in started})
             _run(processes, _places(options, ports, programs), programs, demo=options.demo)
     except (StackError, OSError) as error:
         print(f"make stack: {error}", file=sys.stderr, flush=True)
@@ -66,6 +67,17 @@ def _options() -> argparse.Namespace:
     for name, port in PORTS.items():
         add(f"--{name}-port", type=int, default=port, metavar="PORT", help=f"of {name}, on loopback: {port}")
     return parser.parse_args()
+
+
+def _make_folder(setting: str, folder: Path) -> None:
+    """Make a folder unless it is there; raise StackError if that cannot be done, or nothing can be written in it."""
+    remedy = "choose another, or make it one that you may write to"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StackError(f"{setting} is {folder}, which cannot be made ({error.strerror}): {remedy}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StackError(f"{setting} is {folder}, where {getuser()} may not write: {remedy}")
 
 
 def _check_ports(ports: Mapping[str, int]) -> None:
@@ -94,7 +106,10 @@ def _locked(state: Path) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise StackError(f"another stack uses {state}: stop it, or choose another folder with --state") from error
+        raise StackError(
+            f"another stack uses {state}: stop it (Ctrl-C where it was started), or give this one a "
+            "folder and ports of its own: --state, --monitor-port, --prometheus-port, --alertmanager-port"
+        ) from error
     return lock
 
 
@@ -104,7 +119,8 @@ def _places(options: argparse.Namespace, ports: Mapping[str, int], programs: Map
     shutil.rmtree(state / "config", ignore_errors=True)  # copies of an earlier start
     secrets = state / "secrets"
     runs = default_root(options.dir).resolve()
-    runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    by_variable = options.dir is None and os.environ.get("GRADIOMETER_DIR")
+    _make_folder("GRADIOMETER_DIR" if by_variable else "--dir", runs)
     script = REPOSITORY / "deploy" / "prepare.sh"
     environment = os.environ | {"GRADIOMETER_SECRETS": str(secrets)}
     done = subprocess.run(

@@ -111,7 +111,9 @@ class Processes:
         for part, process, reader in self._started:
             if process.poll() is not None and not self.stopping:
                 reader.join(1)
-                raise StackError(f"{part.name} ended with status {process.returncode}: see its last lines")
+                status = process.returncode
+                how = f"ended with status {status}" if status >= 0 else f"was killed by {signal.Signals(-status).name}"
+                raise StackError(f"{part.name} {how}: see its last lines")
 
     def _relay(self, part: Part, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None

@@ -183,7 +183,7 @@ def _alerts() -> Section:
         Column(title="Host", label="instance"),
     ]
     return panels.row(101, "Alerts"), [
-        labelled(table, ALERTS, columns),
+        labelled(table, ALERTS, columns).no_value("none fires"),
         panels.alert_list(grafana, '{alertname=~"Gradiometer.*"}'),
     ]
 
@@ -223,7 +223,7 @@ def _over_time() -> Section:
     )
     return panels.row(102, "Over time"), [
         linked(panels.limited(panels.log_graph(norm, NORM_OVER_TIME), THRESHOLDS.spike_ratio), "run", "Show the run"),
-        linked(panels.bars(nonfinite, NONFINITE_OVER_TIME), "layers", "Show its layers"),
+        linked(panels.bars(nonfinite, NONFINITE_OVER_TIME).no_value("none"), "layers", "Show its layers"),
         linked(panels.graph(speed, SPEED_OVER_TIME).min(0), "ranks", "Show its ranks"),
         linked(panels.limited(panels.graph(old, AGE_OVER_TIME).min(0), THRESHOLDS.stalled_seconds), "run", "Show it"),
     ]

@@ -45,8 +45,8 @@ _LARGEST = (
     f"max by (run_id) ({series('gradiometer_grad_norm_window_max', of=FLEET)})"
     f" / max by (run_id) ({series('gradiometer_grad_norm_baseline', of=FLEET)})"
 )
-LARGEST_NORM = f"({_LARGEST} < Inf or {_LARGEST} unless on (run_id) {_SCALED})"
-"""Nothing where a GradScaler overflowed within the last minute."""
+LARGEST_NORM = f"(({_LARGEST} < Inf or {_LARGEST} unless on (run_id) {_SCALED}) and on (run_id) ({STATE} > 0))"
+"""Nothing where a GradScaler overflowed within the last minute, nor of a run that is finished."""
 
 
 def _of_every_run(expr: str) -> str:
@@ -79,7 +79,8 @@ DESCRIPTION = (
     "alerts, non-finite steps (but for a GradScaler's) or a spike, then what runs. Cells without colour are well; "
     "orange or red ones are where to look. A name leads to the run, a number to its layers or ranks. A run that is "
     "over leaves the table after 15 minutes, and one whose monitor is down at once, so see the monitors above too. "
-    "Norm / baseline is the largest norm of the last minute as a multiple of the run's own median; steps that went "
+    "Norm / baseline is the largest norm of the last minute as a multiple of the run's own median, of those not "
+    f"finished; in their first {THRESHOLDS.warm_up_steps} steps norms fall fast, and red means little. Steps that went "
     "wrong are counted in view."
 )
 

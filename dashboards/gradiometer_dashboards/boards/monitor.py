@@ -278,10 +278,14 @@ def _lost() -> Section:
         "Telemetry failures by run, which the agent caught. The job's log has the first of each kind.",
     )
     return panels.row(101, "What was lost"), [
-        linked(panels.bars(rows, _lost_by_run("gradiometer_rows_dropped_total")), "run", "Show the run"),
-        panels.graph(uncounted, _missing_by_run("gradiometer_uncounted_steps", "max")).min(0),
-        panels.graph(omitted, _missing_by_run("gradiometer_series_omitted", "sum")).min(0),
-        linked(panels.bars(errors, _lost_by_run("gradiometer_agent_errors_total")), "run", "Show the run"),
+        linked(
+            panels.bars(rows, _lost_by_run("gradiometer_rows_dropped_total")).no_value("none"), "run", "Show the run"
+        ),
+        panels.graph(uncounted, _missing_by_run("gradiometer_uncounted_steps", "max")).min(0).no_value("none"),
+        panels.graph(omitted, _missing_by_run("gradiometer_series_omitted", "sum")).min(0).no_value("none"),
+        linked(
+            panels.bars(errors, _lost_by_run("gradiometer_agent_errors_total")).no_value("none"), "run", "Show the run"
+        ),
     ]
 
 

@@ -117,7 +117,7 @@ def _who_stands_out() -> list[Panel]:
     )
     bad = Card(
         6,
-        "Ranks with bad batches in view",
+        "Ranks with bad batches",
         "locale",
         "Ranks whose own gradients, before they were averaged with the others', held NaN or Inf in the time shown. "
         "0 is good; one rank alone points at its data or its device, all of them at the model.",

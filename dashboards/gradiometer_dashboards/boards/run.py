@@ -22,6 +22,10 @@ __all__ = ["run"]
 
 _MINUTE = 60.0
 _NO_GPU = "no GPU of this run is known"
+_OVER = [
+    dashboard.DynamicConfigValue("color", {"mode": dashboard.FieldColorModeId.FIXED, "fixedColor": colours.FINISHED})
+]
+"""What was bad of a run is not any more, once it is over."""
 _CLIPPED: tuple[Step, ...] = ((None, colours.GOOD), (THRESHOLDS.clip_ratio, colours.WARNING))
 
 
@@ -63,13 +67,10 @@ def _alive() -> list[stat.Panel]:
         height=4,
     )
     judged = ((None, colours.GOOD), (_MINUTE, colours.WARNING), (THRESHOLDS.stalled_seconds, colours.BAD))
-    over = {"mode": dashboard.FieldColorModeId.FIXED, "fixedColor": colours.FINISHED}
     return [
         panels.states(state, queries.STATE, colours.STATES),
         panels.value(steps, queries.STEPS),
-        panels.value(age, queries.DATA_AGE, steps=judged).override_by_name(
-            "finished", [dashboard.DynamicConfigValue("color", over)]
-        ),
+        panels.value(age, queries.DATA_AGE, steps=judged).override_by_name("finished", _OVER),
     ]
 
 
@@ -80,7 +81,8 @@ def _healthy() -> list[stat.Panel]:
         "none",
         "Largest global norm of the last minute as a multiple of the run's own median. Near 1 to 3 is usual; red, "
         f"{THRESHOLDS.spike_ratio:g}, is a spike. In the first {THRESHOLDS.warm_up_steps} steps norms fall fast, "
-        "and it means little. A GradScaler that overflowed within the minute leaves none finite, as usual.",
+        "and it means little. A GradScaler that overflowed within the minute leaves none finite, as usual. Blue once "
+        "the run has finished.",
         width=3,
         height=4,
     )
@@ -108,7 +110,9 @@ def _healthy() -> list[stat.Panel]:
     steps = [{"value": start, "color": colour} for start, colour in colours.ANY_IS_BAD]
     red = [dashboard.DynamicConfigValue("thresholds", {"mode": "absolute", "steps": steps})]
     return [
-        panels.value(normal, queries.NORM_OVER_BASELINE, steps=judged).no_value("none finite"),
+        panels.value(normal, queries.NORM_OVER_BASELINE, steps=judged)
+        .no_value("none finite")
+        .override_by_name("finished", _OVER),
         panels.value(incidents, *counts, steps=colours.ANY_IS_ODD).decimals(0).override_by_query("C", red),
         panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED).no_value("not yet"),
     ]

@@ -78,7 +78,8 @@ def lines(axes: Axes, panel: Json, answers: list[Answer], view: View) -> None:
         plot.minorticks_off()
     else:
         plot.yaxis.set_major_locator(MaxNLocator(5))
-    plot.set_ylim(defaults.get("min"), defaults.get("max"))
+    nothing = not logarithmic and not any(any(curve.series.values) for curve in shown)
+    plot.set_ylim(defaults.get("min"), defaults.get("max", 1.0 if nothing else None))
     plot.yaxis.set_major_formatter(FuncFormatter(lambda value, _: spell(value, defaults.get("unit", "none"))))
 
 

@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 LINE = 26
 """Height of a row, in pixels."""
-CHARACTER = 6.1
+CHARACTER = 6.6
 """Width of a character, in pixels, at the size of a table."""
 
 
@@ -36,7 +36,10 @@ def size_of(axes: Axes) -> tuple[float, float]:
 def table(axes: Axes, panel: Json, answers: list[Answer], _: View) -> None:
     """Draw as many rows of a table panel as there is room for, and say how many are below."""
     rows = tabulate(panel, answers)
-    names = list(dict.fromkeys(name for row in rows for name in row if not setting(panel, name).get("custom.hidden")))
+    fullest = sorted(rows, key=len, reverse=True)  # a row that lacks a cell does not know where its column stands
+    names = list(
+        dict.fromkeys(name for row in fullest for name in row if not setting(panel, name).get("custom.hidden"))
+    )
     wide, high = size_of(axes)
     lefts = _lefts(panel, names, rows, wide)
     for name, left, right in zip(names, lefts, lefts[1:], strict=False):

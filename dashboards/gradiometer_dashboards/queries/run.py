@@ -79,10 +79,11 @@ _AGE = f"time() - min({series('gradiometer_last_step_timestamp_seconds')})"
 DATA_AGE = Query(expr=f"({_AGE}) * on () group_right () (max by (state) ({_STATES}) == 1)", legend="{{state}}")
 """By state: a long time is bad of a run that is running, and says nothing of one that is over."""
 _LARGEST = f"max({series('gradiometer_grad_norm_window_max')}) / max({series('gradiometer_grad_norm_baseline')})"
+_FINITE = f"{_LARGEST} < Inf or {_LARGEST} unless on () {series('gradiometer_loss_scale')} > 0"
 NORM_OVER_BASELINE = Query(
-    expr=f"{_LARGEST} < Inf or {_LARGEST} unless on () {series('gradiometer_loss_scale')} > 0",
-    legend="largest norm / baseline",
+    expr=f"({_FINITE}) * on () group_right () (max by (state) ({_STATES}) == 1)", legend="{{state}}"
 )
+"""By state: of a run that is over it is the last minute that there was, and nobody has to look."""
 CLIPPED_NOW = Query(expr=f"max({series('gradiometer_clip_ratio')})", legend="clipped")
 NONFINITE_IN_VIEW = Query(expr=f"max({gained_in_view('gradiometer_nonfinite_steps_total')})", legend="non-finite")
 SKIPPED_IN_VIEW = Query(expr=f"max({gained_in_view('gradiometer_skipped_steps_total')})", legend="skipped")

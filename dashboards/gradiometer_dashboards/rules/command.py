@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -84,7 +87,28 @@ def rules(
     if out is None:
         typer.echo(text, nl=False)
     else:
-        out.write_text(text, encoding="utf-8")
+        _write(out, text)
+
+
+def _write(out: Path, text: str) -> None:
+    """Write all of it or nothing: Prometheus may read the file that is there at any time."""
+    file = out.resolve()
+    whole = file.is_file() or not file.exists()  # what is no file, as /dev/stdout, cannot be replaced
+    place = file.with_name(f".{file.name}.{os.getpid()}.tmp") if whole else file
+    try:
+        place.write_text(text, encoding="utf-8")
+        if whole:
+            if file.exists():
+                shutil.copymode(file, place)
+            place.replace(file)
+    except OSError as error:
+        if whole:
+            with suppress(OSError):
+                place.unlink()
+        raise ValueError(
+            f"--out: {str(out)!r} cannot be written ({error.strerror}); give a file in a folder that is there, where "
+            "you may write, and that has room"
+        ) from error
 
 
 def _checked(option: str, read: Callable[[Any], Choice], given: Any) -> Choice:
