@@ -184,7 +184,8 @@ def _silent() -> Iterator[Case]:
         "healthy": healthy, "warm-up": _warm_up, "gap": _gapped, "restart": _restarted, "end": _ended,
         "scaler": _scaler, "scaler-starts": _scaler_starts, "noisy": _noisy, "slow": _slow, "starting": _starting,
         "finished": _finished, "lost-long-ago": _lost_long_ago, "fast-ranks": _fast_ranks, "pod": _moved,
-        "infinite-peak": _infinite_peak, "one-target-less": _scaled_down, "slow-ranks": _slow_ranks,
+        "infinite-peak": _infinite_peak, "scaler-searches": _scaler_searches, "evaluates": _evaluates,
+        "by-design": _clips_by_design, "one-target-less": _scaled_down, "slow-ranks": _slow_ranks,
     }  # fmt: skip
     for name, make in makers.items():
         yield Case(name=name, rows=make())
@@ -202,6 +203,9 @@ def _firing() -> Iterator[Case]:
         "collector": ("MonitorDegraded", lambda rows: put(rows, "collector_s;a:", 0, START, START + 12), 10, 18),
         "behind": ("RankDivergence", lambda rows: put(rows, 'steps_behind;rank="1"', 110, START, START + 8), 5, 14),
         "hosts": ("RankDivergence", lambda rows: put(rows, "norm_baseline;b:", 1.06, START, START + 8), 5, 14),
+        "scaled-spike": ("Spike", _spike_beside_overflows, 1, 10),
+        "scale-lost": ("SkippingRun", _searches_for_ever, 0, 9),
+        "hangs-after-evaluations": ("Stalled", _hangs_after_evaluations, 32, 45),
         "stuck-at-start": ("Stalled", _stuck_at_start, 12, 40),
     }
     for name, (of, change, fires, lingers) in makers.items():
@@ -278,6 +282,23 @@ def _starting() -> Rows:
     return rows
 
 
+def _evaluates(minutes: float = 20) -> Rows:
+    """Give a run that evaluates, and not for the first time: two of its steps took longer than 300 s."""
+    rows = healthy()
+    for part, change in FROZEN.items():
+        put(rows, part, change, START, START + minutes)
+    counts = {name: row for name, row in rows.items() if name.startswith("gradiometer_step_seconds_count")}
+    for name, row in counts.items():
+        bucket = name.replace("_count{", "_bucket{").replace("}", ', le="300.0"}')
+        rows[bucket] = [None if value is None else value - 2 for value in row]
+    return rows
+
+
+def _hangs_after_evaluations(rows: Rows) -> None:
+    """Let a run that has evaluated before hang for longer than any evaluation may take."""
+    rows.update(_evaluates(38))
+
+
 def _stuck_at_start(rows: Rows) -> None:
     """Let the run hang in its first steps for longer than it may take to start."""
     put(rows, "gradiometer_steps_total", lambda since: 9, 0)
@@ -330,6 +351,35 @@ def _infinite_peak() -> Rows:
     rows = healthy()
     put(rows, "window_max", inf, START, START + 1)
     return rows
+
+
+def _scaler_searches() -> Rows:
+    """Give a run whose GradScaler comes down from 2 ** 64 in its first steps."""
+    rows = healthy(steps=0, rate=10)
+    put(rows, f"gradiometer_loss_scale{{{A}}}", 65536.0, 0)
+    put(rows, "in_a_row", 40.0, 0, 1)
+    return rows
+
+
+def _clips_by_design() -> Rows:
+    """Give a run of a policy that clips nine steps of ten, and of another that clips hardly any."""
+    rows = healthy()
+    put(rows, f'gradiometer_clip_events_total{{{A}, policy="percentile", mode="act"}}', lambda since: RATE * since, 0)
+    return rows
+
+
+def _spike_beside_overflows(rows: Rows) -> None:
+    """Let a norm be large in one minute of a run whose GradScaler overflows in two of three samples."""
+    put(rows, f"gradiometer_loss_scale{{{A}}}", 65536.0, 0)
+    put(rows, "window_max", lambda since: 1.5 if since % 3 == 2 else inf, 0)
+    put(rows, "window_max", lambda since: 10.5 if since == 2 else inf, START, START + 1)
+
+
+def _searches_for_ever(rows: Rows) -> None:
+    """Let a GradScaler skip all of a run's first steps."""
+    rows.update(healthy(steps=0, rate=10))
+    put(rows, f"gradiometer_loss_scale{{{A}}}", 65536.0, 0)
+    put(rows, "in_a_row", 41.0, START, START + 1)
 
 
 def _scaled_down() -> Rows:

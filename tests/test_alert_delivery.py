@@ -106,8 +106,8 @@ class Stack:
 
 
 def quicker(text: str) -> str:
-    """Divide every duration of rules by SPEED: of ranges, offsets, 'for' and 'keep_firing_for'."""
-    times = re.compile(r"(\[|offset |for: )(\d+)(ms|[smhd])\b")
+    """Divide every duration of rules by SPEED: of ranges and their steps, offsets, 'for' and 'keep_firing_for'."""
+    times = re.compile(r"(\[|:(?=\d)|offset |for: )(\d+)(ms|[smhd])\b")
     return times.sub(lambda found: found[1] + divided(found[2] + found[3]), text)
 
 

@@ -250,7 +250,9 @@ def test_overhead_is_of_one_rank(tmp_path: Path, native_binary: Binary) -> None:
         _sample("gradiometer_agent_seconds_total", "0+3x80", run_id="wide", instance=host) for host in ("h1", "h2")
     ]
     exprs = [_panel("monitor", title)["targets"][0]["expr"] for title in ("Largest overhead", "Agent overhead")]
-    expected = {exprs[0]: {"{}": 0.1}, exprs[1]: _by_run(wide=0.1)}
+    of_run = _panel("run", "Agent overhead")["targets"][0]["expr"].replace("$run_id", "wide")
+    hosts = {f'{{instance="{host}"}}': 0.1 for host in ("h1", "h2")}
+    expected = {exprs[0]: {"{}": 0.1}, exprs[1]: _by_run(wide=0.1), of_run: hosts}
     _check(native_binary, tmp_path / "t.yml", series, expected)
 
 
@@ -272,13 +274,14 @@ def test_monitor_shows_only_what_failed(tmp_path: Path, native_binary: Binary) -
 
 @pytest.mark.native
 def test_one_infinite_norm_takes_no_axis(tmp_path: Path, native_binary: Binary) -> None:
-    """A run whose norm is not finite keeps its place in the table, and leaves the graph to the others."""
-    norms = {"bad": "+Inf+0x80", "good": "2+0x80"}
+    """A run whose norm is not finite keeps its place in the table unless a GradScaler overflowed; no graph has it."""
+    norms = {"bad": "+Inf+0x80", "scaled": "+Inf+0x80", "good": "2+0x80"}
     series = [
         _sample(f"gradiometer_grad_norm_{name}", values, run_id=run, instance="h1")
         for run, window in norms.items()
         for name, values in (("window_max", window), ("baseline", "1+0x80"))
     ]
+    series.append(_sample("gradiometer_loss_scale", "65536x80", run_id="scaled", instance="h1"))
     graph = _panel("fleet", "Norm / baseline")["targets"][0]["expr"]
     cells = _columns()["Norm / baseline"]
     rows = f"sum by (run_id) ({cells} == bool Inf)"

@@ -338,6 +338,21 @@ def test_run_is_not_narrowed_by_a_layer_that_was_chosen() -> None:
     assert len(narrowed) > 20
 
 
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [("_x30 1x60", 1.0), ("_x28 1x4 2x40", 2.0), ("3x100", 0.0), ("3x29 4x40", 1.0)],
+    ids=["born with it", "and gains", "before the view", "in view"],
+)
+def test_incidents_that_a_counter_was_born_with(
+    values: str, expected: float, tmp_path: Path, native_binary: Binary
+) -> None:
+    """What a run counted before its first scrape is counted where that scrape is in view, and nowhere else."""
+    harm = f"round({_expr('run', 'Incidents in view', 2, __range='5m')})"
+    series = [_sample("gradiometer_nonfinite_updates_total", values, instance="h1")]
+    _check(native_binary, tmp_path, series, (harm, {"{}": expected}))
+
+
 @pytest.mark.parametrize("board", ["run", "layers"])
 def test_annotations_of_a_run(board: str) -> None:
     """Incidents, changes of policy and alerts of the chosen run, each with a colour and a switch of its own."""
@@ -347,6 +362,10 @@ def test_annotations_of_a_run(board: str) -> None:
     assert shown["Incidents"]["target"]["tags"] == ["gradiometer", "$run_id"]
     assert shown["Policy changes"]["target"]["tags"] == ["gradiometer", "$run_id", "policy_changed"]
     assert 'run_id="$run_id"' in shown["Alerts"]["expr"]
+    assert shown["Alerts"]["target"]["expr"] == shown["Alerts"]["expr"], (
+        "later releases than Grafana 11 read the target"
+    )
+    assert shown["Alerts"]["target"]["interval"] == shown["Alerts"]["step"]
     assert {each["enable"] for each in shown.values()} == {True}
 
 

@@ -74,8 +74,9 @@ def test_labels_are_those_of_the_metrics() -> None:
     matched = [match for text in _expressions() for match in re.findall(r"(gradiometer_\w+)\{([^}]*)\}", text)]
     assert matched
     for name, matchers in matched:
+        bucket = {"le"} if name.endswith("_bucket") else set()
         metric = CATALOGUE.get(name) or CATALOGUE[re.sub(r"_(bucket|sum|count)$", "", name)]
-        assert set(re.findall(r"(\w+)=", matchers)) <= {*metric.labels, "job", "instance"}, name
+        assert set(re.findall(r"(\w+)=", matchers)) <= {*metric.labels, "job", "instance", *bucket}, name
 
 
 @each_alert

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from grafana_foundation_sdk.builders import dashboard as builders
+from grafana_foundation_sdk.builders import prometheus
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.variants import Dataquery
 from grafana_foundation_sdk.models import common, dashboard
@@ -101,10 +102,15 @@ def _tagged(name: str, tags: list[str], colour: str) -> builders.AnnotationQuery
 
 
 def _alerts() -> builders.AnnotationQuery:
-    """Show while which of the run's alerts fired, once however many hosts it is of."""
+    """Show while which of the run's alerts fired, once however many hosts it is of.
+
+    The query stands there twice: Grafana 11 reads that of the annotation, later ones that of its target.
+    """
     query = builders.AnnotationQuery().name("Alerts").datasource(DATASOURCE).enable(True).placement("").icon_color(BAD)
     of_run = firing('run_id="$run_id"')
-    query = query.expr(f"max by (alertname, severity) ({of_run})").step(ALERT_STEP)
+    expr = f"max by (alertname, severity) ({of_run})"
+    target = prometheus.Dataquery().ref_id("Anno").expr(expr).interval(ALERT_STEP).range()
+    query = query.expr(expr).step(ALERT_STEP).target(target)
     return query.title_format("{{alertname}}").tag_keys("severity")
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "chosen_in_view",
     "finite",
     "firing",
+    "gained_in_view",
     "increase",
     "increase_in_view",
     "metric",
@@ -81,6 +82,16 @@ def increase(name: str, part: str = "", *, of: Selector = RUN) -> str:
 def increase_in_view(name: str, *, of: Selector = RUN) -> str:
     """Count what a counter gained over the dashboard's whole time range."""
     return f"increase({series(name, of=of)}[$__range])"
+
+
+def gained_in_view(name: str, *, of: Selector = RUN) -> str:
+    """Count what a counter gained in the time range, with what it held when it was first scraped within it.
+
+    A run whose third step takes NaN has counted it before its first scrape, and ``increase`` begins with that.
+    """
+    counter, gained = series(name, of=of), increase_in_view(name, of=of)
+    born = f"({counter} unless {counter} offset $__range)"
+    return f"({born} > {gained} or {gained} or {born})"
 
 
 def peak(name: str, *, of: Selector = RUN) -> str:

@@ -6,7 +6,7 @@ from grafana_foundation_sdk.builders import table
 
 from gradiometer_dashboards import colours
 from gradiometer_dashboards.panels import Card
-from gradiometer_dashboards.promql import FLEET, firing, increase_in_view, rate, series
+from gradiometer_dashboards.promql import FLEET, firing, gained_in_view, rate, series
 from gradiometer_dashboards.tables import Column, joined, link_to
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
@@ -39,10 +39,14 @@ RUNS = f"max by (run_id) ({series('gradiometer_run_info', of=FLEET)})"
 STATE = _state()
 AGE = age()
 SPEED = f"max by (run_id) ({rate('gradiometer_steps_total', of=FLEET)})"
-LARGEST_NORM = (
+_SCALED = f"max by (run_id) ({series('gradiometer_loss_scale', of=FLEET)}) > 0"
+"""Runs with a GradScaler, which finds its scale by steps that are not finite and skips them."""
+_LARGEST = (
     f"max by (run_id) ({series('gradiometer_grad_norm_window_max', of=FLEET)})"
     f" / max by (run_id) ({series('gradiometer_grad_norm_baseline', of=FLEET)})"
 )
+LARGEST_NORM = f"({_LARGEST} < Inf or {_LARGEST} unless on (run_id) {_SCALED})"
+"""Nothing where a GradScaler overflowed within the last minute."""
 
 
 def _of_every_run(expr: str) -> str:
@@ -50,13 +54,11 @@ def _of_every_run(expr: str) -> str:
     return f"({RUNS} * on (run_id) ({expr}) or 0 * {RUNS})"
 
 
-NONFINITE = _of_every_run(f"max by (run_id) ({increase_in_view('gradiometer_nonfinite_steps_total', of=FLEET)})")
-SKIPPED = _of_every_run(f"max by (run_id) ({increase_in_view('gradiometer_skipped_steps_total', of=FLEET)})")
+NONFINITE = _of_every_run(f"max by (run_id) ({gained_in_view('gradiometer_nonfinite_steps_total', of=FLEET)})")
+SKIPPED = _of_every_run(f"max by (run_id) ({gained_in_view('gradiometer_skipped_steps_total', of=FLEET)})")
 _CRITICAL, _OTHERS = firing('severity="critical"'), firing('severity!="critical"')
 CRITICAL = _of_every_run(f"count by (run_id) ({_CRITICAL})")
 OTHERS = _of_every_run(f"count by (run_id) ({_OTHERS})")
-_SCALED = f"max by (run_id) ({series('gradiometer_loss_scale', of=FLEET)}) > 0"
-"""Runs with a GradScaler, which finds its scale by steps that are not finite and skips them."""
 ATTENTION = " + ".join(
     (
         f"16 * ({CRITICAL} > bool 0)",

@@ -98,7 +98,7 @@ def _missing_by_run(name: str, how: str) -> Query:
 
 def _scrape_quantile(quantile: float) -> Query:
     buckets = f"sum by (le) ({rate('gradiometer_scrape_seconds', '_bucket', of=FLEET)})"
-    return Query(expr=f"histogram_quantile({quantile:g}, {buckets})", legend=f"p{quantile * 100:g}")
+    return Query(expr=f"histogram_quantile({quantile:g}, {buckets}) >= 0", legend=f"p{quantile * 100:g}")
 
 
 def _by_host(name: str) -> Query:

@@ -82,7 +82,7 @@ def _healthy() -> list[stat.Panel]:
         "none",
         "Largest global norm of the last minute as a multiple of the run's own median. Near 1 to 3 is usual; red, "
         f"{THRESHOLDS.spike_ratio:g}, is a spike. In the first {THRESHOLDS.warm_up_steps} steps norms fall fast, "
-        "and it means little.",
+        "and it means little. A GradScaler that overflowed within the minute leaves none finite, as usual.",
         width=3,
         height=4,
     )
@@ -111,7 +111,7 @@ def _healthy() -> list[stat.Panel]:
     return [
         panels.value(
             normal, queries.NORM_OVER_BASELINE, steps=((None, "green"), (spike / 2, "orange"), (spike, "red"))
-        ),
+        ).no_value("none finite"),
         panels.value(incidents, *counts, steps=_NONE_IS_GOOD).decimals(0).override_by_query("C", red),
         panels.value(clipped, queries.CLIPPED_NOW, steps=_CLIPPED).no_value("not yet"),
     ]

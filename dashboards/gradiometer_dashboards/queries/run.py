@@ -13,8 +13,8 @@ from gradiometer_dashboards.promql import (
     Selector,
     finite,
     firing,
+    gained_in_view,
     increase,
-    increase_in_view,
     peak,
     rate,
     series,
@@ -27,14 +27,15 @@ STEPS = Query(expr=f"max({series('gradiometer_steps_total')})", legend="steps")
 _AGE = f"time() - min({series('gradiometer_last_step_timestamp_seconds')})"
 DATA_AGE = Query(expr=f"({_AGE}) * on () group_right () (max by (state) ({_STATES}) == 1)", legend="{{state}}")
 """By state: a long time is bad of a run that is running, and says nothing of one that is over."""
+_LARGEST = f"max({series('gradiometer_grad_norm_window_max')}) / max({series('gradiometer_grad_norm_baseline')})"
 NORM_OVER_BASELINE = Query(
-    expr=f"max({series('gradiometer_grad_norm_window_max')}) / max({series('gradiometer_grad_norm_baseline')})",
+    expr=f"{_LARGEST} < Inf or {_LARGEST} unless on () {series('gradiometer_loss_scale')} > 0",
     legend="largest norm / baseline",
 )
 CLIPPED_NOW = Query(expr=f"max({series('gradiometer_clip_ratio')})", legend="clipped")
-NONFINITE_IN_VIEW = Query(expr=f"max({increase_in_view('gradiometer_nonfinite_steps_total')})", legend="non-finite")
-SKIPPED_IN_VIEW = Query(expr=f"max({increase_in_view('gradiometer_skipped_steps_total')})", legend="skipped")
-HARM_IN_VIEW = Query(expr=f"max({increase_in_view('gradiometer_nonfinite_updates_total')})", legend="NaN in weights")
+NONFINITE_IN_VIEW = Query(expr=f"max({gained_in_view('gradiometer_nonfinite_steps_total')})", legend="non-finite")
+SKIPPED_IN_VIEW = Query(expr=f"max({gained_in_view('gradiometer_skipped_steps_total')})", legend="skipped")
+HARM_IN_VIEW = Query(expr=f"max({gained_in_view('gradiometer_nonfinite_updates_total')})", legend="NaN in weights")
 
 _FIRING = firing('run_id="$run_id"')
 _CRITICAL = firing('run_id="$run_id", severity="critical"')
@@ -117,9 +118,9 @@ LOSS_SCALE = Query(expr=finite(f"max({series('gradiometer_loss_scale')})"), lege
 
 
 def step_seconds(quantile: float) -> Query:
-    """Estimate a quantile of the step time from its histogram."""
+    """Estimate a quantile of the step time from its histogram; of no steps there is none, rather than NaN."""
     return Query(
-        expr=f"histogram_quantile({quantile:g}, sum by (le) ({rate('gradiometer_step_seconds', '_bucket')}))",
+        expr=f"histogram_quantile({quantile:g}, sum by (le) ({rate('gradiometer_step_seconds', '_bucket')})) >= 0",
         legend=f"p{quantile * 100:g}",
     )
 
@@ -139,7 +140,12 @@ POLICY_ACTIONS = Query(
     legend="{{condition}}: {{action}}",
 )
 
-AGENT_OVERHEAD = Query(expr=f"max by (instance) ({rate('gradiometer_agent_seconds_total')})", legend="{{instance}}")
+_AGENTS = f"count by (instance) (group by (instance, rank) ({series('gradiometer_grad_norm_last')}))"
+AGENT_OVERHEAD = Query(
+    expr=f"max by (instance) ({rate('gradiometer_agent_seconds_total')}) / on (instance) {_AGENTS}",
+    legend="{{instance}}",
+)
+"""What a host's ranks spent in hooks, which is counted for all of them together, over their number."""
 ROWS_DROPPED = Query(expr=f"sum({increase('gradiometer_rows_dropped_total')})", legend="rows")
 EVENTS_DROPPED = Query(expr=f"sum({increase('gradiometer_events_dropped_total')})", legend="events")
 SERIES_DROPPED = Query(expr=f"sum({increase('gradiometer_series_dropped_total')})", legend="series")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from gradiometer_dashboards.promql import metric
 
-__all__ = ["all_of", "highest", "indented", "moved", "newest", "running"]
+__all__ = ["all_of", "highest", "indented", "moved", "newest", "peak_norm", "running"]
 
 
 def highest(name: str, by: Iterable[str], *, of: str = "", over: str = "", reduce: str = "max_over_time") -> str:
@@ -22,6 +22,14 @@ def highest(name: str, by: Iterable[str], *, of: str = "", over: str = "", reduc
 def newest(name: str, by: Iterable[str], over: str, *, of: str = "") -> str:
     """Take the newest sample within a range: it bridges a gap that the usual lookback does not."""
     return highest(name, by, of=of, over=over, reduce="last_over_time")
+
+
+def peak_norm(by: Iterable[str]) -> str:
+    """Take the largest finite norm of 3 minutes: a GradScaler that finds its scale makes one Inf now and then.
+
+    The peaks are those of a minute, so that it is enough to look at them every 15 s.
+    """
+    return f"max by ({', '.join(by)}) (max_over_time(({metric('gradiometer_grad_norm_window_max')} < Inf)[3m:15s]))"
 
 
 def moved(name: str, by: Iterable[str], *, of: str = "", born: bool = True) -> str:

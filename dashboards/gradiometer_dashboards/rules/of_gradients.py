@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from gradiometer_dashboards.rules.expressions import all_of, highest, indented, newest
+from gradiometer_dashboards.rules.expressions import all_of, highest, indented, newest, peak_norm
 from gradiometer_dashboards.rules.model import Alert, Settings, Who
-from gradiometer_dashboards.rules.recording import CLIPPED, NONFINITE_STEPS, NONFINITE_UPDATES, RATIO, RUNNING, STEPS
+from gradiometer_dashboards.rules.recording import (
+    CLIPPED,
+    CLIPPING,
+    NONFINITE_STEPS,
+    NONFINITE_UPDATES,
+    RATIO,
+    RUNNING,
+    STEPS,
+)
 
 __all__ = ["of_gradients"]
 
+SCALE_SEARCH = 30
+"""Halvings more that the scale of a GradScaler may take in the first steps: some begin at 2 ** 32."""
 NONFINITE_LAYERS = Who(
     expr="sum by (<by>) (increase(gradiometer_layer_nonfinite_total<of>[10m])) > 0", label="layer", noun="layer"
 )
@@ -79,15 +89,14 @@ def _nonfinite(settings: Settings) -> Alert:
 
 def _spike(settings: Settings) -> Alert:
     by, limits = settings.of_run, settings.thresholds
-    peak = highest("gradiometer_grad_norm_window_max", by, over="3m")
     usual = newest("gradiometer_grad_norm_baseline", by, "3m")
     noise = newest("gradiometer_grad_norm_mad", by, "3m")
-    guarded = all_of(f"{RATIO} < Inf", f"{STEPS} >= {limits.warm_up_steps}", f"{RUNNING} == 1")
+    guarded = all_of(RATIO, f"{STEPS} >= {limits.warm_up_steps}", f"{RUNNING} == 1")
     return Alert(
         name="Spike",
         severity="warning",
         meaning="The global gradient norm was many times the run's own median.",
-        value=f"{guarded}\nunless ({peak} - {usual} <= {limits.spike_deviations:g} * {noise})",
+        value=f"{guarded}\nunless ({peak_norm(by)} - {usual} <= {limits.spike_deviations:g} * {noise})",
         limit=limits.spike_ratio,
         by=by,
         summary="Run {{ $labels.run_id }}: the gradient norm was <value> times the usual one<who>",
@@ -160,7 +169,7 @@ def _clip_saturated(settings: Settings) -> Alert:
         f"minutes; the limit is {limits.clip_ratio:.0%}. Raise its threshold, or lower the learning rate, which is "
         "what clipping does.",
         who=Who(
-            expr='max by (<by>) (increase(gradiometer_clip_events_total<of mode="act">[15m])) > 0',
+            expr=f"max by (<by>) (increase(gradiometer_clip_events_total<of {CLIPPING}>[15m])) > 0",
             label="policy",
             noun="policy",
         ),
@@ -170,14 +179,17 @@ def _clip_saturated(settings: Settings) -> Alert:
 
 
 def _skipping(settings: Settings) -> Alert:
-    limit = settings.thresholds.skipped_in_a_row
+    by, limit = settings.of_run, settings.thresholds.skipped_in_a_row
+    skipped = highest("gradiometer_skipped_steps_in_a_row", by, over="3m")
+    young = f"{STEPS} < {settings.thresholds.warm_up_steps}"
+    searching = f"{skipped} <= {limit + SCALE_SEARCH} and {young} and {newest('gradiometer_loss_scale', by, '10m')} > 0"
     return Alert(
         name="SkippingRun",
         severity="warning",
         meaning="Many consecutive steps did not move the parameters.",
-        value=all_of(highest("gradiometer_skipped_steps_in_a_row", settings.of_run, over="3m"), f"{RUNNING} == 1"),
+        value=f"{all_of(skipped, f'{RUNNING} == 1')}\nunless ({searching})",
         limit=limit,
-        by=settings.of_run,
+        by=by,
         summary="Run {{ $labels.run_id }}: <count> steps in a row did not move the parameters",
         description=f"<count> consecutive steps were skipped, more than {limit}: the run burns time and learns "
         "nothing. Look at the layers that are not finite<who>, and at the loss scale.",

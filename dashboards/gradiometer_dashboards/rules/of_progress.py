@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradiometer.metrics import STEP_SECONDS_BUCKETS
 from gradiometer_dashboards.rules.expressions import all_of, highest, indented, moved, running
 from gradiometer_dashboards.rules.model import Alert, Settings, Who
 from gradiometer_dashboards.rules.recording import RUNNING, STEP_AGE, STEP_SECONDS, STEPS
@@ -9,6 +10,8 @@ from gradiometer_dashboards.rules.recording import RUNNING, STEP_AGE, STEP_SECON
 __all__ = ["of_progress"]
 
 STARTING_STEPS = 10
+LONGEST = f'{{le="{STEP_SECONDS_BUCKETS[-1]}"}}'
+"""Selects the steps that took no longer than the longest that are told apart, 300 s."""
 
 
 def of_progress(settings: Settings) -> tuple[Alert, ...]:
@@ -25,14 +28,17 @@ def of_progress(settings: Settings) -> tuple[Alert, ...]:
 
 def _stalled(settings: Settings) -> Alert:
     by, limits = settings.of_run, settings.thresholds
+    grouped = f"max by ({', '.join(by)})"
     slow = f"{STEP_AGE} <= {limits.stalled_steps:g} * {STEP_SECONDS}"
     steps = highest("gradiometer_steps_total", by)
+    paused = f"{grouped} (gradiometer_step_seconds_count - ignoring (le) gradiometer_step_seconds_bucket{LONGEST}) > 0"
+    paused = f"{STEP_AGE} <= {limits.starting_seconds:g} and {paused}"
     starting = f"{STEP_AGE} <= {limits.starting_seconds:g} and {steps} < {STARTING_STEPS}"
     return Alert(
         name="Stalled",
         severity="warning",
         meaning="The run is alive and takes no steps.",
-        value=f"{all_of(STEP_AGE, running(by))}\nunless ({slow})\nunless ({starting})",
+        value=f"{all_of(STEP_AGE, running(by))}\nunless ({slow})\nunless ({starting})\nunless ({paused})",
         limit=limits.stalled_seconds,
         by=by,
         lasting="1m",

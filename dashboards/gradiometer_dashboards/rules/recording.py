@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from gradiometer_dashboards.rules.expressions import highest, moved, newest
+from gradiometer_dashboards.rules.expressions import highest, moved, newest, peak_norm
 from gradiometer_dashboards.rules.model import Recording, Settings
 
 __all__ = [
     "CLIPPED",
+    "CLIPPING",
     "NONFINITE_STEPS",
     "NONFINITE_UPDATES",
     "RATIO",
@@ -24,6 +25,8 @@ STEPS = "run:gradiometer_steps:min5m"
 NONFINITE_UPDATES = "run:gradiometer_nonfinite_updates:increase10m"
 NONFINITE_STEPS = "run:gradiometer_nonfinite_steps:increase10m"
 RATIO = "run:gradiometer_grad_norm:max3m_over_baseline"
+CLIPPING = 'mode="act", policy!~"percentile|adagc|agc"'
+"""Of the policies that act, those whose usual step is untouched: the others bound most steps, by design."""
 CLIPPED = "run:gradiometer_clip_events:ratio15m"
 STEP_SECONDS = "run:gradiometer_step_seconds:mean"
 """Over the whole run, so that a run that hangs keeps it."""
@@ -34,7 +37,7 @@ def recordings(settings: Settings) -> tuple[Recording, ...]:
     """List the recording rules, in the order in which they must be computed."""
     by = settings.of_run
     grouped = f"max by ({', '.join(by)})"
-    acted = highest("gradiometer_clip_events_total", by, of='mode="act"', over="15m", reduce="increase")
+    acted = highest("gradiometer_clip_events_total", by, of=CLIPPING, over="15m", reduce="increase")
     taken = highest("gradiometer_steps_total", by, over="15m", reduce="increase")
     baseline = newest("gradiometer_grad_norm_baseline", by, "3m")
     steps = highest("gradiometer_steps_total", by, over="5m", reduce="min_over_time")
@@ -43,7 +46,7 @@ def recordings(settings: Settings) -> tuple[Recording, ...]:
         STEPS: "min" + steps.removeprefix("max"),
         NONFINITE_UPDATES: moved("gradiometer_nonfinite_updates_total", by),
         NONFINITE_STEPS: moved("gradiometer_nonfinite_steps_total", by),
-        RATIO: f"{highest('gradiometer_grad_norm_window_max', by, over='3m')}\n/ {baseline}",
+        RATIO: f"{peak_norm(by)}\n/ {baseline}",
         CLIPPED: f"{acted}\n/ {taken}",
         STEP_SECONDS: f"{grouped} (gradiometer_step_seconds_sum / gradiometer_step_seconds_count)",
         STEP_AGE: f"time() - {highest('gradiometer_last_step_timestamp_seconds', by)}",
