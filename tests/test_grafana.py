@@ -382,6 +382,9 @@ def test_the_command_tells_no_password(tmp_path: Path, command: Command) -> None
     both = command("--url", "http://me:hunter22@127.0.0.1:1", "--token-file", str(tmp_path / "token"))
     assert both.exit_code == 2
     assert "--token-file: expected a token_file, or user:password@" in both.stderr
+    for file, why in ((tmp_path / "token", "No such file or directory"), (tmp_path, "Is a directory")):
+        done = command("--url", "http://127.0.0.1:1", "--token-file", str(file))
+        assert (done.exit_code, f"--token-file: {file} cannot be read ({why}): give" in done.stderr) == (2, True)
 
 
 def test_without_the_extra_the_command_names_it(spawn: Spawn) -> None:

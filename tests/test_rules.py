@@ -245,7 +245,7 @@ def test_the_command_lists_the_alerts() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("--set", "spik=2"), "no threshold 'spik'; give THRESHOLD=VALUE of one of these: spike_ratio"),
+        (("--set", "spik=2"), "no threshold 'spik'; there are: spike_ratio"),
         (("--set", "spike_ratio"), "spike_ratio='' is not a number"),
         (("--set", "spike_ratio=nan"), "spike_ratio='nan' is not a number from 0 to 1e+09; by default it is 10"),
         (("--set", "warm_up_steps=1.5"), "warm_up_steps='1.5' is not a whole number"),

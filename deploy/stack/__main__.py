@@ -165,7 +165,10 @@ def _introduce(processes: Processes, places: Places, *, demo: bool) -> None:
         f"  monitor       http://127.0.0.1:{ports['monitor']}    asks for the token in {secrets}/browser_token"
     )
     lines.append(f"  Prometheus    http://127.0.0.1:{ports['prometheus']}")
-    lines.append(f"  Alertmanager  http://127.0.0.1:{ports['alertmanager']}")
+    alertmanager = f"http://127.0.0.1:{ports['alertmanager']}"
+    lines.append(
+        f"  Alertmanager  {alertmanager}    Debian's has no page: amtool --alertmanager.url={alertmanager} alert"
+    )
     if "grafana" in places.without:
         lines.append(
             "  Grafana       is left out: not installed, or not wanted; the monitor's page shows runs without it"

@@ -140,7 +140,11 @@ def _apply(settings: GrafanaSettings, *, dry_run: bool) -> tuple[str, list[Chang
 
     try:
         grafana = Grafana(settings)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        file, remedy = settings.token_file, "give a file that is there and that you may read"
+        typer.echo(f"gradiometer: --token-file: {file} cannot be read ({error.strerror}): {remedy}", err=True)
+        raise typer.Exit(USAGE) from error
+    except ValueError as error:
         typer.echo(f"gradiometer: {error}", err=True)
         raise typer.Exit(USAGE) from error
     try:
