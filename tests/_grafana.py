@@ -1,8 +1,9 @@
 """A server that behaves as Grafana's documented HTTP API does, and one Grafana, stub or real, that tests work against.
 
 What the stub keeps of Grafana: tokens and basic authentication, roles, uids, versions with messages and the conflict of
-two who save, folders, provisioned objects that refuse, and annotations: a dashboard that is not known makes one of the
-whole organisation, tags are matched all of them, times overlap, tags are split at the first colon and made one.
+two who save, folders, provisioned objects that refuse, alert rules (in a module of their own), and annotations: a
+dashboard that is not known makes one of the whole organisation, tags are matched all of them, times overlap, tags are
+split at the first colon and made one.
 """
 
 from __future__ import annotations
@@ -27,19 +28,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-Json = dict[str, Any]
+from tests._grafana_answers import UID, Json, RefusalError
+from tests._grafana_answers import require_role as _may
+from tests._grafana_answers import require_there as _there
+from tests._grafana_rules import DISABLE_PROVENANCE, RULE_ROUTES, RuleStub
+
 VERSION = "12.3.1"
 TOKENS = {"glsa_admin_0123456789": "Admin", "glsa_editor_0123456789": "Editor", "glsa_viewer_0123456789": "Viewer"}
 USER, PASSWORD = "admin", "pä:ss@wörd"
-UID = re.compile(r"[A-Za-z0-9_-]{1,40}")
-
-
-class RefusalError(Exception):
-    """An answer that is an error, as Grafana words it."""
-
-    def __init__(self, code: int, message: str, /, **more: Any) -> None:
-        super().__init__(message)
-        self.status, self.body = code, {"message": message, **more}
 
 
 @dataclass
@@ -59,12 +55,12 @@ class Fault:
     """Close the connection instead of an answer; the request is done."""
 
 
-class Stub:
+class Stub(RuleStub):
     """Grafana's state and behaviour."""
 
     def __init__(self, prefix: str = "") -> None:
+        super().__init__()
         self.prefix = prefix
-        self.folders: dict[str, Json] = {}
         self.sources: dict[str, Json] = {}
         self.boards: dict[str, Json] = {}
         self.annotations: list[Json] = []
@@ -123,7 +119,9 @@ class Stub:
         return there
 
     def delete_folder(self, role: str, query: Any, body: Any, uid: str) -> Json:
-        _there(self.folders.pop(uid, None), "folder not found")
+        _there(self.folders.get(uid), "folder not found")
+        self.delete_rules_of(uid, force=query.get("forceDeleteRules") == ["true"])
+        del self.folders[uid]
         for board in [key for key, each in self.boards.items() if each["meta"]["folderUid"] == uid]:
             del self.boards[board]
         return {"message": "Folder deleted"}
@@ -251,20 +249,8 @@ ROUTES: list[tuple[str, Callable[..., Any]]] = [
     (r"POST /api/annotations", Stub.post_annotation),
     (r"PUT /api/annotations/(\d+)", Stub.put_annotation),
     (r"DELETE /api/annotations/(\d+)", Stub.delete_annotation),
+    *RULE_ROUTES,
 ]
-
-
-def _there(found: Json | None, message: str, **more: Any) -> Json:
-    if found is None:
-        raise RefusalError(404, message, **more)
-    return found
-
-
-def _may(role: str, permission: str, least: str) -> None:
-    order = ("Viewer", "Editor", "Admin")
-    if order.index(role) < order.index(least):
-        message = f"You'll need additional permissions to perform this action. Permissions needed: {permission}"
-        raise RefusalError(403, message, title="Access denied", accessErrorId="ACE0000000000")
 
 
 def _tags(given: list[str]) -> list[str]:
@@ -275,6 +261,7 @@ def _tags(given: list[str]) -> list[str]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is two writes, of which the second would wait 40 ms
     server: _Server
 
     def _serve(self) -> None:
@@ -292,10 +279,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(fault.status, {"message": "injected"}, **fault.headers)
         try:
             path = parts.path.removeprefix(stub.prefix) if parts.path.startswith(stub.prefix) else "/outside"
-            status, answer = (
-                200,
-                stub.answer(self.command, path, urllib.parse.parse_qs(parts.query), body, self._role()),
-            )
+            query = urllib.parse.parse_qs(parts.query)
+            if DISABLE_PROVENANCE in self.headers:
+                query[DISABLE_PROVENANCE] = [str(self.headers[DISABLE_PROVENANCE])]
+            status, answer = 200, stub.answer(self.command, path, query, body, self._role())
         except RefusalError as refusal:
             status, answer = refusal.status, refusal.body
         if fault and fault.after:
@@ -450,7 +437,7 @@ class ServedGrafana:
             self.ask("DELETE", f"/annotations/{each['id']}")
         self.ask("DELETE", f"/dashboards/uid/{self.board}")
         self.ask("DELETE", f"/datasources/uid/{self.prefix}-prometheus")
-        self.ask("DELETE", f"/folders/{self.prefix}")
+        self.ask("DELETE", f"/folders/{self.prefix}?forceDeleteRules=true")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from gradiometer_monitor.grafana.service import GrafanaService
 from gradiometer_monitor.grafana.settings import GrafanaSettings
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Event, Store
-from tests._grafana import Json, ServedGrafana, Stub, serve_grafana
+from tests._grafana import ServedGrafana, Stub, serve_grafana
+from tests._grafana_answers import Json
 
 if TYPE_CHECKING:
     from tests.conftest import MakeManifest, Spawn, Start, WaitUntil, WriteRun

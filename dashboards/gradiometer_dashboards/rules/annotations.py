@@ -25,5 +25,8 @@ def links(alert: Alert, settings: Settings) -> dict[str, str]:
     chosen = [name for name in ("job", "run_id", "instance") if name in alert.by]
     query = [f"var-{name}={{{{ $labels.{name} | urlquery }}}}" for name in chosen]
     query += [f"viewPanel={alert.panel}"] if alert.panel is not None else []
-    dashboard = f"{settings.grafana_url.rstrip('/')}/d/gradiometer-{alert.dashboard}?{'&'.join(query)}"
-    return {"runbook_url": f"{settings.runbook_url.rstrip('/')}/{alert.name}", "dashboard_url": dashboard}
+    place = f"{settings.grafana_url.rstrip('/')}/d/{settings.uid_prefix}-{alert.dashboard}"
+    return {
+        "runbook_url": f"{settings.runbook_url.rstrip('/')}/{alert.name}",
+        "dashboard_url": f"{place}?{'&'.join(query)}",
+    }

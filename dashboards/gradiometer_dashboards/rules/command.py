@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.box import SIMPLE
@@ -15,11 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from gradiometer_dashboards.rules.catalogue import alerts
+from gradiometer_dashboards.rules.choices import (
+    read_job,
+    read_labels,
+    read_thresholds,
+    read_url,
+    split_thresholds,
+)
 from gradiometer_dashboards.rules.fleet import fleet_layer_rules, fleet_rules
 from gradiometer_dashboards.rules.grafana import grafana_rules
 from gradiometer_dashboards.rules.model import Settings
 from gradiometer_dashboards.rules.prometheus import operator_rules, prometheus_rules
-from gradiometer_dashboards.thresholds import THRESHOLDS, Thresholds
 
 __all__ = ["rules"]
 
@@ -33,8 +37,7 @@ FORMS: dict[str, Callable[[Settings], str]] = {
 }
 DEFAULTS = Settings()
 WIDTH = 160
-OWN_LABELS = ("alertname", "severity", "layer", "rank", "policy", "job", "run_id", "instance", "gpu", "receiver")
-"""Labels that an alert has already, or must not have."""
+Choice = TypeVar("Choice")
 
 
 def rules(
@@ -66,11 +69,11 @@ def rules(
     fleet and fleet-layers are the recording rules of docs/scaling.md.
     """
     settings = Settings(
-        grafana_url=_url("--grafana-url", grafana_url),
-        runbook_url=_url("--runbook-url", runbook_url),
-        job=_pattern(job),
-        by=_labels(by or ()),
-        thresholds=_thresholds(set_ or ()),
+        grafana_url=_checked("--grafana-url", read_url, grafana_url),
+        runbook_url=_checked("--runbook-url", read_url, runbook_url),
+        job=_checked("--job", read_job, job),
+        by=_checked("--by", read_labels, by or ()),
+        thresholds=_checked("--set", read_thresholds, split_thresholds(set_ or ())),
         datasource_uid=_uid(datasource_uid),
         keep_firing=keep_firing,
     )
@@ -84,59 +87,12 @@ def rules(
         out.write_text(text, encoding="utf-8")
 
 
-def _url(option: str, value: str) -> str:
-    if "@" in value:
-        raise ValueError(
-            f"{option}: it holds a user or a password, which links would show to everybody; leave them out"
-        )
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.netloc or re.search(r"[\s{}?#]", value):
-        raise ValueError(f"{option}: {value!r} is no address that a path can follow; give one like http://host:3000")
-    return value
-
-
-def _pattern(value: str) -> str:
+def _checked(option: str, read: Callable[[Any], Choice], given: Any) -> Choice:
+    """Read a choice; what is wrong with it is told with the option's name."""
     try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"--job: {value!r} is no regular expression ({error}); give one like gradiometer.*") from error
-    if not value or re.search(r'["\\\n]', value):
-        raise ValueError(f"--job: {value!r} is empty, or holds a quote or a backslash; give one like gradiometer.*")
-    return value
-
-
-def _labels(given: Sequence[str]) -> tuple[str, ...]:
-    for name in given:
-        if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name) or name.startswith("__"):
-            raise ValueError(f"--by: {name!r} is no name of a label; give one that your scrapes add, like cluster")
-        if name in OWN_LABELS:
-            raise ValueError(f"--by: {name!r} is a label that alerts have, or that would split them; leave it out")
-    return tuple(dict.fromkeys(given))
-
-
-def _thresholds(given: Sequence[str]) -> Thresholds:
-    known = {field.name: getattr(THRESHOLDS, field.name) for field in fields(Thresholds)}
-    chosen: dict[str, Any] = {}
-    for item in given:
-        name, _, text = item.partition("=")
-        if name not in known:
-            raise ValueError(f"--set: there is no threshold {name!r}; there are: {', '.join(known)}")
-        chosen[name] = _number(name, text, whole=isinstance(known[name], int))
-    return replace(THRESHOLDS, **chosen)
-
-
-def _number(name: str, text: str, *, whole: bool) -> float:
-    """Read a threshold; shares are at most 1."""
-    most = 1.0 if name in ("clip_ratio", "scaled_nonfinite_ratio") else 1e9
-    try:
-        value = int(text) if whole else float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= most:
-        kind = "a whole number" if whole else "a number"
-        usual = getattr(THRESHOLDS, name)
-        raise ValueError(f"--set: {name}={text!r} is not {kind} from 0 to {most:g}; by default it is {usual:g}")
-    return value
+        return read(given)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _uid(value: str) -> str:

@@ -38,24 +38,26 @@ def groups(settings: Settings) -> list[Json]:
     listed = alerts(settings)
     of_runs = [_rule(alert, settings) for alert in listed if "run_id" in alert.by]
     of_monitors = [_rule(alert, settings) for alert in listed if "run_id" not in alert.by]
-    return [{"name": "gradiometer-runs", "rules": of_runs}, {"name": "gradiometer-monitor", "rules": of_monitors}]
+    prefix = settings.uid_prefix
+    return [{"name": f"{prefix}-runs", "rules": of_runs}, {"name": f"{prefix}-monitor", "rules": of_monitors}]
 
 
 def _rule(alert: Alert, settings: Settings) -> Json:
     texts = {"summary": alert.summary, "description": alert.description}
     said = {name: filled(text, who=_names(alert), value="$values.B.Value") for name, text in texts.items()}
-    board = {"__dashboardUid__": f"gradiometer-{alert.dashboard}"}
+    prefix = settings.uid_prefix
+    board = {"__dashboardUid__": f"{prefix}-{alert.dashboard}"}
     place = board | {"__panelId__": str(alert.panel)} if alert.panel is not None else {}
     # A Prometheus that cannot be asked is told once, by MonitorDown; the others stay as they are, and resolve nothing.
     failed = "Error" if alert.name == "MonitorDown" else "KeepLast"
-    rule: Json = {"uid": f"gradiometer-{alert.name.lower()}", "title": alert.alertname, "condition": "C"}
+    rule: Json = {"uid": f"{prefix}-{alert.name.lower()}", "title": alert.alertname, "condition": "C"}
     rule |= {"data": _data(alert, settings), "for": alert.lasting}
     if alert.keep_firing:
         rule |= {"keepFiringFor": alert.keep_firing, "missing_series_evals_to_resolve": MISSING_EVALUATIONS}
     # No data is no run: nothing is wrong.
     rule |= {"noDataState": "OK", "execErrState": failed}
     if place:
-        rule |= {"dashboardUid": f"gradiometer-{alert.dashboard}", "panelId": alert.panel}
+        rule |= {"dashboardUid": f"{prefix}-{alert.dashboard}", "panelId": alert.panel}
     rule |= {"labels": {"severity": alert.severity}, "annotations": said | links(alert, settings) | place}
     return rule | {"isPaused": False}
 

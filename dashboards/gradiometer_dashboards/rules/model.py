@@ -29,6 +29,8 @@ class Settings:
     thresholds: Thresholds = THRESHOLDS
     datasource_uid: str = "gradiometer-prometheus"
     """Uid of the Prometheus that Grafana-managed rules ask."""
+    uid_prefix: str = "gradiometer"
+    """What the uids of the dashboards that are linked begin with, and in Grafana those of the rules."""
     keep_firing: bool = True
     """Whether ``keep_firing_for`` is written, which Prometheus before 2.42 and vmalert before 1.92 refuse."""
 

@@ -1,1 +1,1 @@
-"""The five dashboards, the datasource and the annotations of a Grafana, over its HTTP API."""
+"""The five dashboards, the alert rules, the datasource and the annotations of a Grafana, over its HTTP API."""

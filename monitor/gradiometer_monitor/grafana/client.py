@@ -22,6 +22,13 @@ __all__ = ["Grafana", "GrafanaError"]
 Json = dict[str, Any]
 Request = Callable[[Any], Any]
 """What is asked of a GrafanaApi, whose methods have no types."""
+PROVISIONING = "/v1/provisioning"
+"""Of alerting; without the header X-Disable-Provenance what is written there cannot be edited in Grafana."""
+READS_RULES = "alert.rules:read with folders:read, or alert.provisioning:read"
+WRITES_RULES = (
+    "the role Editor, or alert.rules:read, :create, :write and :delete, folders:read, datasources:query and "
+    "alert.provisioning.provenance:write, or alert.provisioning:write"
+)
 SHOWN_CHARACTERS = 300
 """As much of Grafana's own words is passed on."""
 MAX_WAIT_SECONDS = 300.0
@@ -131,6 +138,21 @@ class Grafana:
         body = {"dashboard": model, "folderUid": folder_uid, "message": message, "overwrite": overwrite}
         needs = "dashboards:create and dashboards:write"
         self._call("save a dashboard", needs, lambda api: api.dashboard.update_dashboard(body))
+
+    def rule_group(self, folder_uid: str, title: str) -> Json | None:
+        """Return a group of alert rules; its rules may lack their provenance."""
+        path = f"{PROVISIONING}/folder/{folder_uid}/rule-groups/{title}"
+        return self._found("read alert rules", READS_RULES, lambda api: api.client.GET(path))
+
+    def alert_rule(self, uid: str) -> Json | None:
+        """Return an alert rule with its provenance, wherever it is."""
+        path = f"{PROVISIONING}/alert-rules/{uid}"
+        return self._found("read alert rules", READS_RULES, lambda api: api.client.GET(path))
+
+    def save_rule_group(self, folder_uid: str, title: str, group: Json) -> None:
+        """Make a group what is given, and nothing else; its rules are the API's from then on."""
+        path = f"{PROVISIONING}/folder/{folder_uid}/rule-groups/{title}"
+        self._call("save alert rules", WRITES_RULES, lambda api: api.client.PUT(path, json=group))
 
     def find_annotation(self, tag: str, time_ms: int) -> Json | None:
         """Find the annotation that has a tag, which must need no quoting, and holds at a time."""

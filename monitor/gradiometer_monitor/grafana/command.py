@@ -1,9 +1,10 @@
-"""``gradiometer grafana``: put the dashboards into a Grafana by hand, and see what that changes."""
+"""``gradiometer grafana``: put the dashboards, and alert rules, into a Grafana by hand, and see what that changes."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,15 +15,20 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from gradiometer_dashboards.rules.choices import read_thresholds, split_thresholds
+from gradiometer_monitor.grafana.change import Change
 from gradiometer_monitor.grafana.client import Grafana, GrafanaError
-from gradiometer_monitor.grafana.provision import Change
 from gradiometer_monitor.grafana.provision import apply as provision
+from gradiometer_monitor.grafana.rule_settings import AlertRuleSettings
 from gradiometer_monitor.grafana.settings import GrafanaSettings
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    add_completion=False, help="Put the dashboards into a Grafana.", no_args_is_help=True, rich_markup_mode=None
+    add_completion=False,
+    help="Put the dashboards and alerts into a Grafana.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 WIDTH = 200
 FAILED, USAGE, KEPT, PENDING = 1, 2, 3, 4
@@ -35,6 +41,20 @@ TokenFile = Annotated[
         help="File with a service account's token; without it user:password@ must stand in the URL.",
     ),
 ]
+Alerts = Annotated[
+    bool,
+    typer.Option(
+        "--alerts", help="Make the alert rules too, where Prometheus has none of ours; the next five are of them."
+    ),
+]
+Labels = Annotated[list[str] | None, typer.Option(help="Label that alerts keep, as 'cluster'; may be repeated.")]
+Limits = Annotated[list[str] | None, typer.Option("--set", help="THRESHOLD=VALUE, as spike_ratio=20; may be repeated.")]
+GrafanaUrl = Annotated[
+    str | None, typer.Option(help="Where people open Grafana: links begin with it [default: --url].")
+]
+RunbookUrl = Annotated[str, typer.Option(help="What runbooks' addresses begin with.")]
+Job = Annotated[str, typer.Option(help="Regular expression of the scrape jobs that are monitors.")]
+RULES = AlertRuleSettings()
 
 
 @app.callback()
@@ -61,19 +81,28 @@ def apply(
     ca_file: Annotated[Path | None, typer.Option(help="Authorities to trust instead of the system's.")] = None,
     timeout_seconds: Annotated[float | None, typer.Option(help="Time for an answer [default: 10].")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Set back what was changed in Grafana.")] = False,
+    alerts: Alerts = False,
+    grafana_url: GrafanaUrl = None,
+    runbook_url: RunbookUrl = RULES.runbook_url,
+    job: Job = RULES.job,
+    by: Labels = None,
+    set_: Limits = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; say what would be changed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Make folder, datasource and dashboards in Grafana, and say what that changed.
+    """Make folder, datasource, dashboards and, with --alerts, alert rules in Grafana, and say what that changed.
 
     Exit status: 0 all is as it should be; 1 something failed; 2 usage; 3 something was left as somebody made it;
     4 with --dry-run, something would be changed.
     """
-    given = {
+    given: dict[str, Any] = {
         "url": url, "token_file": token_file, "prometheus_url": prometheus_url, "datasource_uid": datasource_uid,
         "scrape_interval_seconds": scrape_interval_seconds, "folder": folder, "uid_prefix": uid_prefix,
         "org_id": org_id, "ca_file": ca_file, "timeout_seconds": timeout_seconds, "overwrite": overwrite,
+        "alerts": alerts,
+        "alert_rules": {"grafana_url": grafana_url, "runbook_url": runbook_url, "job": job, "by": by or ()},
     }  # fmt: skip
+    given["alert_rules"]["thresholds"] = _limits(set_ or ())
     version, changes = _apply(_settings(given), dry_run=dry_run)
     if as_json:
         said = {"grafana": version, "dry_run": dry_run, "changes": [asdict(change) for change in changes]}
@@ -83,14 +112,28 @@ def apply(
     raise typer.Exit(_status(changes, dry_run=dry_run))
 
 
+def _limits(given: Sequence[str]) -> dict[str, Any]:
+    limits = split_thresholds(given)
+    try:
+        read_thresholds(limits)
+    except ValueError as error:
+        typer.echo(f"gradiometer: --set: {error}", err=True)
+        raise typer.Exit(USAGE) from error
+    return limits
+
+
 def _settings(given: dict[str, Any]) -> GrafanaSettings:
     try:
-        return GrafanaSettings.model_validate({name: value for name, value in given.items() if value is not None})
+        settings = GrafanaSettings.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         for item in error.errors(include_url=False, include_input=False):
-            name = "--" + ".".join(map(str, item["loc"])).replace("_", "-")
+            name = "--" + ".".join(str(part) for part in item["loc"] if part != "alert_rules").replace("_", "-")
             typer.echo(f"gradiometer: {name}: {item['msg'].removeprefix('Value error, ')}", err=True)
         raise typer.Exit(USAGE) from error
+    if settings.alert_rules != RULES and not settings.alerts:
+        typer.echo("gradiometer: --alerts: expected it too, with options that are of the alert rules", err=True)
+        raise typer.Exit(USAGE)
+    return settings
 
 
 def _apply(settings: GrafanaSettings, *, dry_run: bool) -> tuple[str, list[Change]]:

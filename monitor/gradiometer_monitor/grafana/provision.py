@@ -1,4 +1,4 @@
-"""Put folder, datasource and dashboards into a Grafana, and say what that changed.
+"""Put folder, datasource, dashboards and, if asked, alert rules into a Grafana, and say what that changed.
 
 Guarantees: what is as it should be is not written again; what somebody changed in Grafana, or a file owns, is left as
 it is and told of; nothing is deleted. Each dashboard is saved with a message that holds the digest of what was sent, in
@@ -11,11 +11,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from gradiometer.records import installed_version
 from gradiometer_dashboards import load, names
+from gradiometer_monitor.grafana.alert_rules import apply_group, wanted_groups
+from gradiometer_monitor.grafana.change import CHANGED, Change
 from gradiometer_monitor.grafana.client import Grafana, GrafanaError
 from gradiometer_monitor.grafana.settings import GrafanaSettings
 
@@ -23,8 +25,6 @@ __all__ = ["CHANGED", "Change", "apply", "run_dashboard"]
 
 Json = dict[str, Any]
 Taken = TypeVar("Taken")
-State = Literal["created", "updated", "unchanged", "kept", "failed"]
-CHANGED = ("created", "updated")
 OWN_PREFIX = "gradiometer"
 """What the uids of the committed dashboards begin with."""
 MESSAGE = re.compile(r"gradiometer \S+ \[([0-9a-f]{16})\]")
@@ -35,20 +35,6 @@ REMEDY = "--overwrite, or overwrite: true, sets it back; save a copy under anoth
 CONFLICTS = (409, 412)
 ATTEMPTS = 3
 """Of each step that met a passing failure, where nobody else tries again."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """What became of one thing in Grafana, or with a dry run would become."""
-
-    what: Literal["folder", "datasource", "dashboard"]
-    uid: str
-    name: str
-    state: State
-    """``kept``: it differs and was left as it is; ``detail`` says why, and what to do."""
-    detail: str = ""
-    passing: bool = False
-    """Whether what failed may succeed by itself, later."""
 
 
 def run_dashboard(settings: GrafanaSettings) -> str:
@@ -83,6 +69,9 @@ def _steps(grafana: Grafana, *, dry_run: bool) -> Iterator[Step]:
         model = _model(settings, load(name))
         board = Change(what="dashboard", uid=model["uid"], name=model["title"], state="unchanged")
         yield board, lambda board=board, model=model: _dashboard(grafana, board, model, dry_run=dry_run)  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
+    for group in wanted_groups(settings) if settings.alerts else ():
+        rules = Change(what="alerts", uid=group["title"], name=f"{len(group['rules'])} rules", state="unchanged")
+        yield rules, lambda rules=rules, group=group: apply_group(grafana, rules, group, dry_run=dry_run)  # type: ignore[misc]  # as above
 
 
 def _guarded(step: Step, wait: Callable[[float], Any] | None) -> Change:
@@ -130,7 +119,13 @@ def _folder(grafana: Grafana, change: Change, *, dry_run: bool) -> Change:
 
 
 def _datasource(grafana: Grafana, change: Change, *, dry_run: bool) -> Change:
-    there, wanted = grafana.datasource(change.uid), _source_wanted(grafana.settings)
+    wanted = _source_wanted(grafana.settings)
+    try:
+        there = grafana.datasource(change.uid)
+    except GrafanaError as error:
+        if wanted or error.status != 403:
+            raise
+        return replace(change, detail="nobody looked whether it is there: that needs datasources:read")
     if there is None:
         if not wanted:
             detail = "there is none: --prometheus-url, or prometheus_url, makes it"

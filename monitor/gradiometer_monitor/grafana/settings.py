@@ -8,8 +8,10 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 
+from gradiometer_dashboards.rules.model import Settings as RuleSettings
 from gradiometer_monitor.config.secret import read_secret
 from gradiometer_monitor.config.section import Section, between
+from gradiometer_monitor.grafana.rule_settings import AlertRuleSettings
 
 __all__ = ["KINDS", "AnnotationSettings", "GrafanaSettings"]
 
@@ -22,6 +24,8 @@ KINDS = (
 """Kinds of events that become annotations unless told otherwise."""
 UID = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$"
 """What Grafana takes for a uid."""
+ALERTS_PREFIX = 22
+"""Characters that a prefix may have where the longest name of an alert follows it in a uid."""
 PREFIX = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,23}$"
 
 
@@ -79,7 +83,7 @@ class GrafanaSettings(Section):
     timeout_seconds: Annotated[float, between(0.2, 120)] = 10.0
     """How long Grafana may take to accept a connection, and again to answer."""
     apply: bool = True
-    """Whether folder, datasource and dashboards are made; otherwise only annotations are."""
+    """Whether folder, datasource, dashboards and alert rules are made; otherwise only annotations are."""
     check_seconds: Annotated[float, between(1, 7 * 86400)] = 3600.0
     """How often the monitor makes sure that they still are there."""
     overwrite: bool = False
@@ -87,13 +91,16 @@ class GrafanaSettings(Section):
     folder: Annotated[str, Field(min_length=1, max_length=189)] = "Gradiometer"
     """Title of the folder of the dashboards."""
     uid_prefix: Annotated[str, Field(pattern=PREFIX)] = "gradiometer"
-    """What the uids of folder, datasource and dashboards begin with; another one gives another set."""
+    """What the uids of folder, datasource, dashboards and alert rules begin with; another one gives another set."""
     prometheus_url: str | None = None
     """Where Grafana finds Prometheus: the datasource is made of it; None leaves datasources alone."""
     datasource_uid: Annotated[str, Field(pattern=UID)] | None = None
-    """Uid of the datasource that the dashboards open with; `<uid_prefix>-prometheus` if ours is made."""
+    """Uid of the datasource that dashboards open with and rules ask; `<uid_prefix>-prometheus` if ours is made."""
     scrape_interval_seconds: Annotated[int, between(1, 3600)] | None = None
     """Interval of the scrapes, from which Grafana derives the width of rates; None leaves it as it is (15 s)."""
+    alerts: bool = False
+    """Whether the alert rules are made too, for Grafana's own alerting: never beside the same rules in Prometheus."""
+    alert_rules: AlertRuleSettings = AlertRuleSettings()
     annotations: AnnotationSettings = AnnotationSettings()
 
     @field_validator("token_file")
@@ -125,6 +132,28 @@ class GrafanaSettings(Section):
         if url is not None and (urlsplit(url).scheme not in ("http", "https") or "@" in url):
             raise ValueError("expected http:// or https:// and a host, as Grafana reaches it, without a password")
         return url
+
+    @field_validator("alerts")
+    @classmethod
+    def _can_be_made(cls, alerts: bool, info: ValidationInfo) -> bool:
+        needed = {"apply", "uid_prefix", "prometheus_url", "datasource_uid"}
+        if not alerts or not needed <= info.data.keys():
+            return alerts
+        if not info.data["apply"]:
+            raise ValueError("expected apply: true too, without which nothing but annotations is made")
+        if not (info.data["prometheus_url"] or info.data["datasource_uid"]):
+            raise ValueError("expected a datasource_uid or prometheus_url too: rules must know which datasource to ask")
+        if len(info.data["uid_prefix"]) > ALERTS_PREFIX:
+            raise ValueError(
+                f"expected a uid_prefix of at most {ALERTS_PREFIX} characters: a rule's uid has at most 40"
+            )
+        return alerts
+
+    @property
+    def rules(self) -> RuleSettings:
+        """What the alert rules are written with."""
+        uid = self.source_uid or ""
+        return self.alert_rules.rules(url=self.address, uid_prefix=self.uid_prefix, datasource_uid=uid)
 
     @property
     def _parts(self) -> SplitResult:
