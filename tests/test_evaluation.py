@@ -401,6 +401,14 @@ def test_what_is_no_prometheus_is_said_to_be_none(body: bytes) -> None:
             view.answers(_with(TARGET))
 
 
+def test_a_series_without_points_is_none(stub: Stub) -> None:
+    """A series of nothing, which Prometheus does not give, is left out: nobody who draws need think of it."""
+    stub.result = [{"metric": {"rank": "0"}, "values": []}, {"metric": {"rank": "1"}, "values": [[NOON, "1"]]}]
+    panel = _with({**TARGET, "legendFormat": "__auto"})
+    (answer,) = _view(stub, panel).answers(panel)
+    assert [series.legend for series in answer.series] == ["1"]
+
+
 def test_values_of_a_variable_are_texts(stub: Stub) -> None:
     """A list of something else is an error of the query."""
     stub.labels["job"] = [1]  # type: ignore[list-item]  # that is the error

@@ -25,6 +25,7 @@ from gradiometer_dashboards.rules import (
     prometheus_rules,
     recordings,
 )
+from gradiometer_dashboards.rules.grafana import groups
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
 Json = dict[str, Any]
@@ -197,6 +198,8 @@ def test_a_dollar_is_no_variable_of_grafana() -> None:
     )
     assert down["data"][0]["model"]["expr"].count('{job=~"^a$$|^b$$"}') == 3
     assert down["data"][0]["model"]["expr"].replace("$$", "").count("$") == 0
+    (over_api,) = (rule for rule in groups(Settings(job="^a$|^b$"))[1]["rules"] if "Down" in rule["title"])
+    assert over_api["data"][0]["model"]["expr"] == down["data"][0]["model"]["expr"].replace("$$", "$")
 
 
 def _run(*arguments: str) -> tuple[int, str]:

@@ -378,6 +378,7 @@ def _answer(target: Json, expr: str, data: Any, *, instant: bool) -> Answer:
             values=[value for _, value in pairs],
         )
         for own, name, pairs in zip(labels, automatic, points, strict=True)
+        if pairs
     ]
     return Answer(ref_id=target["refId"], expr=expr, instant=instant, series=series)
 

@@ -29,8 +29,12 @@ MISSING_EVALUATIONS = 10
 
 def grafana_rules(settings: Settings) -> str:
     """Write the file for ``provisioning/alerting/``."""
-    listed = [{"orgId": 1, "folder": FOLDER, "interval": f"{INTERVAL_SECONDS}s"} | group for group in groups(settings)]
-    return written("grafana", {"apiVersion": 1, "groups": [{"name": group["name"]} | group for group in listed]})
+    found = groups(settings)
+    for query in (query for group in found for rule in group["rules"] for query in rule["data"]):
+        if "expr" in query["model"]:  # in which Grafana takes $NAME, of a file, for a variable of its environment
+            query["model"]["expr"] = query["model"]["expr"].replace("$", "$$")
+    more = {"orgId": 1, "folder": FOLDER, "interval": f"{INTERVAL_SECONDS}s"}
+    return written("grafana", {"apiVersion": 1, "groups": [{"name": each["name"]} | more | each for each in found]})
 
 
 def groups(settings: Settings) -> list[Json]:
@@ -92,7 +96,6 @@ def _names(alert: Alert) -> str:
 
 def _query(ref: str, expr: str, settings: Settings) -> Json:
     uid = settings.datasource_uid
-    expr = expr.replace("$", "$$")  # Grafana takes $NAME in queries of its files for variables of its environment
     model = {
         "refId": ref, "datasource": {"type": "prometheus", "uid": uid}, "editorMode": "code", "expr": expr,
         "instant": True, "range": False, "intervalMs": 1000, "maxDataPoints": 43200,
