@@ -55,9 +55,7 @@ def read_thresholds(given: Mapping[str, object]) -> Thresholds:
     chosen: dict[str, Any] = {}
     for name, value in given.items():
         if name not in known:
-            raise ValueError(
-                f"there is no threshold {name!r}; give THRESHOLD=VALUE of one of these: {', '.join(known)}"
-            )
+            raise ValueError(f"there is no threshold {name!r}; there are: {', '.join(known)}")
         chosen[name] = _number(name, str(value), whole=isinstance(known[name], int))
     return replace(THRESHOLDS, **chosen)
 
