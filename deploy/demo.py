@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import re
 import signal
 import sys
 import time
@@ -25,7 +26,9 @@ from gradiometer.records import default_root
 from gradiometer.session import attach
 
 PREFIX = "stack-demo-"
-"""Begins the ids of the demo's runs; nothing else is ever removed."""
+"""Begins the ids of the demo's runs."""
+OWN = re.compile(rf"{PREFIX}\d{{8}}-\d{{6}}-\d+")
+"""Ids that the demo makes; nothing else is ever removed, also not ``stack-demo-mine``."""
 KEPT_RUNS = 2
 """How many of its runs that are over the demo keeps."""
 RING_BYTES = 16 * 2**20
@@ -88,7 +91,7 @@ def _train(
 def _forget_old(root: Path) -> None:
     """Remove the demo's own runs that are over, but for the newest."""
     with contextlib.suppress(FileNotFoundError):
-        own = [each for each in find_stored(root) if each.run_id.startswith(PREFIX) and not each.rank]
+        own = [each for each in find_stored(root) if OWN.fullmatch(each.run_id) and not each.rank]
         over = sorted((each for each in own if each.removable), key=lambda each: each.ended)
         remove(root, over[:-KEPT_RUNS])
 

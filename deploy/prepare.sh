@@ -10,8 +10,18 @@
 set -eu
 umask 077
 
+# Compose reads a path that is relative as one of its own folder, and this script as one of where it runs.
+absolute() {
+    # shellcheck disable=SC2088 # it came in quotes, and is meant as the agent takes it
+    case $1 in
+        /*) printf '%s\n' "$1" ;;
+        '~/'*) printf '%s\n' "$HOME/${1#??}" ;;
+        *) printf '%s\n' "$PWD/$1" ;;
+    esac
+}
+
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-secrets=${GRADIOMETER_SECRETS:-$root/deploy/secrets}
+secrets=$(absolute "${GRADIOMETER_SECRETS:-$root/deploy/secrets}")
 settings=${GRADIOMETER_ENV_FILE:-$root/.env}
 tokens=$secrets/monitor_tokens
 
@@ -29,8 +39,9 @@ token() {
     file=$secrets/$3
     [ -s "$file" ] || random >"$file"
     line="$1 $2 $(cat "$file")"
-    if ! grep -qxF -- "$line" "$tokens"; then
-        { grep -v "^[a-z]* $2 " "$tokens" || true; echo "$line"; } >"$tokens.new"
+    # By standard input, for everybody sees the arguments of a process.
+    if ! printf '%s\n' "$line" | grep -qxF -f - "$tokens"; then
+        { grep -v "^[a-z]* $2 " "$tokens" || true; printf '%s\n' "$line"; } >"$tokens.new"
         mv "$tokens.new" "$tokens"
     fi
 }
@@ -48,6 +59,14 @@ password() {
         *[![:print:]]*) fail "GRAFANA_ADMIN_PASSWORD is to be one line of printable ASCII" ;;
     esac
     printf '%s\n' "$given" >"$file"
+}
+
+# What stands between the quotes of .env is taken as it is, but for these.
+check_holds() {
+    case $2 in
+        *[\'\\]* | *"
+"*) fail "$1 $2: .env cannot hold a path with a quote, a backslash or a line break" ;;
+    esac
 }
 
 # Variable $1 stands in .env with the value $2, and with no other from before.
@@ -84,9 +103,9 @@ chmod 600 "$tokens" "$secrets/browser_token"
 touch "$settings"
 before=$(sed -n "s/^GRADIOMETER_DIR='\(.*\)'$/\1/p" "$settings")
 runs=${GRADIOMETER_DIR:-${before:-${XDG_STATE_HOME:-$HOME/.local/state}/gradiometer/runs}}
-case $runs in
-    *\'*) fail "GRADIOMETER_DIR $runs: .env cannot hold a path with a quote" ;;
-esac
+runs=$(absolute "$runs")
+check_holds GRADIOMETER_SECRETS "$secrets"
+check_holds GRADIOMETER_DIR "$runs"
 check_readable
 setting GRADIOMETER_SECRETS "$secrets"
 setting GRADIOMETER_DIR "$runs"

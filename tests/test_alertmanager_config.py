@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from gradiometer.metrics.metric import WINDOW_SECONDS
 from gradiometer_dashboards.rules import ALERTS, Alert
+
+if TYPE_CHECKING:
+    from tests.conftest import Spawn, WaitUntil
 
 FILE = Path(__file__).parent.parent / "deploy" / "alertmanager.yml"
 if not FILE.is_file():
@@ -64,6 +69,23 @@ def test_a_mistake_in_an_example_is_found(check: Check) -> None:
 
 
 @pytest.mark.native
+def test_names_mention_nobody_in_slack(tmp_path: Path, native_binary: Callable[[str], str]) -> None:
+    """A layer whose name Slack would take for a mention or a link is told by its name."""
+    texts = {name: f"{name} of <!channel> <https://else.test|layer>" for name in ("summary", "description")}
+    links = {"runbook_url": "https://runbook.test", "dashboard_url": "https://dashboard.test"}
+    alert = {"status": "firing", "labels": {"alertname": "A", "severity": "critical"}, "annotations": texts | links}
+    (tmp_path / "data.json").write_text(json.dumps({"status": "firing", "alerts": [alert]}))
+    (slack,) = yaml.safe_load(with_example("slack"))["receivers"][0]["slack_configs"]
+    for name, told in (("title", "summary"), ("text", "description")):
+        command = [native_binary("amtool"), "template", "render", "--template.glob", str(tmp_path / "none")]
+        command += ["--template.data", str(tmp_path / "data.json"), "--template.text", slack[name]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert f"{told} of &lt;!channel> &lt;https://else.test|layer>" in done.stdout
+        assert re.findall("<.*?>", done.stdout) == [f"<{links[f'{link}_url']}|{link}>" for link in
+                                                    ("runbook", "dashboard") if name == "text"]  # fmt: skip
+
+
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("labels", "receivers"),
     [
@@ -88,7 +110,70 @@ def test_inhibition_names_alerts_that_there_are() -> None:
         targets = _matching(rule["target_matchers"], set(severities))
         assert targets
         assert source not in targets
-        assert set(rule["equal"]) <= {*severities[source].by}
+        assert set(rule["equal"]) == {*severities[source].by, "cluster"}
+
+
+def _named(name: str, **labels: str) -> dict[str, str]:
+    return {"alertname": f"Gradiometer{name}", "severity": "warning"} | labels
+
+
+CAUSES = [
+    _named("NonFiniteUpdate", job="g", run_id="a", cluster="x"),
+    _named("LayerExploding", job="h", run_id="a"),
+    _named("MonitorDown", job="gone", cluster="x"),
+    _named("MonitorDown", job="h", instance="i"),
+]
+HELD = [
+    _named("Spike", job="g", run_id="a", cluster="x"),
+    _named("Spike", job="h", run_id="a"),
+    _named("LayerVanishing", job="gone", run_id="a", cluster="x"),
+    _named("MonitorDegraded", job="h", instance="i"),
+]
+TOLD = [
+    *CAUSES,
+    _named("Spike", job="g", run_id="a", cluster="y"),
+    _named("Spike", job="g", run_id="a"),
+    _named("Spike", job="g", run_id="b", cluster="x"),
+    _named("Stalled", job="g", run_id="a", cluster="x"),
+    _named("NonFinite", job="h", run_id="a"),
+    _named("LayerVanishing", job="gone", run_id="a", cluster="y"),
+    _named("LayerVanishing", job="h", run_id="a"),
+    _named("MonitorDegraded", job="h", instance="j"),
+    {"alertname": "HostDown", "job": "gone", "cluster": "x"},
+]
+"""What is told: of another run, job, cluster or monitor, or not of what follows from a cause."""
+
+
+@pytest.mark.native
+def test_only_what_follows_is_held_back(
+    native_binary: Callable[[str], str], spawn: Spawn, free_port: int, wait_until: WaitUntil, tmp_path: Path
+) -> None:
+    """Alertmanager itself holds back what follows from a cause, and nothing else, whichever labels are missing."""
+
+    spawn(
+        native_binary("prometheus-alertmanager"), f"--config.file={FILE}", f"--storage.path={tmp_path}",
+        f"--web.listen-address=127.0.0.1:{free_port}", "--cluster.listen-address=", stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{free_port}/api/v2/alerts"
+
+    def posted() -> bool:
+        body = json.dumps([{"labels": labels} for labels in (*CAUSES, *HELD, *TOLD)]).encode()
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, body, {"content-type": "application/json"})).close()
+        except OSError:
+            return False
+        return True
+
+    def asked(query: str) -> list[Any]:
+        with urllib.request.urlopen(f"{url}?{query}") as answer:
+            return [alert["labels"] for alert in json.load(answer)]
+
+    def sorts(found: list[Any]) -> list[Any]:
+        return sorted(found, key=lambda labels: sorted(labels.items()))
+
+    wait_until(posted)
+    wait_until(lambda: len(asked("active=true")) == len(HELD) + len(TOLD))
+    assert sorts(asked("inhibited=false")) == sorts(TOLD)
 
 
 def test_what_holds_back_stays_longer() -> None:
@@ -124,7 +209,7 @@ def _matching(matchers: list[str], names: set[str]) -> set[str]:
 def test_one_run_is_one_group() -> None:
     """Alerts are grouped by run, and a warning waits until its cause can have become critical."""
     route = yaml.safe_load(TEXT)["route"]
-    assert route["group_by"] == ["job", "run_id"]
+    assert route["group_by"] == ["job", "run_id", "cluster"]
     assert seconds(named("LayerExploding").lasting) + 30 < seconds(route["group_wait"])
     (critical,) = (each for each in route["routes"] if each["matchers"] == ['severity="critical"'])
     assert critical["group_wait"] == "10s"

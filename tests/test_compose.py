@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
+import shutil
 import stat
 import subprocess
 import tomllib
@@ -260,6 +262,68 @@ def test_alertmanager_reads_its_token_where_it_is(prepared: Path) -> None:
     token = Path(webhook["http_config"]["authorization"]["credentials_file"])
     source = load_services(FILE)["alertmanager"].mounts[str(token.parent)]
     assert (Path(_interpolated(source, _variables(prepared))) / token.name).stat().st_size
+
+
+def test_tokens_are_in_no_arguments(tmp_path: Path) -> None:
+    """Everybody sees the arguments of a process: the script gives no secret to a program that way."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for program in ("grep", "cat", "mv", "chmod", "head", "base64", "tr"):
+        real = shutil.which(program)
+        (folder / program).write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/arguments"\nexec "{real}" "$@"\n')
+        (folder / program).chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    for _ in range(2):
+        assert _prepare(tmp_path, PATH=path).returncode == 0
+    said = (tmp_path / "arguments").read_text()
+    tokens = [line.split()[2] for line in (tmp_path / "secrets" / "monitor_tokens").read_text().splitlines()]
+    assert len(tokens) == 3
+    assert "-qxF" in said
+    assert not [token for token in tokens if token in said]
+
+
+@pytest.mark.parametrize("name", ["it's", "back\\", "two\nlines"])
+def test_paths_that_env_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
+    """They are named, and nothing is written that compose would read as something else."""
+    for variable in ("GRADIOMETER_DIR", "GRADIOMETER_SECRETS"):
+        done = _prepare(tmp_path, **{variable: f"{tmp_path}/{name}"})
+        assert done.returncode == 2
+        assert f"{variable} {tmp_path}/{name}: .env cannot hold" in done.stderr
+    assert (tmp_path / "env").read_text() == ""
+
+
+def test_paths_are_the_same_for_compose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is relative is so to where the script runs, one in quotes may begin with ~, and no word is run."""
+    odd = f"{tmp_path}/$(touch pwned) `id` #"
+    for given, meant in (("a b/runs", tmp_path / "a b" / "runs"), ("~/r", tmp_path / "r"), (odd, Path(odd))):
+        (tmp_path / "env").unlink(missing_ok=True)
+        monkeypatch.chdir(tmp_path)
+        done = _prepare(tmp_path, GRADIOMETER_DIR=given, HOME=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert f"GRADIOMETER_DIR='{meant}'" in (tmp_path / "env").read_text().splitlines()
+        assert meant.is_dir()
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["a: b", "a #b", "it's", 'quote"d', "$HOME", "{x}", "a\\b", "\u00e9"])
+def test_odd_paths_stay_what_they_are(name: str, tmp_path: Path, prepared: Path) -> None:
+    """A folder whose name would be something else in YAML is in the copies as it is."""
+    odd = Places(
+        repository=ROOT, state=tmp_path / name, runs=tmp_path / name / "runs", secrets=prepared / name, ports=PORTS,
+        without=frozenset(),
+    )  # fmt: skip
+    token = _yaml(_copy_of(odd, "prometheus", "/etc/prometheus/prometheus.yml"))["scrape_configs"][0]["authorization"]
+    assert token == {"credentials_file": f"{prepared / name}/prometheus_token"}
+    monitor = _yaml(_copy_of(odd, "monitor", "/etc/gradiometer/monitor.yaml"))
+    assert monitor["dir"] == str(tmp_path / name / "runs")
+
+
+def test_the_demo_removes_no_run_but_its_own() -> None:
+    """A run of somebody whose name only begins as the demo's do stays."""
+    demo = runpy.run_path(str(ROOT / "deploy" / "demo.py"), run_name="demo")
+    assert demo["OWN"].fullmatch(f"{demo['PREFIX']}20261123-064500-12")
+    for other in ("mine", "20261123-064500-12-kept", "20261123-064500", "x-20261123-064500-1"):
+        assert not demo["OWN"].fullmatch(demo["PREFIX"] + other)
 
 
 def _mounted_files(name: str) -> Iterator[Path]:

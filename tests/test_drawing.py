@@ -184,3 +184,22 @@ def test_what_cannot_be_drawn_is_told(tmp_path: Path) -> None:
         draw(View(dashboard=_board("piechart"), prometheus=nobody, start=BEGAN, end=ENDED), tmp_path / "a.png")
     draw(View(dashboard=_board(), prometheus=nobody, start=BEGAN, end=ENDED), tmp_path / "b.png")
     assert (imread(tmp_path / "b.png")[:, :, :3] == [1.0, 0.0, 0.0]).all(axis=2).any()
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    """Dollars, braces and control characters of a layer's name, or of a query that fails, are drawn as they are."""
+    name = "$x$ \\frac{ <b> {{layer}} \n \x00 \u202e"
+    series = [{"metric": {"layer": name}, "values": [[BEGAN + 15 * place, "1"] for place in range(40)]}]
+    board = _board()
+    board["title"] = board["panels"][0]["title"] = name
+    board["panels"][0]["targets"][0]["legendFormat"] = "{{layer}}"
+    with _answering({"resultType": "matrix", "result": series}) as url:
+        view = View(dashboard=board, prometheus=Prometheus(url=url), start=BEGAN, end=ENDED)
+        draw(view, tmp_path / "board.png")
+        table = _board("table")
+        table["panels"][0]["transformations"] = []
+        draw(View(dashboard=table, prometheus=Prometheus(url=url), start=BEGAN, end=ENDED), tmp_path / "table.png")
+    with _answering({"resultType": "$\\frac{$"}) as url:
+        draw(View(dashboard=board, prometheus=Prometheus(url=url), start=BEGAN, end=ENDED), tmp_path / "c.png")
+    assert (imread(tmp_path / "c.png")[:, :, :3] == [1.0, 0.0, 0.0]).all(axis=2).any()

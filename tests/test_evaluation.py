@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gradiometer_dashboards import interpolation
+from gradiometer_dashboards import evaluation, interpolation
 from gradiometer_dashboards.evaluation import Prometheus, QueryError, Resolution, View
 
 Json = dict[str, Any]
@@ -346,3 +348,94 @@ def test_variables_that_are_not_evaluated_are_refused(stub: Stub) -> None:
     for query, more, said in (("label_values(x)", {"regex": "/a/"}, "'v' has a regex"), ("metrics(x)", {}, "expected")):
         with pytest.raises(ValueError, match=said):
             _ = _view(stub, board={"templating": {"list": [_variable("v", query, **more)]}}).variables
+
+
+WRONG = {
+    "a page of a login": b"<!doctype html><title>Sign in</title>",
+    "no object": b"[1, 2]",
+    "no data": b'{"status": "success"}',
+    "no result": b'{"data": {"resultType": "matrix"}}',
+    "another shape": b'{"data": {"resultType": "matrix", "result": [{"metric": {}, "values": [1, 2]}]}}',
+    "a word for a value": b'{"data": {"resultType": "matrix", "result": [{"metric": {}, "values": [[1, "x"]]}]}}',
+    "no time": b'{"data": {"resultType": "matrix", "result": [{"metric": {}, "values": [[NaN, "1"]]}]}}',
+    "a native histogram": b'{"data": {"resultType": "matrix", "result": [{"metric": {}, "histograms": []}]}}',
+    "no text": b"\xff\xfe",
+    "brackets without end": b"[" * 200_000,
+}
+
+
+@contextlib.contextmanager
+def _serving(head: str, body: bytes, *, endless: bool = False) -> Iterator[str]:
+    """Answer whoever asks with some bytes, or with them over and over until he goes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            with contextlib.suppress(OSError):
+                self.wfile.write(f"{head}\r\n\r\n".encode() + body)
+                while endless:
+                    self.wfile.write(body)
+                    time.sleep(0.01)
+
+        def do_GET(self) -> None:
+            self.do_POST()
+
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("body", WRONG.values(), ids=list(WRONG))
+def test_what_is_no_prometheus_is_said_to_be_none(body: bytes) -> None:
+    """An answer of another form is an error of the query, whatever it holds."""
+    with _serving("HTTP/1.0 200 OK", body) as url:
+        view = View(
+            dashboard={"panels": [], "templating": {"list": []}}, prometheus=Prometheus(url=url), start=0, end=9
+        )
+        with pytest.raises(QueryError, match=r"as no Prometheus does|not of Prometheus' form"):
+            view.answers(_with(TARGET))
+
+
+def test_a_series_without_points_is_none(stub: Stub) -> None:
+    """A series of nothing, which Prometheus does not give, is left out: nobody who draws need think of it."""
+    stub.result = [{"metric": {"rank": "0"}, "values": []}, {"metric": {"rank": "1"}, "values": [[NOON, "1"]]}]
+    panel = _with({**TARGET, "legendFormat": "__auto"})
+    (answer,) = _view(stub, panel).answers(panel)
+    assert [series.legend for series in answer.series] == ["1"]
+
+
+def test_values_of_a_variable_are_texts(stub: Stub) -> None:
+    """A list of something else is an error of the query."""
+    stub.labels["job"] = [1]  # type: ignore[list-item]  # that is the error
+    with pytest.raises(QueryError, match=r"label_values\(gradiometer_run_info, job\): .* no list of texts"):
+        _view(stub).options("job")
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("HTTP/1.0 200 OK\r\nContent-Length: 100", "answers query_range as no Prometheus does"),
+        ("SSH-2.0-OpenSSH", "does not answer query_range: SSH-2.0-OpenSSH"),
+        ("HTTP/1.0 502 Bad Gateway\r\nContent-Length: 100", "502"),
+        ("HTTP/1.0 302 Found\r\nLocation: file:///etc/passwd", "302"),
+    ],
+)
+def test_what_breaks_off_is_an_error_of_the_query(head: str, said: str) -> None:
+    """An answer that is cut short, of another protocol, or that leads away from HTTP."""
+    with _serving(head, b"x") as url, pytest.raises(QueryError, match=said):
+        Prometheus(url=url).ask("query_range", query="up")
+
+
+def test_an_answer_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that goes on for ever is given up by its time, one that is too large by its size."""
+    with _serving("HTTP/1.0 200 OK", b" " * 100, endless=True) as url:
+        with pytest.raises(QueryError, match=r"has not ended after 0\.3 s"):
+            Prometheus(url=url, timeout_seconds=0.3).ask("query", query="up")
+        monkeypatch.setattr(evaluation, "MAX_BYTES", 500)
+        with pytest.raises(QueryError, match="it has more than 500 bytes"):
+            Prometheus(url=url).ask("query", query="up")

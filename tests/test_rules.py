@@ -25,6 +25,7 @@ from gradiometer_dashboards.rules import (
     prometheus_rules,
     recordings,
 )
+from gradiometer_dashboards.rules.grafana import groups
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
 Json = dict[str, Any]
@@ -188,6 +189,17 @@ def test_grafanas_file_is_as_it_provisions() -> None:
     for rule in OF_GRAFANA.values():
         raw = {"data", "annotations"}  # the others have variables of the environment filled in
         assert "$" not in str({key: value for key, value in rule.items() if key not in raw})
+
+
+def test_a_dollar_is_no_variable_of_grafana() -> None:
+    """Grafana takes ``$NAME`` in a file's queries for its environment's: an anchor's dollar is doubled."""
+    (down,) = (
+        rule for rule in _rules(yaml.safe_load(grafana_rules(Settings(job="^a$|^b$")))) if "Down" in rule["title"]
+    )
+    assert down["data"][0]["model"]["expr"].count('{job=~"^a$$|^b$$"}') == 3
+    assert down["data"][0]["model"]["expr"].replace("$$", "").count("$") == 0
+    (over_api,) = (rule for rule in groups(Settings(job="^a$|^b$"))[1]["rules"] if "Down" in rule["title"])
+    assert over_api["data"][0]["model"]["expr"] == down["data"][0]["model"]["expr"].replace("$$", "$")
 
 
 def _run(*arguments: str) -> tuple[int, str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from gradiometer_monitor.web import runbooks as served
 from gradiometer_monitor.web.guards import HEADERS as OF_ALL
@@ -137,6 +139,19 @@ def test_markup_in_a_page_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "b [https://x.test] c [docs/security.md]" in text
     assert 'href="javascript' not in text
     assert 'https://x.test"' not in text
+
+
+def test_a_monitor_without_runbooks_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the documentation is not installed, every page is a 404 that says where it is, and no failure."""
+    for folder in (tmp_path / "none", tmp_path):
+        monkeypatch.setattr(served, "_folder", lambda folder=folder: folder)
+        monkeypatch.setattr(served, "runbooks", served.runbooks.__wrapped__)
+        client = TestClient(Starlette(routes=served.routes()))
+        for path in ("/runbooks", "/runbooks/", "/runbooks/NonFinite", "/runbooks/README"):
+            answer = client.get(path)
+            assert (answer.status_code, answer.headers["x-content-type-options"]) == (404, "nosniff")
+            assert "docs/runbooks of gradiometer's repository" in answer.text
+        monkeypatch.undo()
 
 
 def test_the_checkout_serves_its_documentation() -> None:

@@ -331,6 +331,15 @@ def held(spawn: Spawn) -> Callable[[str], tuple[subprocess.Popen[str], psutil.Pr
     return start
 
 
+def test_a_line_that_never_ends_is_told_in_parts(
+    held: Callable[[str], tuple[subprocess.Popen[str], psutil.Process]],
+) -> None:
+    """What a part prints without an end of line is passed on, and not kept until there is one."""
+    holder, _ = held("import time; print('here' + 'x' * 40_000, end='', flush=True); time.sleep(600)")
+    holder.send_signal(signal.SIGTERM)
+    assert holder.wait(timeout=20) == 0
+
+
 def test_a_part_that_does_not_listen_is_killed_when_asked_twice(held: Any) -> None:
     """The first Ctrl-C waits for a part to end in order; the second does not."""
     holder, part = held(STUBBORN)

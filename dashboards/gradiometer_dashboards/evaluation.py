@@ -9,9 +9,12 @@ outside the standard library.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import math
 import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -35,6 +38,10 @@ INTERVALS = ("$__interval", "$__interval_ms", "${__interval}", "${__interval_ms}
 RATE_INTERVALS = ("$__rate_interval", "$__rate_interval_ms", "${__rate_interval}", "${__rate_interval_ms}")
 ANNOTATION_STEP = "60s"
 ANNOTATION_POINTS = 100
+MAX_BYTES = 256 * 2**20
+"""Of one answer: a panel's hundred series of 11 000 points each are a tenth of it."""
+CHUNK_BYTES, SAID_BYTES = 2**16, 2**12
+"""Read at once, and of what an error says."""
 
 
 class QueryError(RuntimeError):
@@ -65,7 +72,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prometheus:
-    """A Prometheus, or what speaks as it does, at ``url``; every request has ``timeout_seconds``."""
+    """A Prometheus, or what speaks as it does, at ``url``; an answer takes ``timeout_seconds`` at most."""
 
     url: str
     timeout_seconds: float = 30.0
@@ -79,13 +86,27 @@ class Prometheus:
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:  # noqa: S310
-                return json.load(response)["data"]
+                return _data(self._read(response))
         except urllib.error.HTTPError as error:
-            with error:
-                said = error.read().decode(errors="replace")
+            said = ""
+            with error, contextlib.suppress(OSError, http.client.HTTPException):
+                said = error.read(SAID_BYTES).decode(errors="replace")
             raise QueryError(f"{path} {parameters}: {error.code} {said}") from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (ValueError, RecursionError) as error:
+            raise QueryError(f"{self.url} answers {path} as no Prometheus does: {error}") from error
+        except (OSError, http.client.HTTPException) as error:
             raise QueryError(f"{self.url} does not answer {path}: {error}") from error
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        """Read an answer to its end, which it must have."""
+        deadline, found = time.monotonic() + self.timeout_seconds, bytearray()
+        while chunk := response.read1(CHUNK_BYTES):
+            found += chunk
+            if len(found) > MAX_BYTES:
+                raise ValueError(f"it has more than {MAX_BYTES} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it has not ended after {self.timeout_seconds:g} s")
+        return bytes(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,6 +308,8 @@ class View:
         if match[1]:
             asked["match[]"] = interpolation.replaced(match[1], {**self._times(), **filled})
         found = self.prometheus.ask(f"label/{match[2]}/values", **asked)
+        if not isinstance(found, list) or not all(isinstance(value, str) for value in found):
+            raise QueryError(f"{query}: the answer is not of Prometheus' form: it is no list of texts")
         return interpolation.ordered(found, variable.get("sort") or 0)
 
     def _repeated(self, panel: Json) -> Iterator[Json]:
@@ -330,22 +353,43 @@ def _spelt(resolution: Resolution) -> dict[str, str]:
     }
 
 
-def _answer(target: Json, expr: str, data: Json, *, instant: bool) -> Answer:
-    scalar = data["resultType"] in ("scalar", "string")
-    found: list[Json] = [{"metric": {}, "value": data["result"]}] if scalar else data["result"]
-    form, labels = target.get("legendFormat") or "", [each["metric"] for each in found]
-    automatic = interpolation.named_by_labels(labels)
+def _data(text: bytes) -> Any:
+    """Return what an answer holds; raises ValueError if it is not of Prometheus' form."""
+    answer = json.loads(text)
+    if not isinstance(answer, dict) or "data" not in answer:
+        raise ValueError("it is no object with 'data'")
+    return answer["data"]
+
+
+def _answer(target: Json, expr: str, data: Any, *, instant: bool) -> Answer:
+    try:
+        scalar = data["resultType"] in ("scalar", "string")
+        found: list[Json] = [{"metric": {}, "value": data["result"]}] if scalar else data["result"]
+        labels = [_labels(each) for each in found]
+        points = [_points(each) for each in found]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise QueryError(f"{expr}: the answer is not of Prometheus' form: {error!r}") from error
+    form, automatic = target.get("legendFormat") or "", interpolation.named_by_labels(labels)
     series = [
         Series(
-            labels=each["metric"],
-            legend=interpolation.legend(form, each["metric"], expr) or (automatic[place] if form == "__auto" else ""),
-            times=[float(time) for time, _ in _points(each)],
-            values=[float(value) for _, value in _points(each)],
+            labels=own,
+            legend=interpolation.legend(form, own, expr) or (name if form == "__auto" else ""),
+            times=[moment for moment, _ in pairs],
+            values=[value for _, value in pairs],
         )
-        for place, each in enumerate(found)
+        for own, name, pairs in zip(labels, automatic, points, strict=True)
+        if pairs
     ]
     return Answer(ref_id=target["refId"], expr=expr, instant=instant, series=series)
 
 
-def _points(each: Json) -> list[tuple[float, str]]:
-    return each["values"] if "values" in each else [each["value"]]
+def _labels(each: Json) -> dict[str, str]:
+    return {str(name): str(value) for name, value in each["metric"].items()}
+
+
+def _points(each: Json) -> list[tuple[float, float]]:
+    pairs = each["values"] if "values" in each else [each["value"]]
+    found = [(float(moment), float(value)) for moment, value in pairs]
+    if not all(math.isfinite(moment) for moment, _ in found):
+        raise ValueError("a point has no time")
+    return found

@@ -31,6 +31,7 @@ HEALTH_SECONDS = 90.0
 def main() -> int:
     """Run the stack; return 0 if it was asked to end, 1 if a part of it did, 2 if it cannot be started."""
     options = _options()
+    os.umask(0o077)  # data and logs are as private as what they are about, wherever --state is
     for name in [name for name in os.environ if name.startswith("GRADIOMETER_MONITOR_")]:
         del os.environ[name]  # it is the files of the stack that count
     ports = {name: getattr(options, f"{name}_port") for name in PORTS}

@@ -99,7 +99,16 @@ class Places:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             for name in self.without:
                 content = _leave_out(content, name)
-            copy.write_text(self.rewrite(yaml.safe_dump(content, sort_keys=False, width=10_000), paths), "utf-8")
+            content = self._rewritten(content, paths)
+            copy.write_text(yaml.safe_dump(content, sort_keys=False, width=10_000, allow_unicode=True), "utf-8")
+
+    def _rewritten(self, content: Any, paths: Mapping[str, str]) -> Any:
+        """Rewrite the texts of a document before they are YAML, in which a path may need quotes."""
+        if isinstance(content, dict):
+            return {key: self._rewritten(value, paths) for key, value in content.items()}
+        if isinstance(content, list):
+            return [self._rewritten(value, paths) for value in content]
+        return self.rewrite(content, paths) if isinstance(content, str) else content
 
     def rewrite(self, text: str, paths: Mapping[str, str]) -> str:
         """Put the paths and addresses of this host in place of those of the containers."""

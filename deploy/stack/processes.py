@@ -25,6 +25,8 @@ __all__ = ["Part", "Processes", "StackError"]
 STOP_SECONDS = 20.0
 """How long a process has to end in order, before it is killed."""
 LOOK_SECONDS = 0.2
+LINE_BYTES = 16_384
+"""A longer line of a part is several: one that never ends fills no memory."""
 
 
 class StackError(Exception):
@@ -115,7 +117,7 @@ class Processes:
 
     def _relay(self, part: Part, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
+        while line := process.stdout.readline(LINE_BYTES):
             self.say(line.decode(errors="replace").rstrip(), part.name)
 
     def _stop_asked(self, *_: object) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -26,6 +27,9 @@ GAP, UNIT, HEAD = 8, 38, 44
 """Pixels between panels, of a grid row with its gap, and of the page's own heading."""
 TITLE = 28
 """Pixels that a panel's title takes."""
+
+PLAIN = {"text.parse_math": False, "text.usetex": False}
+"""Names of layers and queries may have dollars, and are no formulas."""
 
 Draw = Callable[[Axes, Json, list[Answer], View], None]
 DRAWN: dict[str, Draw] = {
@@ -51,6 +55,11 @@ def draw(view: View, path: Path, *, unfold: bool = True, rows: int | None = None
     ``unfold`` opens rows that the dashboard keeps shut. A panel whose query fails says so in its place. Raises
     ValueError for a kind of panel that is not known here.
     """
+    with rc_context(PLAIN):
+        _draw(view, path, unfold=unfold, rows=rows)
+
+
+def _draw(view: View, path: Path, *, unfold: bool, rows: int | None) -> None:
     places = list(_places(view, unfold=unfold))
     shown = [place for place in places if not rows or place.top + place.height <= HEAD + rows * UNIT]
     while shown and shown[-1].panel["type"] == "row":  # whose panels were cut off

@@ -29,8 +29,12 @@ MISSING_EVALUATIONS = 10
 
 def grafana_rules(settings: Settings) -> str:
     """Write the file for ``provisioning/alerting/``."""
-    listed = [{"orgId": 1, "folder": FOLDER, "interval": f"{INTERVAL_SECONDS}s"} | group for group in groups(settings)]
-    return written("grafana", {"apiVersion": 1, "groups": [{"name": group["name"]} | group for group in listed]})
+    found = groups(settings)
+    for query in (query for group in found for rule in group["rules"] for query in rule["data"]):
+        if "expr" in query["model"]:  # in which Grafana takes $NAME, of a file, for a variable of its environment
+            query["model"]["expr"] = query["model"]["expr"].replace("$", "$$")
+    more = {"orgId": 1, "folder": FOLDER, "interval": f"{INTERVAL_SECONDS}s"}
+    return written("grafana", {"apiVersion": 1, "groups": [{"name": each["name"]} | more | each for each in found]})
 
 
 def groups(settings: Settings) -> list[Json]:

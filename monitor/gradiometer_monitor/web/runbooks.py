@@ -21,7 +21,7 @@ from string import Template
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from gradiometer_monitor.web.page import HEADERS
@@ -31,6 +31,7 @@ __all__ = ["INDEX", "routes", "runbooks"]
 INDEX = "README"
 PREFIX = "gradiometer"
 """What the names of alerts begin with, and those of pages do not."""
+NONE_HERE = "This monitor was installed without its runbooks; they are in docs/runbooks of gradiometer's repository.\n"
 PAGE_LINK = re.compile(r"([A-Za-z]+)\.md(#[a-z0-9-]+)?|(#[a-z0-9-]+)")
 """A link to another runbook, or within the page: the only ones that are followed from here."""
 LAYOUT = Template("""<!doctype html>
@@ -80,6 +81,8 @@ async def _to_index(_: Request) -> Response:
 
 async def _serve(request: Request) -> Response:
     """Answer with the page of an alert, with or without ``Gradiometer``, in whatever case; else 404 and the index."""
+    if not runbooks():
+        return PlainTextResponse(NONE_HERE, 404, headers=HEADERS)
     name = str(request.path_params.get("name", INDEX))
     known = {each.lower(): each for each in runbooks()}
     found = known.get(name.lower()) or known.get(name.lower().removeprefix(PREFIX))
@@ -94,10 +97,16 @@ async def _serve(request: Request) -> Response:
 
 @cache
 def runbooks() -> dict[str, str]:
-    """Read the Markdown of every page that came with the package, by name; of :data:`INDEX` and each alert."""
+    """Read the Markdown of every page that came with the package, by name; of :data:`INDEX` and each alert.
+
+    Without the index, as in a checkout that has lost its documentation, there are none.
+    """
+    folder = _folder()
+    if not folder.joinpath(f"{INDEX}.md").is_file():
+        return {}
     return {
         file.name.removesuffix(".md"): file.read_text(encoding="utf-8")
-        for file in sorted(_folder().iterdir(), key=lambda file: file.name)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name)
         if file.name.endswith(".md")
     }
 
