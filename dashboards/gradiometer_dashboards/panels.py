@@ -114,9 +114,12 @@ def log_graph(card: Card, *queries: Query) -> timeseries.Panel:
 
 
 def bars(card: Card, *queries: Query) -> timeseries.Panel:
-    """Draw counts, where a lone non-zero sample must be as plain as a series of them."""
+    """Draw counts, where a lone non-zero sample must be as plain as a series of them.
+
+    They are whole: ``increase`` extrapolates to the edges of its span, and makes 1.1 of one.
+    """
     panel = graph(card, *queries).draw_style(common.GraphDrawStyle.BARS).fill_opacity(80)
-    return panel.min(0)
+    return panel.min(0).decimals(0)
 
 
 def histogram_map(card: Card, query: Query) -> heatmap.Panel:
