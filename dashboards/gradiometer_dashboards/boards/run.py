@@ -191,7 +191,7 @@ def _clipping() -> Section:
         "short",
         "Steps with NaN or Inf in some gradient, steps in which the optimizer did not move the parameters, and steps "
         "in which NaN or Inf did move them; each counted over the last few scrapes. A lone non-finite step that was "
-        "skipped is harmless; one that was not is the end of the weights.",
+        "skipped is harmless; one that was not is the end of the weights. What is worse is drawn before what is less.",
     )
     in_a_row = Card(
         29,
@@ -205,7 +205,7 @@ def _clipping() -> Section:
     return panels.row(102, "Clipping and incidents"), [
         panels.limited(panels.graph(ratio, queries.CLIP_RATIO), THRESHOLDS.clip_ratio).min(0).max(1),
         panels.log_graph(coefficient, queries.CLIP_COEFFICIENT),
-        panels.bars(incidents, queries.NONFINITE_STEPS, queries.SKIPPED_STEPS, queries.HARMFUL_STEPS),
+        panels.bars(incidents, queries.SKIPPED_STEPS, queries.NONFINITE_STEPS, queries.HARMFUL_STEPS),
         panels.limited(panels.bars(in_a_row, queries.SKIPPED_IN_A_ROW), THRESHOLDS.skipped_in_a_row),
     ]
 
