@@ -447,14 +447,14 @@ def test_the_monitor_annotates_what_a_job_tells(
     wait_until(lambda: grafana.ask("GET", f"/dashboards/uid/{grafana.board}"))
     recorder = write_run(make_manifest("job", created_ns=time.time_ns()), [[1.0] * 4] * 3)
     recorder.event("policy_changed", "from step 2 on another policy is in force", step=2)
-    wait_until(lambda: [each["tags"][1] for each in grafana.annotations()] == ["policy_changed"])
+    wait_until(lambda: {each["tags"][1] for each in grafana.annotations()} == {"run_started", "policy_changed"})
 
     def counted() -> float:
         # A Grafana that answers too late has made it all the same: then it is found there.
         samples = monitor.samples()
         return sum(samples["gradiometer_annotations_total", (result,)] for result in ("created", "present"))
 
-    wait_until(lambda: counted() == 1)
+    wait_until(lambda: counted() == 2)
     samples = monitor.samples()
     assert samples["gradiometer_annotations_waiting", ()] == 0
     assert samples["gradiometer_grafana_up", ()] == 1

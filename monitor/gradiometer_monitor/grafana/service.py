@@ -165,11 +165,11 @@ class GrafanaService(Service):
                 result = "skipped" if old else self._handle(grafana, board, event)
                 if result == STOPPED:
                     return
-                self._counts[result] += 1
                 self._move(event.number)
+                self._waiting = self._count_waiting()  # before it counts as done: a scrape never sees it as both
+                self._counts[result] += 1
                 if result not in ("skipped", "echo") and self.stopping.wait(1 / annotations.per_second):
                     return
-                self._waiting = self._count_waiting()
 
     def _handle(self, grafana: Grafana, board: str, event: Event) -> str:
         """Bring one event into Grafana and return what became of it. Raises GrafanaError to have it tried again."""
