@@ -7,13 +7,21 @@ import os
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from fastapi import FastAPI
 
+from gradiometer_monitor.config.settings import Settings
+from gradiometer_monitor.exposition.exposition import Exposition
+from gradiometer_monitor.following.events import Events
+from gradiometer_monitor.following.runs import Runs
+from gradiometer_monitor.services import Context
+from gradiometer_monitor.store import Store
+from gradiometer_monitor.web.app import app
 from tests._monitor import Monitor
 
 READ, WRITE = "a-token-of-a-reader-0123456789-ABCDEF", "a-token-of-a-writer-9876543210-FEDCBA"
@@ -40,6 +48,17 @@ def with_tokens(directory: Path) -> tuple[str, str]:
     """Write tokens of a reader and a writer, and a config that names them; return the option that names the config."""
     tokens = write_tokens(directory / "tokens")
     return "--config", write_config(directory / "monitor.yaml", auth={"tokens_file": str(tokens)})
+
+
+@contextmanager
+def made_app(root: Path) -> Iterator[FastAPI]:
+    """Make the application with default settings, to ask it for its routes and its document."""
+    runs, store = Runs(root, retention_seconds=900), Store(None)
+    context = Context(runs=runs, events=Events(runs, store), store=store)
+    try:
+        yield app(context, Exposition(runs, series_budget=10_000), Settings(root=root))
+    finally:
+        store.close()
 
 
 def send(

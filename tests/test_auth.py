@@ -108,7 +108,7 @@ def test_a_file_in_place_of_another_is_seen(tmp_path: Path, monkeypatch: pytest.
     ("line", "said"),
     [
         ("read prometheus", "expected '<role> <name> <token>', found 2 words"),
-        (f"admin prometheus {READ}", "expected role 'read' or 'write'"),
+        (f"admin prometheus {READ}", "expected role 'metrics', 'alerts', 'read' or 'write' as the first"),
         (f"read {READ} prometheus", "the second word is not a name"),
         ("read prometheus hunter2", "the token of prometheus is too weak"),
         ("read prometheus " + "ab" * 20, "the token of prometheus is too weak"),

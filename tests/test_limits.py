@@ -58,8 +58,8 @@ def status(answer: bytes) -> int:
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_long_body_is_413(tight: Monitor, chunked: bool) -> None:
     """A body beyond the limit is refused, said by its length or found while it comes, and one within it is not."""
-    for size, expected in ((2049, 413), (2000, 403)):
-        head = "PUT /api/v1/runs/run/policy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for size, expected in ((2049, 413), (2000, 405)):
+        head = "PUT /api/v1/runs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         body = json.dumps({"policy": None, "note": ""}).encode().ljust(size)
         with connect(tight) as connection:
             if chunked:
@@ -68,6 +68,14 @@ def test_a_long_body_is_413(tight: Monitor, chunked: bool) -> None:
             else:
                 connection.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode() + body)
             assert status(connection.recv(4096)) == expected
+
+
+def test_a_body_is_not_waited_for_from_who_may_not(tight: Monitor) -> None:
+    """Who may not change anything is told so by the headers alone, whatever the length of the body."""
+    for length in (10, 10**9):
+        with connect(tight) as connection:
+            connection.sendall(f"PUT {POLICY} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode())
+            assert status(connection.recv(4096)) == 403
 
 
 @pytest.mark.parametrize("parts", [1, 40], ids=["at once", "in parts"])
@@ -99,7 +107,7 @@ def test_a_long_query_is_414(tight: Monitor) -> None:
         (b"", 0),
         (b"GET /-/ready HT", 408),
         (HEAD, 408),
-        (b"PUT /api/v1/runs/run/policy HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{", 408),
+        (b"PUT /api/v1/runs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{", 408),
         (HEAD + b"Content-Length: 1000000\r\n\r\n", 408),
     ],
     ids=["nothing", "part of a line", "part of the headers", "part of a body", "no body"],

@@ -22,15 +22,8 @@ from schemathesis.core.result import Ok
 from schemathesis.generation import GenerationMode
 
 from gradiometer.recorder import Recorder
-from gradiometer_monitor.config.settings import Settings
-from gradiometer_monitor.exposition.exposition import Exposition
-from gradiometer_monitor.following.events import Events
-from gradiometer_monitor.following.runs import Runs
-from gradiometer_monitor.services import Context
-from gradiometer_monitor.store import Store
-from gradiometer_monitor.web.app import app
 from tests._monitor import Monitor
-from tests._web import AS_WRITER, JOB, send, with_tokens
+from tests._web import AS_WRITER, JOB, made_app, send, with_tokens
 
 if TYPE_CHECKING:
     from tests.conftest import Append, MakeManifest, Spawn, Start, WaitUntil
@@ -47,12 +40,9 @@ EXAMPLES = 8
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Give the document of an application with default settings, of the version that is being built."""
-    root = tmp_path_factory.mktemp("runs")
-    runs, store = Runs(root, retention_seconds=900), Store(None)
-    context = Context(runs=runs, events=Events(runs, store), store=store)
-    found: dict[str, Any] = app(context, Exposition(runs, series_budget=10_000), Settings(root=root)).openapi()
+    with made_app(tmp_path_factory.mktemp("runs")) as made:
+        found: dict[str, Any] = made.openapi()
     found["info"]["version"] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    store.close()
     return found
 
 
@@ -81,11 +71,13 @@ def test_everything_is_described(document: dict[str, Any]) -> None:
         assert operation["summary"], where
         assert operation["description"].endswith("."), where
         assert set(operation["tags"]) <= {tag["name"] for tag in document["tags"]}, where
-        assert {"token": []} in operation["security"], where
+        roles = [role for each in operation["security"] for role in each.get("token", ())]
+        assert roles == {"get": ["read", "write"], "post": ["alerts", "write"], "put": ["write"]}[method], where
+        assert all(f"`{role}`" in operation["responses"]["403"]["description"] for role in roles), where
         assert ({} in operation["security"]) == (method == "get"), where
-        assert {"400", "401", "413", "414", "422", "429", "431", "504"} <= operation["responses"].keys() | {"422"}, (
-            where
-        )
+        assert {"400", "401", "403", "413", "414", "422", "429", "431", "504"} <= operation["responses"].keys() | {
+            "422"
+        }, where
         for parameter in operation.get("parameters", ()):
             assert parameter.get("description"), f"{where}: {parameter['name']}"
 

@@ -11,20 +11,23 @@ from fastapi import APIRouter, HTTPException
 from gradiometer_monitor.alerts.desk import FullError
 from gradiometer_monitor.alerts.payload import Accepted, Notification
 from gradiometer_monitor.services import Context
-from gradiometer_monitor.web.auth import Writer
+from gradiometer_monitor.web.auth import Requester
+from gradiometer_monitor.web.openapi import api_router
+from gradiometer_monitor.web.roles import needs
 
 __all__ = ["router"]
 
 
 def router(context: Context, *, enabled: bool) -> APIRouter:
     """Make the route of the webhook; ``enabled`` says whether there are rules for it."""
-    made = APIRouter(prefix="/api/v1", tags=["alerts"])
+    made = api_router("alerts")
 
     @made.post(
         "/alerts",
         responses={404: {"description": "No rules are set"}, 503: {"description": "Send it again later"}},
     )
-    def take_alerts(notification: Notification, by: Writer) -> Accepted:
+    @needs("alerts")
+    def take_alerts(notification: Notification, by: Requester) -> Accepted:
         """Take a notification of Alertmanager's (webhook, version 4); the rules of ``alerts`` act on it soon after."""
         if not enabled:
             raise HTTPException(404, "this monitor has no rules for alerts: give its settings a section 'alerts'")

@@ -13,6 +13,8 @@ from gradiometer_monitor.following.runs import MAX_RANKS, Run
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Event
 from gradiometer_monitor.web.lookup import MAX_NUMBER, RunId, RunIdQuery, chosen, no_such_run
+from gradiometer_monitor.web.openapi import api_router
+from gradiometer_monitor.web.roles import needs
 from gradiometer_monitor.web.schemas import (
     EventList,
     EventOut,
@@ -39,9 +41,10 @@ Limit = Annotated[int, Query(ge=1, le=MAX_EVENTS, description="At most so many e
 
 def router(context: Context) -> APIRouter:
     """Make the routes of the API."""
-    made = APIRouter(prefix="/api/v1")
+    made = api_router()
 
     @made.get("/runs", tags=["runs"])
+    @needs("read")
     def list_runs(
         state: Annotated[list[RunState], Query(max_length=3, description="Of these states only.")] = [],  # noqa: B006
         sort: Annotated[
@@ -61,6 +64,7 @@ def router(context: Context) -> APIRouter:
         return RunList(runs=found[offset : offset + limit], total=len(found), unreadable=context.runs.unreadable())
 
     @made.get("/runs/{run_id}", tags=["runs"])
+    @needs("read")
     def get_run(run_id: RunId) -> RunDetail:
         """Describe one run."""
         with context.runs.snapshot() as followed:
@@ -72,6 +76,7 @@ def router(context: Context) -> APIRouter:
 
 def _add_events(made: APIRouter, context: Context) -> None:
     @made.get("/events", tags=["events"])
+    @needs("read")
     def list_events(
         run_id: RunIdQuery = None,
         kind: Kinds = None,
@@ -83,6 +88,7 @@ def _add_events(made: APIRouter, context: Context) -> None:
         return _listed(context.store.events(run_id=run_id, kinds=kind or (), after=after, before=before, limit=limit))
 
     @made.get("/runs/{run_id}/events", tags=["events"])
+    @needs("read")
     def list_events_of_run(
         run_id: RunId,
         kind: Kinds = None,

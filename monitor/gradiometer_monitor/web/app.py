@@ -2,7 +2,11 @@
 
 Handlers that need the lock of the runs are plain functions, which run in a bounded pool of threads; the probes need
 neither, so that they answer when everything else waits. A request passes, in this order: host, origin and sizes
-(:class:`FrontGuard`), who asks (:class:`AuthMiddleware`), its body (:class:`BodyGuard`), time (:class:`TimeGuard`).
+(:class:`FrontGuard`), who asks and may (:class:`AuthMiddleware`), its body (:class:`BodyGuard`), time
+(:class:`TimeGuard`).
+
+Routes are the application's own, not those of a router that is included, which newer FastAPIs hide: each is asked what
+it needs of a token, and one that does not say so ends the start.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from gradiometer_monitor.web.guards import BodyGuard, FrontGuard, TimeGuard
 from gradiometer_monitor.web.history import HistoryCache
 from gradiometer_monitor.web.openapi import documented
 from gradiometer_monitor.web.requests import CountRequests
+from gradiometer_monitor.web.roles import Needs
 from gradiometer_monitor.web.tokens import Tokens
 
 __all__ = ["app"]
@@ -34,13 +39,13 @@ def app(context: Context, exposition: Exposition, settings: Settings, cache: His
     """
     tokens = None if settings.auth.tokens_file is None else Tokens(settings.auth.tokens_file)
     made = documented(settings.limits)
-    made.include_router(api.router(context))
-    made.include_router(policy.router(context))
-    made.include_router(alerts.router(context, enabled=settings.alerts is not None))
+    made.routes.extend(api.router(context).routes)
+    made.routes.extend(policy.router(context).routes)
+    made.routes.extend(alerts.router(context, enabled=settings.alerts is not None).routes)
     cache, streams = cache or HistoryCache(), stream.Streams()
     made.state.streams = streams
-    made.include_router(rows.router(context, cache))
-    made.include_router(stream.router(context, cache, streams))
+    made.routes.extend(rows.router(context, cache).routes)
+    made.routes.extend(stream.router(context, cache, streams).routes)
     made.routes.extend(scrape.routes(context, exposition, settings))
     made.routes.extend(page.routes())
     made.routes.extend(runbooks.routes())
@@ -48,7 +53,7 @@ def app(context: Context, exposition: Exposition, settings: Settings, cache: His
     handle_errors(made)
     made.add_middleware(TimeGuard, limits=settings.limits)
     made.add_middleware(BodyGuard, limits=settings.limits)
-    made.add_middleware(AuthMiddleware, tokens=tokens)
+    made.add_middleware(AuthMiddleware, tokens=tokens, needs=Needs(made.routes))
     made.add_middleware(FrontGuard, settings=settings)
     made.add_middleware(CountRequests, counts=exposition.requests)  # last, so that it sees what the others refuse
     return made

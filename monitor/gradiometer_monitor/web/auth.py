@@ -1,9 +1,9 @@
 """Who asks: bearer tokens of requests, and what each may do.
 
 Without tokens the monitor serves loopback, where everyone may read and nobody may change anything. With tokens every
-path but the probes, the files of the page and the runbooks needs one. After the middleware
-``request.state.principal`` is the name of who asks, None where no tokens are, and ``request.state.role`` what he may
-do.
+path needs one but the probes, the files of the page and the runbooks, and its role must allow what the path's route
+declares (:mod:`gradiometer_monitor.web.roles`). After the middleware ``request.state.principal`` is the name of who
+asks, None where no tokens are.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ from ipaddress import IPv6Address, ip_address
 from logging import getLogger
 from typing import Annotated
 
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gradiometer_monitor.web.tokens import Tokens
+from gradiometer_monitor.web.roles import ROLES, WITHOUT_TOKENS, Need, Needs, one_of, roles_for
+from gradiometer_monitor.web.tokens import Principal, Tokens
 
-__all__ = ["AuthMiddleware", "Writer", "requester", "require_write"]
+__all__ = ["AuthMiddleware", "Requester", "requester"]
 
 log = getLogger(__name__)
 
-OPEN_PATHS = ("/", "/-/healthy", "/-/ready", "/runbooks")
-OPEN_PREFIXES = ("/static/", "/runbooks/")
-"""The page's own files and the runbooks, which tell nothing of the runs: the same text from every monitor."""
 CHALLENGE = 'Bearer realm="gradiometer"'
 FAILURES, REFILL_SECONDS = 10, 6.0
 """Failed authentications that one address is told of at once, and in which time it gets another."""
@@ -40,30 +38,39 @@ READ_ONLY = (
 
 
 class AuthMiddleware:
-    """Lets through what has a token, or needs none; 401 for the rest, and 429 for an address that fails too often.
+    """Lets through who may do what the route needs; 401 without a token, 403 with one of a role that does not allow it.
 
-    A valid token is never refused for the failures of others at the same address: a proxy has one address for all.
+    An address that fails too often is told 429. A valid token is never refused for the failures of others at the same
+    address: a proxy has one address for all.
     """
 
-    def __init__(self, app: ASGIApp, tokens: Tokens | None) -> None:
-        self._app, self._tokens, self._failures = app, tokens, Failures()
+    def __init__(self, app: ASGIApp, tokens: Tokens | None, needs: Needs) -> None:
+        self._app, self._tokens, self._needs, self._failures = app, tokens, needs, Failures()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
-        state["principal"], state["role"] = None, "read"
-        if self._tokens is None or _open(scope["path"]):
-            await self._app(scope, receive, send)
-            return
-        token = _bearer(scope)
-        found = None if token is None else self._tokens.find(token)
-        if found is None:
-            await self._refuse(scope, token)(scope, receive, send)
-            return
-        state["principal"], state["role"] = found.name, found.role
-        await self._app(scope, receive, send)
+        scope.setdefault("state", {})["principal"] = None
+        answer = self._decide(scope) or self._app
+        await answer(scope, receive, send)
+
+    def _decide(self, scope: Scope) -> JSONResponse | None:
+        """Return the refusal of a request, None to let it through; where no route takes it any token will do."""
+        route, need = self._needs.find(scope) or (None, None)
+        if need == "nothing":
+            return None
+        found = None
+        if self._tokens is not None:
+            token = _bearer(scope)
+            found = None if token is None else self._tokens.find(token)
+            if found is None:
+                return self._refuse(scope, token)
+            scope["state"]["principal"] = found.name
+        if need is None or need in (WITHOUT_TOKENS if found is None else ROLES[found.role]):
+            return None
+        scope["route"] = route  # for who counts the answers by route
+        return _forbidden(found, need)
 
     def _refuse(self, scope: Scope, token: bytes | None) -> JSONResponse:
         address = client_address(scope)
@@ -103,25 +110,13 @@ class Failures:
         return len(self._full_at)
 
 
-def require_write(request: Request) -> str:
-    """Let only those through who may change something; return who asks, as :func:`requester` says it.
-
-    For handlers, as ``Depends(require_write)`` or :data:`Writer`.
-    """
-    if request.state.role != "write":
-        name = request.state.principal
-        detail = READ_ONLY if name is None else f"the token of {name} has the role 'read': this needs one with 'write'"
-        raise HTTPException(403, detail)
-    return requester(request)
-
-
-Writer = Annotated[str, Depends(require_write)]
-"""Who asks for a change, and may."""
-
-
 def requester(request: Request) -> str:
     """Say who asks: name of the token, and address."""
     return f"{request.state.principal or 'anonymous'} ({client_address(request.scope)})"
+
+
+Requester = Annotated[str, Depends(requester)]
+"""Who asks, as a parameter of a handler."""
 
 
 def client_address(scope: Scope) -> str:
@@ -141,8 +136,13 @@ def client_address(scope: Scope) -> str:
     return str(address)
 
 
-def _open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
+def _forbidden(who: Principal | None, need: Need) -> JSONResponse:
+    """Name the role that a token has, and those that would do; or say that there are no tokens."""
+    if who is None:
+        return JSONResponse({"detail": READ_ONLY}, status_code=403)
+    detail = f"the token of {who.name} has the role '{who.role}': this needs one with {one_of(roles_for(need))}"
+    headers = {"www-authenticate": CHALLENGE + ', error="insufficient_scope"'}
+    return JSONResponse({"detail": detail}, status_code=403, headers=headers)
 
 
 def _bearer(scope: Scope) -> bytes | None:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from gradiometer.records import installed_version
+from gradiometer_monitor.web.roles import PERMISSIONS, ROLES, WITHOUT_TOKENS, Role, needed_by, needs, one_of, roles_for
 from gradiometer_monitor.web.schemas import Error
 from gradiometer_monitor.web.settings import LimitSettings
 
-__all__ = ["documented"]
+__all__ = ["api_router", "documented"]
+
+PREFIX = "/api/v1"
 
 DESCRIPTION = """\
 Runs of one host, their events and policies, as [gradiometer](https://pypi.org/project/gradiometer/) records them.
 
-Where the monitor has tokens (`auth.tokens_file`), every request needs `Authorization: Bearer <token>`. Where it has
-none it serves loopback only, everybody there may read, and nothing can be changed. A number that is not known, or not
-finite, is null. Errors are `{"detail": "…"}`; where a parameter or a body is not of its schema, `detail` is a list.
+Where the monitor has tokens (`auth.tokens_file`), every request needs `Authorization: Bearer <token>`, of one of the
+roles that `security` of the operation names. Where it has none it serves loopback only, everybody there may read, and
+nothing can be changed. A number that is not known, or not finite, is null. Errors are `{"detail": "…"}`; where a
+parameter or a body is not of its schema, `detail` is a list.
 """
 TAGS = [
     {"name": "runs", "description": "What is followed, and what was recorded."},
@@ -31,7 +40,9 @@ SECURITY_SCHEMES = {
     SCHEME: {
         "type": "http",
         "scheme": "bearer",
-        "description": "A line of `auth.tokens_file`; reading needs role `read` or `write`, changes need `write`.",
+        "description": "A line of `auth.tokens_file`. What its role may do: "
+        + "; ".join(f"`{role}`: {', '.join(PERMISSIONS[each] for each in may)}" for role, may in ROLES.items())
+        + ". Each operation names the roles of which it needs one.",
     }
 }
 ANSWERS = {
@@ -47,28 +58,29 @@ ANSWERS = {
     "504": "The answer did not begin in time.",
 }
 """Of every operation."""
-CHANGE_ANSWERS = {
-    "403": "The token has not the role `write`, there are no tokens, or a page of another origin asks.",
-    "415": "The body is not `application/json`.",
-}
+CHANGE_ANSWERS = {"415": "The body is not `application/json`."}
 """Of those that change something."""
 READS = ("get", "head", "options")
 
 
+def api_router(*tags: str) -> APIRouter:
+    """Make a router for what is below ``/api/v1``; its routes, which become the application's own, have these tags."""
+    return APIRouter(prefix=PREFIX, tags=list(tags), generate_unique_id_function=lambda route: route.name)
+
+
 def documented(limits: LimitSettings) -> FastAPI:
-    """Make an application without a route, whose document will be complete."""
+    """Make an application whose document will be complete, and is the only thing that it serves yet."""
     made = FastAPI(
         title="gradiometer monitor",
         summary="What is known of the training runs of one host.",
         description=DESCRIPTION,
         version=installed_version(),
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        openapi_url="/api/v1/openapi.json",
+        openapi_url=None,  # it needs a token too: its route is below
         openapi_tags=TAGS,
         docs_url=None,  # its page loads scripts from the web
         redoc_url=None,
         redirect_slashes=False,  # or a page could be sent elsewhere by the Host it asked for
-        generate_unique_id_function=lambda route: route.name,
     )
 
     def document() -> dict[str, Any]:
@@ -76,7 +88,12 @@ def documented(limits: LimitSettings) -> FastAPI:
             made.openapi_schema = _complete(made, limits)
         return made.openapi_schema
 
+    @needs("read")
+    async def serve(_: Request) -> Response:
+        return JSONResponse(made.openapi())
+
     made.openapi = document  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    made.routes.append(Route(f"{PREFIX}/openapi.json", serve))
     return made
 
 
@@ -90,11 +107,18 @@ def _complete(app: FastAPI, limits: LimitSettings) -> dict[str, Any]:
     components["securitySchemes"] = SECURITY_SCHEMES
     schema = Error.model_json_schema()
     components.setdefault("schemas", {})["Error"] = schema
+    declared = {
+        (route.path_format, method.lower()): needed_by(route)
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    }
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
-            changes = method not in READS
-            operation["security"] = [{SCHEME: []}] if changes else [{SCHEME: []}, {}]
-            answers = ANSWERS | (CHANGE_ANSWERS if changes else {})
+            changes, need = method not in READS, declared[path, method]
+            roles = roles_for(need)
+            operation["security"] = [{SCHEME: [role]} for role in roles] + [{}] * (need in WITHOUT_TOKENS)
+            answers = ANSWERS | _forbidden(roles, changes) | (CHANGE_ANSWERS if changes else {})
             for status, description in answers.items():
                 if status == "404" and "{" not in path:
                     continue
@@ -105,10 +129,15 @@ def _complete(app: FastAPI, limits: LimitSettings) -> dict[str, Any]:
     return found
 
 
+def _forbidden(roles: Sequence[Role], changes: bool) -> dict[str, str]:
+    reason = f"The token's role is not {one_of(roles, '`')}"
+    return {"403": f"{reason}, there are no tokens, or a page of another origin asks." if changes else f"{reason}."}
+
+
 def _answer(status: str, description: str) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     answer: dict[str, Any] = {"description": description, "content": content}
-    if status == "401":
+    if status in ("401", "403"):
         answer["headers"] = {"WWW-Authenticate": {"schema": {"type": "string"}, "description": "`Bearer …`"}}
     if status == "429":
         answer["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}

@@ -17,8 +17,10 @@ from gradiometer.policy.spec import load_policy
 from gradiometer.records import RunFormatError, rank_of, read_manifest
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.store import Event
-from gradiometer_monitor.web.auth import Writer
+from gradiometer_monitor.web.auth import Requester
 from gradiometer_monitor.web.lookup import MAX_RANK, RunId, directory_of
+from gradiometer_monitor.web.openapi import api_router
+from gradiometer_monitor.web.roles import needs
 from gradiometer_monitor.web.schemas import Answered, Error, PolicyOut, PolicyRequest, Rejection, RevisionOut, Stage
 
 __all__ = ["router"]
@@ -40,9 +42,10 @@ CONFLICT: dict[int | str, dict[str, Any]] = {
 
 def router(context: Context) -> APIRouter:
     """Make the routes of policies."""
-    made, waiting = APIRouter(prefix="/api/v1", tags=["policy"]), CapacityLimiter(WAITING)
+    made, waiting = api_router("policy"), CapacityLimiter(WAITING)
 
     @made.get("/runs/{run_id}/policy", responses=CONFLICT)
+    @needs("read")
     def get_policy(run_id: RunId, rank: Rank = None) -> PolicyOut:
         """Show the policy in force, those that were, and the requests that were refused."""
         leader = _leader(directory_of(run_id, context.runs), rank)
@@ -61,10 +64,11 @@ def router(context: Context) -> APIRouter:
     @made.put(
         "/runs/{run_id}/policy", responses={202: {"model": Answered, "description": "Not answered yet."}, **CONFLICT}
     )
+    @needs("write")
     async def put_policy(
         run_id: RunId,
         asked: PolicyRequest,
-        by: Writer,
+        by: Requester,
         response: Response,
         wait: Annotated[
             float, Query(ge=0, le=MAX_WAIT_SECONDS, description="For how many seconds to wait for the job's answer.")

@@ -19,6 +19,8 @@ from gradiometer_monitor.services import Context
 from gradiometer_monitor.web.buckets import Buckets
 from gradiometer_monitor.web.history import HistoryCache, Selection, Source, Window
 from gradiometer_monitor.web.lookup import MAX_NUMBER, MAX_RANK, RunId, chosen
+from gradiometer_monitor.web.openapi import api_router
+from gradiometer_monitor.web.roles import needs
 from gradiometer_monitor.web.schemas import Model, Number
 
 __all__ = ["Rank", "Rows", "answer", "router", "source_of"]
@@ -159,9 +161,10 @@ class LayerTable(Model):
 
 def router(context: Context, cache: HistoryCache) -> APIRouter:
     """Make the routes of rows and layers."""
-    made = APIRouter(prefix="/api/v1")
+    made = api_router()
 
     @made.get("/runs/{run_id}/rows", tags=["runs"], response_model=Rows)
+    @needs("read")
     def rows(
         run_id: RunId,
         rank: Rank = 0,
@@ -195,6 +198,7 @@ def router(context: Context, cache: HistoryCache) -> APIRouter:
         return Response(found.model_dump_json(), media_type="application/json")
 
     @made.get("/runs/{run_id}/layers", tags=["runs"])
+    @needs("read")
     def layer_table(run_id: RunId, rank: Rank = 0) -> LayerTable:
         """List the layers of a run with what is known of each."""
         with context.runs.snapshot() as runs:

@@ -25,6 +25,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from gradiometer_monitor.web.page import HEADERS
+from gradiometer_monitor.web.roles import needs
 
 __all__ = ["INDEX", "routes", "runbooks"]
 
@@ -75,10 +76,12 @@ def routes() -> list[BaseRoute]:
     return [Route("/runbooks", _to_index), Route("/runbooks/", _serve), Route("/runbooks/{name}", _serve)]
 
 
+@needs("nothing")
 async def _to_index(_: Request) -> Response:
     return RedirectResponse("runbooks/", 308)  # relative, so that it holds behind a proxy's sub path too
 
 
+@needs("nothing")
 async def _serve(request: Request) -> Response:
     """Answer with the page of an alert, with or without ``Gradiometer``, in whatever case; else 404 and the index."""
     if not runbooks():

@@ -13,6 +13,7 @@ from gradiometer_monitor.config.settings import Settings
 from gradiometer_monitor.exposition.exposition import Exposition
 from gradiometer_monitor.services import Context
 from gradiometer_monitor.web.accept import accepts_gzip, negotiate
+from gradiometer_monitor.web.roles import needs
 
 __all__ = ["poll_limit", "routes"]
 
@@ -32,6 +33,7 @@ def routes(context: Context, exposition: Exposition, settings: Settings) -> list
     """Make the routes of the metrics and the probes."""
     runs, limit = context.runs, poll_limit(settings)
 
+    @needs("metrics")
     def metrics(request: Request) -> Response:
         content_type = negotiate(_header(request, "accept"))
         body = exposition.render(content_type)
@@ -41,12 +43,14 @@ def routes(context: Context, exposition: Exposition, settings: Settings) -> list
             headers["content-encoding"] = "gzip"
         return Response(body, headers=headers)
 
+    @needs("nothing")
     async def healthy(_: Request) -> Response:
         silent = time.monotonic() - runs.polled_at
         if silent <= limit:
             return PlainTextResponse("healthy\n")
         return PlainTextResponse(f"no poll was done for {silent:.0f} s\n", status_code=503)
 
+    @needs("nothing")
     async def ready(_: Request) -> Response:
         if runs.ready.is_set():
             return PlainTextResponse("ready\n")

@@ -19,8 +19,8 @@ class AuthSettings(Section):
     """Who is let in; without tokens the monitor serves loopback only, and nothing can be changed through it."""
 
     tokens_file: Path | None = None
-    """File with a line ``<role> <name> <token>`` for each client; role ``read`` or ``write``. Read again when it
-    changes."""
+    """File with a line ``<role> <name> <token>`` for each client; role ``metrics``, ``alerts``, ``read`` or ``write``.
+    Read again when it changes."""
     tls_certificate: Path | None = None
     """PEM file of the certificate and its chain; read again when it changes."""
     tls_key: Path | None = None

@@ -24,6 +24,8 @@ from gradiometer_monitor.services import Context
 from gradiometer_monitor.web.api import describe
 from gradiometer_monitor.web.history import HistoryCache, Selection
 from gradiometer_monitor.web.lookup import RunIdQuery
+from gradiometer_monitor.web.openapi import api_router
+from gradiometer_monitor.web.roles import needs
 from gradiometer_monitor.web.rows import Rank, answer, source_of
 from gradiometer_monitor.web.schemas import EventOut, RunList
 
@@ -119,9 +121,10 @@ class Streams:
 
 def router(context: Context, cache: HistoryCache, streams: Streams) -> APIRouter:
     """Make the route of the stream."""
-    made = APIRouter(prefix="/api/v1")
+    made = api_router()
 
     @made.get("/stream", tags=["runs"], response_class=Response, responses=RESPONSES)
+    @needs("read")
     def stream(
         run_id: RunIdQuery = None,
         rank: Rank = 0,

@@ -16,16 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
-from typing import Literal, get_args
 
 from gradiometer_monitor.config.settings import SettingsError
 from gradiometer_monitor.web.files import check_private, signature
+from gradiometer_monitor.web.roles import ROLES, Role, one_of
 
-__all__ = ["Principal", "Role", "Tokens", "read_tokens"]
+__all__ = ["Principal", "Tokens", "read_tokens"]
 
 log = getLogger(__name__)
 
-Role = Literal["read", "write"]
 MIN_TOKEN, MAX_TOKEN = 32, 512
 """Characters of a token: of 32 random ones nobody guesses one."""
 MIN_DISTINCT = 10
@@ -115,9 +114,10 @@ def read_tokens(path: Path) -> Sequence[_Entry]:
 def _parse(where: str, words: list[str], before: Sequence[_Entry]) -> _Entry:
     if len(words) != 3:
         raise SettingsError(f"{where}: expected '<role> <name> <token>', found {len(words)} words: {REMEDY}")
-    role, name, token = words
-    if role not in get_args(Role):
-        raise SettingsError(f"{where}: expected role 'read' or 'write' as the first word: {REMEDY}")
+    said, name, token = words
+    role = next((each for each in ROLES if each == said), None)
+    if role is None:
+        raise SettingsError(f"{where}: expected role {one_of(ROLES)} as the first word: {REMEDY}")
     if not NAME.fullmatch(name):
         raise SettingsError(f"{where}: the second word is not a name, of at most 31 of A-Z a-z 0-9 . _ @ -: {REMEDY}")
     if not MIN_TOKEN <= len(token) <= MAX_TOKEN or not TOKEN.fullmatch(token) or len(set(token)) < MIN_DISTINCT:
@@ -128,7 +128,7 @@ def _parse(where: str, words: list[str], before: Sequence[_Entry]) -> _Entry:
     digest = hashlib.sha256(token.encode()).digest()
     if any(hmac.compare_digest(entry.digest, digest) for entry in before):
         raise SettingsError(f"{where}: the token of {name} is there twice: give each client one of its own")
-    return _Entry(principal=Principal(name=name, role="write" if role == "write" else "read"), digest=digest)
+    return _Entry(principal=Principal(name=name, role=role), digest=digest)
 
 
 def _read_private(path: Path) -> str:
