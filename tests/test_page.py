@@ -20,7 +20,7 @@ import pytest
 from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.run import open_run
 from tests._monitor import Monitor
-from tests._web import READ, write_config, write_tokens
+from tests._web import READ, WRITE, write_config, write_tokens
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -452,6 +452,29 @@ def test_a_token_is_asked_for(
     assert READ not in page.url + json.dumps(
         page.evaluate("performance.getEntriesByType('resource').map((e) => e.name)")
     )
+
+
+@pytest.mark.parametrize("role", ["metrics", "alerts"])
+def test_a_token_for_something_else_is_said(
+    start: Start, make_manifest: MakeManifest, write_run: WriteRun, visit: Open, tmp_path: Path, role: str
+) -> None:
+    """With the token of a machine the page says which role it has and which it needs, and goes on with a better one."""
+    write_run(make_manifest(created_ns=time.time_ns()), np.ones((5, 4)))
+    lines = (f"{role} machine {WRITE}", f"read somebody {READ}")
+    tokens = write_tokens(tmp_path.with_name(f"{tmp_path.name}-tokens"), *lines)
+    config = write_config(tmp_path.with_name(f"{tmp_path.name}-config.yaml"), auth={"tokens_file": str(tokens)})
+    monitor = start("--config", config)
+    page = visit(monitor, "/#run=run", expected="40[13]")
+    page.wait_for_selector("dialog[open]")
+    page.fill("#token-value", WRITE)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"text=the token of machine has the role '{role}': this needs one with 'read' or 'write'.")
+    page.reload()
+    page.wait_for_selector(f"dialog[open] >> text=the token of machine has the role '{role}'")
+    page.fill("#token-value", READ)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".uplot canvas")
+    assert page.locator("dialog[open]").count() == 0
 
 
 def test_new_rows_continue_a_chart_at_every_range(

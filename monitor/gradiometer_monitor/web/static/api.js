@@ -11,13 +11,13 @@ function headers(more = {}) {
   return token ? { ...more, Authorization: `Bearer ${token}` } : more;
 }
 
-// Ask once for a token, however many requests were refused. A dialog that is left asks again: nothing works without.
-function askToken(refused) {
+// Ask once for a token, however many requests were refused, and say why. A dialog that is left asks again: nothing works without.
+function askToken(refused, why) {
   if (refused !== undefined && refused !== sessionStorage.getItem(KEY)) return Promise.resolve();
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("token");
     const field = document.getElementById("token-value");
-    if (refused) document.getElementById("token-why").textContent = "That token is not, or no longer, in the tokens file.";
+    if (refused) document.getElementById("token-why").textContent = why;
     dialog.addEventListener("cancel", (event) => event.preventDefault());
     dialog.addEventListener("close", function closed() {
       if (!field.value) return dialog.showModal();
@@ -32,12 +32,19 @@ function askToken(refused) {
   return asking;
 }
 
+// Why a token did not do: unknown, or of a role that is for something else, which the monitor names.
+async function reason(response) {
+  if (response.status === 401) return "That token is not, or no longer, in the tokens file.";
+  const detail = (await response.json().catch(() => ({}))).detail;
+  return `This page shows runs. ${detail ? `But ${detail}.` : "That token may not see them."}`;
+}
+
 async function request(path, options = {}) {
   for (;;) {
     const token = sessionStorage.getItem(KEY);
     const response = await fetch(`api/v1/${path}`, { ...options, headers: headers(options.headers), cache: "no-store" });
-    if (response.status !== 401) return response;
-    await askToken(token);
+    if (response.status !== 401 && (response.status !== 403 || !token)) return response;
+    await askToken(token, await reason(response));
   }
 }
 
