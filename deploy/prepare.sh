@@ -34,13 +34,16 @@ random() {
     head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'
 }
 
-# Client $2 of the monitor has a token in a file of its own, $3, and the monitor knows it in the role $1.
+# Client $2 of the monitor has a token in a file of its own, $3, and the monitor knows it in the role $1. A token that an earlier
+# version made stays what it is; that its role becomes another is said.
 token() {
     file=$secrets/$3
     [ -s "$file" ] || random >"$file"
     line="$1 $2 $(cat "$file")"
     # By standard input, for everybody sees the arguments of a process.
     if ! printf '%s\n' "$line" | grep -qxF -f - "$tokens"; then
+        had=$(sed -n "s/^\([a-z]*\) $2 .*/\1/p" "$tokens" | head -n 1)
+        [ "${had:-$1}" = "$1" ] || echo "roles:   $2 has '$1' now and had '$had' before; docs/stack.md says what to do"
         { grep -v "^[a-z]* $2 " "$tokens" || true; printf '%s\n' "$line"; } >"$tokens.new"
         mv "$tokens.new" "$tokens"
     fi
@@ -90,8 +93,8 @@ export LC_ALL=C
 mkdir -p "$secrets/alertmanager"
 chmod 700 "$secrets"
 touch "$tokens"
-token read prometheus prometheus_token
-token write alertmanager alertmanager/gradiometer-token
+token metrics prometheus prometheus_token
+token alerts alertmanager alertmanager/gradiometer-token
 token write browser browser_token
 password
 # The folder keeps everybody else out. What is mounted from it is read by users of containers, which are not the host's.

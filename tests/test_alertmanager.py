@@ -64,7 +64,7 @@ def launch(tmp_path: Path, start: Start, spawn: Spawn, free_port: int, native_bi
     side.mkdir()
 
     def run(*rules: dict[str, Any], **settings: Any) -> tuple[Monitor, str]:
-        tokens = {role: secrets.token_urlsafe(32) for role in ("read", "write")}
+        tokens = {role: secrets.token_urlsafe(32) for role in ("read", "alerts")}
         (side / "tokens").write_text("".join(f"{role} {role}er {token}\n" for role, token in tokens.items()))
         for role, token in tokens.items():
             (side / role).write_text(token)
@@ -73,7 +73,7 @@ def launch(tmp_path: Path, start: Start, spawn: Spawn, free_port: int, native_bi
         config = {"auth": {"tokens_file": str(side / "tokens")}, "alerts": {"rules": rules, **settings}}
         (side / "monitor.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config))))
         monitor = start("--config", str(side / "monitor.yaml"))
-        (side / "alertmanager.yml").write_text(_alertmanager(monitor.url, side / "write"))
+        (side / "alertmanager.yml").write_text(_alertmanager(monitor.url, side / "alerts"))
         url = f"http://127.0.0.1:{free_port}"
         spawn(
             binary, f"--config.file={side}/alertmanager.yml", f"--storage.path={side}/alertmanager",

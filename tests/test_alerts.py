@@ -385,47 +385,47 @@ def test_what_a_rule_matches(bench: MakeBench, rule: dict[str, Any], matches: bo
 
 
 def _configure(tmp_path: Path, **alerts: Any) -> tuple[str, str, str]:
-    """Write tokens and settings of a daemon with one rule; return the path, and the tokens that read and write."""
+    """Write tokens and settings of a daemon with one rule; return the path, and the tokens that read and post."""
     tokens = tmp_path.with_name(f"{tmp_path.name}-tokens")
-    tokens.write_text(f"read dashboards {secrets.token_urlsafe(32)}\nwrite alertmanager {secrets.token_urlsafe(32)}\n")
+    tokens.write_text(f"read dashboards {secrets.token_urlsafe(32)}\nalerts alertmanager {secrets.token_urlsafe(32)}\n")
     tokens.chmod(0o600)
     config = tmp_path.with_name(f"{tmp_path.name}.yaml")
     rule = {**POLICY, "alertname": "Spike"}
     config.write_text(json.dumps({"auth": {"tokens_file": str(tokens)}, "alerts": {"rules": [rule], **alerts}}))
-    read, write = (line.split()[2] for line in tokens.read_text().splitlines())
-    return str(config), read, write
+    read, alerts_token = (line.split()[2] for line in tokens.read_text().splitlines())
+    return str(config), read, alerts_token
 
 
 def test_a_reload_changes_the_rules(tmp_path: Path, job: Job, start: Start, wait_until: WaitUntil) -> None:
     """After SIGHUP the new rules hold, and a firing that was a dry run before is acted on when it is repeated."""
-    config, read, write = _configure(tmp_path, dry_run=True)
+    config, read, told = _configure(tmp_path, dry_run=True)
     monitor, first = start("--config", config), alert()
 
     def counted(outcome: str) -> bool:
         text = monitor.get("/metrics", Authorization=f"Bearer {read}")[1].decode()
         return f'{{rule="tighten",outcome="{outcome}"}} 1\n' in text
 
-    assert post(monitor.url, notification(first), write)[0] == 200
+    assert post(monitor.url, notification(first), told)[0] == 200
     wait_until(lambda: counted("dry_run"))
     path = Path(config)
     path.write_text(path.read_text().replace('"dry_run": true', '"dry_run": false'))
     monitor.process.send_signal(signal.SIGHUP)
     wait_until(lambda: not counted("dry_run"))
-    assert post(monitor.url, notification(first), write)[0] == 200
+    assert post(monitor.url, notification(first), told)[0] == 200
     job.until(lambda: job.policies == [FIRST, TIGHT])
     wait_until(lambda: counted("applied"))
 
 
 def test_the_webhook(tmp_path: Path, job: Job, start: Start, wait_until: WaitUntil) -> None:
-    """The daemon takes what has a token that may write, says what is wrong with anything else, and acts."""
-    config, read, write = _configure(tmp_path)
+    """The daemon takes what has a token that may post, says what is wrong with anything else, and acts."""
+    config, read, told = _configure(tmp_path)
     monitor = start("--config", config)
     assert post(monitor.url, notification(alert()))[0] == 401
     assert post(monitor.url, notification(alert()), read)[0] == 403
-    assert post(monitor.url, b"{", write)[0] == 422
-    assert post(monitor.url, notification(version="5"), write)[0] == 422
+    assert post(monitor.url, b"{", told)[0] == 422
+    assert post(monitor.url, notification(version="5"), told)[0] == 422
     many = notification(alert(), alert("other"), alert(name="Else"), truncatedAlerts=7)
-    assert post(monitor.url, many, write) == (200, {"queued": 2, "unmatched": 1})
+    assert post(monitor.url, many, told) == (200, {"queued": 2, "unmatched": 1})
     job.until(lambda: job.policies == [FIRST, TIGHT])
     authorized = {"Authorization": f"Bearer {read}"}
 
@@ -445,7 +445,7 @@ def test_the_webhook(tmp_path: Path, job: Job, start: Start, wait_until: WaitUnt
     outcomes_of = {labels[1]: value for (name, *labels), value in samples.items() if name == "_actions_total"}
     assert {name for name, value in outcomes_of.items() if value} == {"asked", "applied", "elsewhere"}
     assert len(outcomes_of) == len(alerts_service.OUTCOMES)
-    assert write not in text
+    assert told not in text
 
 
 def test_a_monitor_without_rules_or_tokens(start: Start) -> None:

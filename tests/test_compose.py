@@ -404,8 +404,8 @@ def test_the_script_makes_secrets_that_only_their_users_read(prepared: Path) -> 
     folder = prepared / "secrets"
     modes = {str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
     clients = {
-        "prometheus_token": ("prometheus", "read"),
-        "alertmanager/gradiometer-token": ("alertmanager", "write"),
+        "prometheus_token": ("prometheus", "metrics"),
+        "alertmanager/gradiometer-token": ("alertmanager", "alerts"),
         "browser_token": ("browser", "write"),
     }
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -439,6 +439,25 @@ def test_the_script_keeps_what_is_there(tmp_path: Path) -> None:
     assert tokens.find(before["browser_token"].encode()) is None
     assert tokens.find(before["prometheus_token"].encode())
     assert tokens.find((tmp_path / "secrets" / "browser_token").read_bytes())
+
+
+def test_the_script_narrows_roles_of_before(tmp_path: Path) -> None:
+    """Tokens of an earlier version stay; their roles become what is needed, once, which is said without a token."""
+    secrets = tmp_path / "secrets"
+    assert _prepare(tmp_path).returncode == 0
+    new = (secrets / "monitor_tokens").read_text()
+    old = new.replace("metrics prometheus ", "read prometheus ").replace("alerts alertmanager ", "write alertmanager ")
+    (secrets / "monitor_tokens").write_text(f"{old}read somebody {'0123456789abcdef' * 2}\n")
+    before = {file: (secrets / file).read_text() for file in ("prometheus_token", "alertmanager/gradiometer-token")}
+    done = _prepare(tmp_path, "--only-secrets")
+    assert done.stdout.splitlines() == [
+        "roles:   prometheus has 'metrics' now and had 'read' before; docs/stack.md says what to do",
+        "roles:   alertmanager has 'alerts' now and had 'write' before; docs/stack.md says what to do",
+    ]
+    assert {file: (secrets / file).read_text() for file in before} == before
+    lines = set((secrets / "monitor_tokens").read_text().splitlines())
+    assert lines == {*new.splitlines(), f"read somebody {'0123456789abcdef' * 2}"}
+    assert _prepare(tmp_path, "--only-secrets").stdout == ""
 
 
 def test_the_password_may_come_from_the_environment(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from gradiometer_monitor.web.roles import PERMISSIONS, ROLES, Permission
 from gradiometer_monitor.web.settings import LimitSettings
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+SUFFIXES = (".md", ".sh", ".yml", ".yaml", ".conf")
 if not DOCS.is_dir():
     pytest.skip("the documentation is not beside the tests", allow_module_level=True)
 
@@ -43,6 +45,38 @@ def test_the_limits_of_the_page_are_the_defaults() -> None:
     page, factors = (DOCS / "security.md").read_text(), {"MiB": 2**20, "KiB": 2**10, "s": 1, "": 1}
     rows = re.findall(r"\| ([0-9]+) ?(MiB|KiB|s|) \| `limits\.(\w+)`", page)
     assert {name: float(number) * factors[unit] for number, unit, name in rows} == LimitSettings().model_dump()
+
+
+def test_the_roles_of_the_page_are_those_there_are() -> None:
+    """Each role is in the page's table, with all that it may."""
+    table = (DOCS / "security.md").read_text().partition("| role | may | is for |\n|---|---|---|\n")[2]
+    rows = (row.split(" | ") for row in table.partition("\n\n")[0].splitlines())
+    told = {role.strip("| `"): may.replace("`", "").split(", ") for role, may, _ in rows}
+    assert told == {role: _phrases(may) for role, may in ROLES.items()}
+
+
+def _phrases(may: Iterable[Permission]) -> list[str]:
+    return [phrase for each in may for phrase in PERMISSIONS[each].split(", ")]
+
+
+SHIPPED = {"prometheus": "metrics", "alertmanager": "alerts"}
+"""The roles of clients that are machines."""
+
+
+def test_shipped_tokens_have_the_narrowest_role() -> None:
+    """Wherever a token for Prometheus or Alertmanager is made, or written of, it has the role that is for just that."""
+    files = [path for name in ("deploy", "docs") for path in (ROOT / name).rglob("*") if path.suffix in SUFFIXES]
+    found = [
+        (client, role, path.name)
+        for path in files
+        for role, client in re.findall(
+            r"\b(metrics|alerts|read|write|ROLE) (prometheus|alertmanager)\b", path.read_text()
+        )
+    ]
+    assert {client for client, _, _ in found} == SHIPPED.keys()
+    assert {name for _, _, name in found} >= {"prepare.sh", "tokens.conf", "deploy.md", "alert-actions.md", "api.md"}
+    for client, role, name in found:
+        assert role == SHIPPED[client], name
 
 
 @pytest.mark.native

@@ -161,6 +161,16 @@ def test_the_monitor_lets_in_who_has_a_token(stack: Stack, wait_until: WaitUntil
     assert stack.get("monitor", "/")[0] == 200
 
 
+def test_each_part_may_do_what_it_needs(stack: Stack) -> None:
+    """Of the monitor, the token of Prometheus lets it scrape, and Alertmanager's not even that."""
+    secrets = stack.state / "secrets"
+    scraping, telling = (
+        (secrets / name).read_text() for name in ("prometheus_token", "alertmanager/gradiometer-token")
+    )
+    for path, expected in (("/metrics", (200, 403)), ("/api/v1/runs", (403, 403)), ("/api/v1/events", (403, 403))):
+        assert tuple(stack.get("monitor", path, token)[0] for token in (scraping, telling)) == expected
+
+
 def test_rules_are_loaded_and_alertmanager_is_told(stack: Stack, wait_until: WaitUntil) -> None:
     """Prometheus evaluates our rules without an error, and knows Alertmanager, which has our routes."""
 

@@ -4,7 +4,8 @@
 #   srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 monitor.sh &
 #
 # GRADIOMETER_DIR      where the job's runs of this node live (required)
-# GRADIOMETER_CONFIG   config of the monitor; with auth.tokens_file and TLS if Prometheus is on another host
+# GRADIOMETER_CONFIG   config of the monitor; with auth.tokens_file and TLS if Prometheus is on another host, whose token needs
+#                      the role 'metrics'
 # GRADIOMETER_HOST     address to serve on; 127.0.0.1 unless given, 'auto' for the node's own
 # GRADIOMETER_TARGETS  directory of target files that Prometheus reads (file_sd_configs); none are written without it
 set -euo pipefail
