@@ -20,7 +20,7 @@ from gradiometer_monitor.web.guards import HEADERS as OF_ALL
 from gradiometer_monitor.web.page import HEADERS
 from gradiometer_monitor.web.runbooks import INDEX, runbooks
 from tests._monitor import Monitor
-from tests._web import with_tokens
+from tests._web import AS_READER, with_tokens
 
 if TYPE_CHECKING:
     from tests.conftest import Start
@@ -89,7 +89,10 @@ def test_what_is_no_runbook_is_404(monitor: Monitor, name: str) -> None:
 def test_a_name_is_never_a_path(monitor: Monitor, name: str) -> None:
     """Nothing is read that is not in the list, and no other path of the monitor is opened by the prefix."""
     status, body, _ = monitor.get(f"/runbooks/{name}")
+    assert status == (404 if name == ".." else 401)  # what is below a page is no route, and so not open
+    status, body_of_reader, _ = monitor.get(f"/runbooks/{name}", **AS_READER)
     assert status == 404
+    body += body_of_reader
     assert b"gradiometer_" not in body
     assert b"hatchling" not in body
 
