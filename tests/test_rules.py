@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,11 +21,14 @@ from gradiometer_dashboards.rules import (
     ALERTS,
     Alert,
     Settings,
+    fleet_rules,
     grafana_rules,
     operator_rules,
     prometheus_rules,
     recordings,
 )
+from gradiometer_dashboards.rules.command import rules
+from gradiometer_dashboards.rules.concerns import CONCERNS
 from gradiometer_dashboards.rules.grafana import groups
 from gradiometer_dashboards.thresholds import THRESHOLDS
 
@@ -260,7 +264,7 @@ def test_the_command_lists_the_alerts() -> None:
         (("--grafana-url", "grafana:3000"), "--grafana-url: 'grafana:3000' is no address"),
         (("--grafana-url", "http://me:secret@g"), "leave them out"),
         (("--runbook-url", "http://h/{{x}}"), "--runbook-url: 'http://h/{{x}}' is no address"),
-        (("--datasource-uid", "a b"), "'a b' is no uid"),
+        (("grafana", "--datasource-uid", "a b"), "'a b' is no uid"),
         (("--out", "/nowhere/rules.yml"), "--out: '/nowhere/rules.yml' cannot be written (No such file or directory)"),
         (("--out", "/dev/full"), "--out: '/dev/full' cannot be written (No space left on device)"),
     ],
@@ -271,6 +275,54 @@ def test_the_command_says_what_is_wrong(given: tuple[str, ...], said: str) -> No
     assert status == 2
     assert said in text
     assert "secret" not in text
+
+
+FORMATS = ("prometheus", "grafana", "operator", "fleet", "fleet-layers")
+OTHER_VALUES = (
+    ("--grafana-url", "https://g.example"), ("--runbook-url", "https://r.example"), ("--job", "mon"),
+    ("--by", "cluster"), ("--set", "spike_ratio=20"), ("--datasource-uid", "mimir"), ("--no-keep-firing",),
+    ("--list",),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OTHER_VALUES, ids=lambda option: option[0])
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_option_is_ignored(form: str, option: tuple[str, ...]) -> None:
+    """In each format an option changes what is written, or is refused with its name and what it would be good for."""
+    usual = _run(form)[1]
+    status, text = _run(form, *option)
+    if status == 0:
+        assert text != usual
+    else:
+        assert option[0] in text.split(":")[0]
+        assert re.search(
+            rf"which {form} has no use for; leave it out, or take one of the formats that it is for: (\w+)", text
+        )
+
+
+@pytest.mark.parametrize("option", [*OTHER_VALUES[:-1], ("--out", "rules.yml")], ids=lambda option: option[0])
+def test_nothing_is_ignored_beside_the_list(
+    option: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--list`` writes no rules: what is about writing them is refused, and no file is made."""
+    monkeypatch.chdir(tmp_path)
+    status, text = _run("grafana" if option[0] == "--datasource-uid" else "prometheus", "--list", *option)
+    assert status == 2
+    assert option[0] in text.split(":")[0]
+    assert "which --list has no use for" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_is_refused_though_it_says_what_is_usual() -> None:
+    """Whoever gives a format an option that it does not heed is told, whatever the value; fleets' own are taken."""
+    assert _run("fleet", "--grafana-url", Settings().grafana_url)[0] == 2
+    assert _run("grafana", "--keep-firing")[0] == 2
+    assert _run("fleet", "--by", "rack") == (0, fleet_rules(Settings(by=("rack",))))
+
+
+def test_every_option_of_the_command_says_whom_it_concerns() -> None:
+    """A new option has a row in the table, or it would be ignored in silence somewhere."""
+    assert inspect.signature(rules).parameters.keys() - {"context", "form"} == CONCERNS.keys()
 
 
 def test_the_page_of_alerts_lists_them_and_their_thresholds() -> None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.box import SIMPLE
@@ -23,6 +23,7 @@ from gradiometer_dashboards.rules.choices import (
     read_url,
     split_thresholds,
 )
+from gradiometer_dashboards.rules.concerns import CONCERNS, Form, check_concerns
 from gradiometer_dashboards.rules.fleet import fleet_layer_rules, fleet_rules
 from gradiometer_dashboards.rules.grafana import grafana_rules
 from gradiometer_dashboards.rules.model import Settings
@@ -30,8 +31,7 @@ from gradiometer_dashboards.rules.prometheus import operator_rules, prometheus_r
 
 __all__ = ["rules"]
 
-Form = Literal["prometheus", "grafana", "operator", "fleet", "fleet-layers"]
-FORMS: dict[str, Callable[[Settings], str]] = {
+FORMS: dict[Form, Callable[[Settings], str]] = {
     "prometheus": prometheus_rules,
     "grafana": grafana_rules,
     "operator": operator_rules,
@@ -44,6 +44,7 @@ Choice = TypeVar("Choice")
 
 
 def rules(
+    context: typer.Context,
     form: Annotated[Form, typer.Argument(help="Who is to read them.")] = "prometheus",
     grafana_url: Annotated[
         str, typer.Option(help="Where people open Grafana: links begin with it.")
@@ -69,8 +70,10 @@ def rules(
 ) -> None:
     """Write the alert rules, for Prometheus and what reads its files, for Grafana's own alerting, or the operator.
 
-    fleet and fleet-layers are the recording rules of docs/scaling.md.
+    fleet and fleet-layers are the recording rules of docs/scaling.md; they take --by and --out. An option that a
+    format has no use for is refused.
     """
+    check_concerns(form, _given(context))
     settings = Settings(
         grafana_url=_checked("--grafana-url", read_url, grafana_url),
         runbook_url=_checked("--runbook-url", read_url, runbook_url),
@@ -88,6 +91,12 @@ def rules(
         typer.echo(text, nl=False)
     else:
         _write(out, text)
+
+
+def _given(context: typer.Context) -> list[str]:
+    """List the parameters that the user gave, be it with the value that they have anyway."""
+    sources = {name: context.get_parameter_source(name) for name in CONCERNS}
+    return [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
 
 
 def _write(out: Path, text: str) -> None:
