@@ -351,6 +351,62 @@ def test_the_monitor_prunes_tells_and_counts(tmp_path: Path, old: Old) -> None:
     _end(context)
 
 
+@pytest.mark.parametrize("bound", [{"max_age_days": 0}, {"max_bytes": 0}], ids=["age", "bytes"])
+def test_the_monitor_removes_nothing_that_it_has_not_shown(tmp_path: Path, old: Old, bound: dict[str, Any]) -> None:
+    """What ended within a day stays until the monitor has looked at it and let it go, whatever the bounds."""
+    old("fresh", 1 / DAY_SECONDS)
+    old("older", 1.5)
+    service, context = _service(tmp_path, **bound)
+    context.runs.retention_seconds = 60
+    service.work()
+    assert _names(tmp_path) == ["fresh"]
+    context.runs.poll()
+    service.work()
+    assert _names(tmp_path) == ["fresh"]
+    context.runs.retention_seconds = 0
+    for _ in range(2):
+        with context.runs.snapshot(scrape=True) as runs:
+            assert [run.run_id for run in runs] == ["fresh"]
+    context.runs.poll()
+    service.work()
+    assert _names(tmp_path) == []
+    _end(context)
+
+
+def test_a_rank_that_is_yet_to_be_looked_at_keeps_its_run(tmp_path: Path, old: Old) -> None:
+    """A run of which one rank was let go stays while another has not been followed, and if one was started anew."""
+    old("run", 0.5)
+    service, context = _service(tmp_path, max_age_days=0)
+    context.runs.poll()
+    assert context.runs.let_go(tmp_path / "run")
+    old("run", 0.5, rank=1)
+    assert not context.runs.let_go(tmp_path / "run")
+    service.work()
+    assert _names(tmp_path) == ["run"]
+    _end(context)
+
+
+def test_an_age_of_nothing_is_once_the_end_was_scraped(
+    tmp_path: Path, start: Start, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
+) -> None:
+    """With ``max_age_days: 0`` a run goes by itself after it ended, and not before two scrapes have shown its end."""
+    config = tmp_path.with_name(f"{tmp_path.name}.yaml")
+    config.write_text("retention_seconds: 0\nretention: {max_age_days: 0, interval_seconds: 1}\n")
+    monitor = start("--config", str(config))
+    recorder = write_run(make_manifest("run", created_ns=time.time_ns()), np.ones((3, 4)))
+    finished = "gradiometer_run_state", ("run", "finished")
+    wait_until(lambda: monitor.samples().get(finished) == 0)
+    recorder.close()
+    shown = []
+
+    def gone() -> bool:
+        shown.append(monitor.samples().get(finished))
+        return not _names(tmp_path)
+
+    wait_until(gone)
+    assert shown.count(1) >= 2
+
+
 def test_the_daemon_prunes_when_its_config_says_so(
     tmp_path: Path, old: Old, start: Start, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
 ) -> None:

@@ -19,7 +19,8 @@ log = getLogger(__name__)
 
 NOTE = "retention/pruned"
 SERVED_SECONDS = DAY_SECONDS
-"""A run whose series are still served stays for at most this long after its end: perhaps nobody scrapes."""
+"""A run whose series are still served, or are yet to be, stays for at most this long after its end: perhaps nobody
+scrapes."""
 SHARE = 0.01
 """Share of the time that measuring may take: where there are very many runs it is done less often."""
 
@@ -28,7 +29,7 @@ class RetentionSettings(Section):
     """What is pruned: runs that are over, the oldest first. Nothing is unless one of the two bounds is given."""
 
     max_age_days: Annotated[float, between(0, 36_525)] | None = None
-    """Runs that ended longer ago are removed; None keeps them however old."""
+    """Runs that ended longer ago are removed; 0 removes each once its end was scraped, None keeps all however old."""
     max_bytes: Annotated[int, between(0, 2**62)] | None = None
     """The oldest runs are removed until all take no more; None sets no bound."""
     keep_newest: Annotated[int, between(0, 1_000_000)] = 0
@@ -40,7 +41,8 @@ class RetentionSettings(Section):
 class RetentionService(Service):
     """Measures what the run directories take, and prunes them if the settings say so.
 
-    A run whose series are still served stays until they have left. Each removal is an event of kind ``run_pruned``.
+    A run whose series are still served, or that the monitor has yet to look at, stays until its series have left, for a
+    day. Each removal is an event of kind ``run_pruned``.
     """
 
     name = "retention"
@@ -77,14 +79,13 @@ class RetentionService(Service):
 
     def _chosen(self, stored: Sequence[Stored]) -> list[Stored]:
         settings = self._settings
-        with self._context.runs.snapshot() as runs:
-            served = {run.run_id for run in runs}
         late = time.time() - SERVED_SECONDS
+        recent = [each for each in stored if not each.rank and each.ended > late]
         chosen = choose(
             stored,
             max_age_seconds=None if settings.max_age_days is None else settings.max_age_days * DAY_SECONDS,
             max_bytes=settings.max_bytes,
-            keep=[each.run_id for each in stored if each.run_id in served and not each.rank and each.ended > late],
+            keep=[each.run_id for each in recent if not self._context.runs.let_go(each.path)],
             keep_newest=settings.keep_newest,
         )
         return [] if self.stopping.is_set() else chosen

@@ -218,6 +218,18 @@ class Runs:
     def _named(self, path: Path) -> str:
         return self.root.name if path == self.root else str(path.relative_to(self.root))
 
+    def let_go(self, run: Path) -> bool:
+        """Tell whether nothing of a run is served any more, nor will be: each rank was shown, or was over too long.
+
+        One that has not been looked at yet, as before the first poll, is not let go.
+        """
+        try:
+            found = {path: identity(path) for path in find_ranks(run)}
+        except OSError:
+            return False
+        with self._taken():
+            return found.items() <= self._archived.items()
+
     def close(self) -> None:
         """Keep what was counted and close every file. Idempotent."""
         with self._lock:
