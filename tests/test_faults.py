@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pytest
 
 from gradiometer_monitor.alerts.service import AlertService
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tests.conftest import MakeManifest, Start, WaitUntil, WriteRun
 
 DATABASE = "monitor.sqlite"
+PERSISTENT = "gradiometer_store_persistent", ()
 
 
 @pytest.fixture
@@ -191,11 +193,36 @@ def test_a_removed_state_is_told(start: Start, tmp_path_factory: pytest.TempPath
     """A state directory that is deleted under the monitor costs no answer, and its log and metrics say so."""
     state = tmp_path_factory.mktemp("state")
     monitor = start("--state-dir", str(state))
-    assert monitor.samples()["gradiometer_store_persistent", ()] == 1
+    assert monitor.samples()[PERSISTENT] == 1
     (state / DATABASE).unlink()
-    assert monitor.samples()["gradiometer_store_persistent", ()] == 0
+    assert monitor.samples()[PERSISTENT] == 0
     wait_until(logged(monitor, "was removed or replaced"))
     assert monitor.get("/api/v1/events")[0] == 200
+
+
+@pytest.mark.slow
+def test_a_store_that_cannot_be_written_is_told(
+    start: Start,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    wait_until: WaitUntil,
+) -> None:
+    """While no file may grow the metric is 0 and runs are served; with room it is 1 again, and nothing was lost."""
+    monitor = start("--state-dir", str(tmp_path_factory.mktemp("state")))
+    process = psutil.Process(monitor.process.pid)
+    write_run(make_manifest("before"), np.ones((5, 4)))
+    wait_until(lambda: b"run_started" in monitor.get("/api/v1/events")[1])
+    assert monitor.samples()[PERSISTENT] == 1
+    _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (0, hard))
+    write_run(make_manifest("during"), np.ones((5, 4)))
+    wait_until(lambda: monitor.samples()[PERSISTENT] == 0)
+    wait_until(logged(monitor, "make room there"))
+    wait_until(lambda: "during" in monitor.runs())
+    process.rlimit(psutil.RLIMIT_FSIZE, (hard, hard))
+    wait_until(lambda: monitor.samples()[PERSISTENT] == 1, 60)
+    wait_until(lambda: b"during" in monitor.get("/api/v1/events")[1])
 
 
 def test_a_store_that_breaks_is_503(

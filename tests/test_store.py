@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gradiometer_monitor import store as module
-from gradiometer_monitor.store import ASIDE, DATABASE, Event, Store
+from gradiometer_monitor.store import ASIDE, DATABASE, FAILING_SECONDS, Event, Store
 
 
 def _event(place: int, run_id: str = "run") -> Event:
@@ -84,6 +88,85 @@ def test_a_full_disk_loses_nothing_that_was_kept(tmp_path: Path) -> None:
     store._base.execute("PRAGMA max_page_count = 1000000")
     store.add([large], {"cursor": 1})
     assert store.note("cursor") == 1
+    store.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Give a file system of its own that holds a megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def _fill(place: Path) -> Path:
+    """Leave no room on a file system, and return the file that takes it."""
+    file = place / "filler"
+    with file.open("wb", buffering=0) as out, contextlib.suppress(OSError):
+        while True:
+            out.write(bytes(4096))
+    return file
+
+
+def _persistent_after(store: Store, seconds: float, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Tell whether the store would be persistent so much later."""
+    now = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now + seconds)
+        return store.persistent
+
+
+def test_a_full_file_system_is_told_until_writes_succeed(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store whose writes fail is not persistent, for as long as they do and a while after; what was kept is kept."""
+    store = Store(small_disk)
+    store.add([_event(1)])
+    assert store.persistent
+    filler = _fill(small_disk)
+    large = Event(id="large", run_id="run", time_ns=2, kind="kind", message="x" * 200_000)
+    with pytest.raises(sqlite3.OperationalError):
+        store.add([large])
+    assert not store.persistent
+    store.try_again()  # a note may fit where the event does not
+    assert not store.persistent
+    filler.unlink()
+    store.add([large])
+    assert not store.persistent
+    assert _persistent_after(store, FAILING_SECONDS + 1, monkeypatch)
+    assert [event.id for event in store.events(after=0)] == ["run/1", "large"]
+    store.close()
+
+
+def test_a_write_that_nobody_repeats_is_told_until_there_is_room(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time alone proves nothing: it is tried again whether something can be written."""
+    store = Store(small_disk)
+    filler = _fill(small_disk)
+    for place in range(100):  # the room that the file still has of its own
+        with contextlib.suppress(sqlite3.OperationalError):
+            store.put(f"note-{place}", "x" * 4096)
+    store.try_again()
+    assert not _persistent_after(store, 10 * FAILING_SECONDS, monkeypatch)
+    filler.unlink()
+    store.try_again()
+    assert _persistent_after(store, FAILING_SECONDS + 1, monkeypatch)
+    store.close()
+
+
+def test_what_no_store_could_keep_is_no_failure_of_this_one(tmp_path: Path) -> None:
+    """An event that cannot be stored anywhere says nothing about the disk."""
+    store = Store(tmp_path)
+    with pytest.raises(OverflowError):
+        store.add([Event(id="x", run_id="run", time_ns=2**70, kind="kind")])
+    assert store.persistent
     store.close()
 
 

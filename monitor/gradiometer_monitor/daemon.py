@@ -226,6 +226,7 @@ class Daemon:
                 if self.context.events.follow():
                     pause = min(CATCH_UP_SECONDS, pause)
                 incidents.follow()
+                self.context.store.try_again()
             except Exception:  # the thread must outlive whatever one poll met
                 runs.poll_succeeded = False
                 log.exception("a poll of %s failed and will be tried again", runs.root)

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
@@ -28,6 +31,10 @@ MAX_EVENTS = 200_000
 """The oldest events are forgotten beyond this; some hundred bytes each."""
 TRIM_EVERY = 1000
 BUSY_SECONDS = 10.0
+FAILING_SECONDS = 20.0
+"""How long a write that failed counts though a later one succeeded: a small one may fit where a large one does not,
+which is tried again within that."""
+TRIED = "store/tried"
 VERSION = 1
 """Of the schema, as ``user_version`` in the file."""
 ASIDE = f"{DATABASE}.damaged"
@@ -75,6 +82,8 @@ class Store:
         self._file: tuple[int, int] | None = None
         """Device and inode of the database."""
         self._warned = False
+        self._failed_at, self._last_failed = -math.inf, False
+        """When a write last failed (monotonic), and whether none has succeeded since."""
         if directory is None:
             self._base = _connect(":memory:")
             return
@@ -106,7 +115,11 @@ class Store:
 
     @property
     def persistent(self) -> bool:
-        """Whether what is stored outlives the process: not from memory, nor from a file that somebody has removed."""
+        """Whether what is stored outlives the process.
+
+        Not from memory, nor from a file that somebody has removed, nor while writes fail, as on a full disk, and for
+        ``FAILING_SECONDS`` after.
+        """
         if self.directory is None:
             return False
         there = _identity(self.directory / DATABASE) == self._file
@@ -116,7 +129,14 @@ class Store:
                 "%s was removed or replaced: what is stored from now on goes with the process; restart the monitor",
                 self.directory / DATABASE,
             )
-        return there
+        failing = self._last_failed or time.monotonic() - self._failed_at < FAILING_SECONDS
+        return there and not failing
+
+    def try_again(self) -> None:
+        """Write a note if the last write failed: nothing else tells whether there is room again. Never raises."""
+        if self._last_failed:
+            with suppress(sqlite3.Error):
+                self.put(TRIED, time.time())
 
     def note(self, key: str, default: Any = None) -> Any:
         """Return what was noted under ``key``, as JSON gives it, or ``default``."""
@@ -134,8 +154,20 @@ class Store:
 
     def put(self, key: str, value: Any) -> None:
         """Note ``value``, which JSON can hold, under ``key``; None forgets it."""
-        with self._lock, self._base:
+        with self._written():
             self._put(key, value)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Hold the lock for one transaction, and remember whether it could be written."""
+        with self._lock:
+            try:
+                with self._base:
+                    yield
+            except sqlite3.Error:
+                self._failed_at, self._last_failed = time.monotonic(), True
+                raise
+            self._last_failed = False
 
     def _put(self, key: str, value: Any) -> None:
         if value is None:
@@ -149,7 +181,7 @@ class Store:
             (e.id, e.run_id, e.rank, e.time_ns, e.kind, e.step, e.message, json.dumps(e.data, default=str))
             for e in events
         ]
-        with self._lock, self._base:
+        with self._written():
             self._base.executemany(
                 "INSERT OR IGNORE INTO events (id, run_id, rank, time_ns, kind, step, message, data) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",

@@ -182,7 +182,7 @@ OF_MONITOR = (
     Metric(
         name="gradiometer_store_persistent",
         kind="gauge",
-        help="1 if what the monitor remembers outlives it, 0 if it works from memory.",
+        help="1 if what the monitor remembers outlives it, 0 if it works from memory or cannot write.",
     ),
     Metric(
         name="gradiometer_service_healthy",

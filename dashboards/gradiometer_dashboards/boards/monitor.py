@@ -198,7 +198,8 @@ def _losses() -> list[Panel]:
         7,
         "Without a store",
         "none",
-        "Monitors that work from memory: events and counts are lost with the process. Their log says why.",
+        "Monitors that work from memory, or cannot write to their disk: events and counts are lost with the process. "
+        "Their log says why.",
     )
     rows = _small(
         8, "Steps lost in view", "locale", "Steps that the agent or the reader lost, in no panel of any board."

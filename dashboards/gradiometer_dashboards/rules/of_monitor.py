@@ -55,7 +55,7 @@ def _degraded(settings: Settings) -> Alert:
         lasting="10m",
         summary="Monitor {{ $labels.instance }}: <count> of its parts not working<who>",
         description="For 10 minutes a service failed, a collector gave nothing, the config could not be used, or the "
-        "store works from memory and forgets at the next start. The monitor's log says why.",
+        "store cannot be written or works from memory, and forgets at the next start. The monitor's log says why.",
         who=Who(expr="max by (<by>) (1 - gradiometer_service_healthy<of>) > 0", label="service", noun="service"),
         dashboard="monitor",
     )
