@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import urllib.error
 import urllib.parse
@@ -15,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -101,8 +105,8 @@ def _ports() -> dict[str, int]:
     return dict(zip(PARTS, free_ports(len(PARTS)), strict=True))
 
 
-def _start(folder: Path, ports: dict[str, int], *options: str, path: str = "") -> Stack:
-    """Start the stack with everything it keeps below ``folder``."""
+def _start(folder: Path, ports: dict[str, int], *options: str, path: str = "", stdout: int | None = None) -> Stack:
+    """Start the stack with everything it keeps below ``folder``; what it says goes to a file unless given."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "deploy.stack", "--state", str(folder / "state"), "--dir", str(folder / "runs")]
     for name, port in ports.items():
@@ -112,7 +116,12 @@ def _start(folder: Path, ports: dict[str, int], *options: str, path: str = "") -
     }  # fmt: skip
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [*command, *options], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True
+            [*command, *options],
+            cwd=ROOT,
+            env=environment,
+            stdout=log if stdout is None else stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
     return Stack(process=process, log=folder / "log", state=folder / "state", ports=ports)
 
@@ -309,6 +318,38 @@ def test_one_that_ends_ends_all(stack: Stack, tmp_path: Path, wait_until: WaitUn
     assert (tmp_path / "state" / "data" / "prometheus-data").is_dir()
 
 
+@pytest.fixture
+def full_pipe() -> Iterator[tuple[int, int]]:
+    """Give both ends of a pipe that nobody reads and that takes no further byte."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b".")
+    os.set_blocking(writing, True)
+    yield reading, writing
+    os.close(reading)
+    os.close(writing)
+
+
+def test_it_works_and_ends_though_nobody_reads(
+    stack: Stack, tmp_path: Path, wait_until: WaitUntil, full_pipe: tuple[int, int]
+) -> None:
+    """A pager that shows its first page stops no part while the stack runs, and not the end of it."""
+    assert stack.process.poll() is None  # its programs are there
+    made = _start(tmp_path, _ports(), "--no-demo", "--no-grafana", stdout=full_pipe[1])
+    try:
+        wait_until(lambda: all(made.get(part, "/-/ready")[0] == 200 for part in PARTS[:3]), 60)
+        children = made.children()
+        assert len(children) == 3
+        made.process.send_signal(signal.SIGTERM)
+        assert made.process.wait(timeout=20) == 0
+    finally:
+        made.process.kill()
+        made.process.wait()
+    assert _gone(children)
+
+
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(600)"
 )
@@ -342,6 +383,54 @@ def test_a_line_that_never_ends_is_told_in_parts(
     holder, _ = held("import time; print('here' + 'x' * 40_000, end='', flush=True); time.sleep(600)")
     holder.send_signal(signal.SIGTERM)
     assert holder.wait(timeout=20) == 0
+
+
+TALKATIVE = "print('here', flush=True)\nfor number in range({}): print(number)\n"
+
+
+def _full(stream: IO[str]) -> bool:
+    """Tell whether a pipe that is read no further has hardly any room left."""
+    (waiting,) = struct.unpack("i", fcntl.ioctl(stream, termios.FIONREAD, bytes(4)))
+    return bool(waiting > 0.9 * fcntl.fcntl(stream, fcntl.F_GETPIPE_SZ))
+
+
+def test_nobody_waits_for_a_reader(held: Any, wait_until: WaitUntil) -> None:
+    """A part that says more than anybody reads goes on, and the end comes as ever."""
+    holder, part = held(TALKATIVE.format(10**12))
+    wait_until(lambda: _full(holder.stdout))
+    spent = part.cpu_times().user
+    wait_until(lambda: part.cpu_times().user > spent + 0.3)
+    holder.send_signal(signal.SIGTERM)
+    assert holder.wait(timeout=10) == 0
+    assert _gone([part])
+
+
+def test_what_is_left_out_is_told_in_its_place(held: Any, wait_until: WaitUntil, tmp_path: Path) -> None:
+    """Who reads late finds lines whole and in order, and where some are missing, how many."""
+    done, lines = tmp_path / "done", 60_000
+    code = f"import pathlib, sys, time; sys.stdout.flush(); pathlib.Path({str(done)!r}).touch(); time.sleep(600)"
+    holder, _ = held(f"{TALKATIVE.format(lines)}{code}")
+    wait_until(done.exists)
+    expected, missing = 0, 0
+    while expected < lines:
+        line = holder.stdout.readline().split("|")[-1].strip()
+        if found := re.fullmatch(r"\((\d+) lines were left out here: nothing read them in time\)", line):
+            missing += int(found[1])
+            expected += int(found[1])
+        else:
+            assert line == str(expected)
+            expected += 1
+    assert (expected, missing > 10_000) == (lines, True)
+    holder.send_signal(signal.SIGTERM)
+    assert holder.wait(timeout=10) == 0
+
+
+def test_a_reader_that_goes_ends_the_stack(held: Any) -> None:
+    """Whoever quits the pager does not leave servers behind."""
+    holder, part = held(TALKATIVE.format(10**12))
+    holder.stdout.close()
+    assert holder.wait(timeout=10) == 0
+    assert _gone([part])
 
 
 def test_a_part_that_does_not_listen_is_killed_when_asked_twice(held: Any) -> None:

@@ -1,7 +1,7 @@
 """The processes of the stack: started, told apart in what they print, and stopped by their own pids.
 
 Guarantees: what was started is stopped when :class:`Processes` is left, in any way but SIGKILL; where ``setpriv`` is
-(Debian's util-linux), the kernel ends them also then.
+(Debian's util-linux), the kernel ends them also then. Neither they nor the end wait for whoever reads the output.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
+
+from deploy.stack.output import Output
 
 __all__ = ["Part", "Processes", "StackError"]
 
 STOP_SECONDS = 20.0
 """How long a process has to end in order, before it is killed."""
 LOOK_SECONDS = 0.2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LINE_BYTES = 16_384
 """A longer line of a part is several: one that never ends fills no memory."""
 
@@ -51,30 +52,28 @@ class Processes:
     def __init__(self, width: int) -> None:
         self._width = width
         self._started: list[tuple[Part, subprocess.Popen[bytes], threading.Thread]] = []
-        self._stopping = threading.Event()
-        self._output = threading.Lock()
+        self._stopping = False  # no Event: a signal may come while its lock is held
+        self._output = Output(self._ask_to_stop)
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, self._stop_asked)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+        self._output.end()
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     @property
     def stopping(self) -> bool:
         """Whether somebody asked for the end."""
-        return self._stopping.is_set()
+        return self._stopping
 
     def say(self, line: str, name: str = "stack") -> None:
-        """Print a line, with the name of whose it is before it."""
-        with self._output, contextlib.suppress(ValueError):
-            try:
-                print(f"{name:{self._width}} | {line}", flush=True)
-            except BrokenPipeError:  # nobody reads any more
-                self._stopping.set()
-                sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as we live
+        """Print a line, with the name of whose it is before it; it is left out where too many wait to be read."""
+        self._output.say(f"{name:{self._width}} | {line}")
 
     def start(self, part: Part) -> None:
         """Start a process in a session of its own, out of reach of the terminal's Ctrl-C."""
@@ -101,12 +100,13 @@ class Processes:
                     raise StackError(
                         f"{part.name} does not answer at {part.health} after {seconds:.0f} s: see its lines"
                     )
-                self._stopping.wait(LOOK_SECONDS)
+                time.sleep(LOOK_SECONDS)
 
     def watch(self) -> None:
         """Wait until somebody asks for the end. Raises StackError if a process ends before."""
-        while not self._stopping.wait(LOOK_SECONDS):
+        while not self.stopping:
             self.check()
+            time.sleep(LOOK_SECONDS)
 
     def check(self) -> None:
         """Raise StackError if a process has ended."""
@@ -125,10 +125,13 @@ class Processes:
     def _stop_asked(self, *_: object) -> None:
         if self.stopping:  # asked again: at once
             self._signal(signal.SIGKILL)
-        self._stopping.set()
+        self._stopping = True
+
+    def _ask_to_stop(self) -> None:
+        self._stopping = True
 
     def _stop(self) -> None:
-        self._stopping.set()
+        self._stopping = True
         self._signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
         for _, process, _ in self._started:
