@@ -110,9 +110,11 @@ def write_json(path: Path | None, results: Mapping[str, Comparison], **more: Any
     path.write_text(json.dumps(body, indent=1) + "\n")
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """Parse ``--rounds`` and ``--json FILE``."""
+def arguments(description: str | None, *, quick: bool = False) -> argparse.Namespace:
+    """Parse ``--rounds``, ``--json FILE`` and, for a benchmark that has it, ``--quick``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help="the smallest sizes: only to see that it runs")
     return parser.parse_args()

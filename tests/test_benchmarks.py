@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,30 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks belong to the repository, not to the wheel", allow_module_level=True)
 
+from benchmarks.__main__ import NAMES, read_options  # noqa: E402 - it is there only in the repository
+
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a benchmark's module from the repository's root."""
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+Quick = Callable[[str], tuple[str, Path]]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Quick:
+    """Give a function that runs a benchmark by the one command, each just once, and gives its output and its file."""
+    folder = tmp_path_factory.mktemp("quick")
+
+    @cache
+    def run_once(name: str) -> tuple[str, Path]:
+        done = run("benchmarks", name, "--quick", "--json", folder)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, folder / f"{name}.json"
+
+    return run_once
 
 
 def results_of(path: Path) -> dict[str, Any]:
@@ -34,25 +54,21 @@ def results_of(path: Path) -> dict[str, Any]:
     return body
 
 
-def test_step_overhead_prints_both_views_with_aims(tmp_path: Path) -> None:
+def test_step_overhead_prints_both_views_with_aims(quick: Quick) -> None:
     """The step benchmark prints components beside their aims, and whole steps, of every model, and writes both."""
-    path = tmp_path / "step.json"
-    done = run("benchmarks.step_overhead", "--quick", "--json", path)
-    assert done.returncode == 0, done.stderr
+    said, path = quick("step_overhead")
     for expected in ("A/A noise", "≤ 0.70", "≤ 0.75", "agent: fused clip, active", "hooks armed ÷ off", "tiny"):
-        assert expected in done.stdout
+        assert expected in said
     body = results_of(path)
     assert [name.rsplit(", ")[1] for name in body["results"]] == ["components", "whole step"] * 4
     assert body["ratios"].keys() == body["results"].keys()
     for name in body["not_installed"]:
-        assert f"{name}: not installed" in done.stdout
+        assert f"{name}: not installed" in said
 
 
-def test_parallel_counts_collectives(tmp_path: Path) -> None:
+def test_parallel_counts_collectives(quick: Quick) -> None:
     """The parallel benchmark counts one collective a step where parameters are sharded, and none under DDP."""
-    path = tmp_path / "parallel.json"
-    done = run("benchmarks.parallel", "--quick", "--json", path)
-    assert done.returncode == 0, done.stderr
+    _, path = quick("parallel")
     body = results_of(path)
     assert body["collectives"].keys() == body["results"].keys()
     for name, counts in body["collectives"].items():
@@ -60,11 +76,9 @@ def test_parallel_counts_collectives(tmp_path: Path) -> None:
         assert agent == ({0} if name.endswith("DDP") else {1})
 
 
-def test_policies_count_operators(tmp_path: Path) -> None:
+def test_policies_count_operators(quick: Quick) -> None:
     """The benchmark of deciding names every policy, for one unit and for many, with what it asks of torch."""
-    path = tmp_path / "policies.json"
-    done = run("benchmarks.policies", "--rounds", "1", "--json", path)
-    assert done.returncode == 0, done.stderr
+    _, path = quick("policies")
     body = results_of(path)
     assert body["operators"].keys() == body["results"].keys() == {"one unit", "300 units"}
     for title, counts in body["operators"].items():
@@ -72,13 +86,11 @@ def test_policies_count_operators(tmp_path: Path) -> None:
         assert all(0 < count <= 100 for count in counts.values())
 
 
-def test_ingest_measures_time_waits_and_memory(tmp_path: Path) -> None:
+def test_ingest_measures_time_waits_and_memory(quick: Quick) -> None:
     """The benchmark of following runs says what polling took, how long a scrape waited, and what memory it held."""
-    path = tmp_path / "ingest.json"
-    done = run("benchmarks.ingest", "--quick", "--rounds", "1", "--json", path)
-    assert done.returncode == 0, done.stderr
+    said, path = quick("ingest")
     for expected in ("A/A noise", "aim:", "of 10%", "peak memory", "a scrape waited"):
-        assert expected in done.stdout
+        assert expected in said
     results = json.loads(path.read_text())["results"]
     assert [(each["ranks"], each["parameters"]) for each in results] == [(8, 1000), (1, 1000)]
     for each in results:
@@ -131,11 +143,9 @@ def test_gpu_agent_never_waits_for_the_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_remote_write_pushes_all(tmp_path: Path) -> None:
+def test_remote_write_pushes_all(quick: Quick) -> None:
     """The benchmark of remote write compares encoders of the same bytes, and pushes every sample of its runs."""
-    path = tmp_path / "remote_write.json"
-    done = run("benchmarks.remote_write", "--rounds", "1", "--json", path)
-    assert done.returncode == 0, done.stderr
+    _, path = quick("remote_write")
     for layers, pushed in results_of(path)["pushed"].items():
         assert pushed["samples"] >= 150_000 // (int(layers) + 13) * int(layers)
 
@@ -160,16 +170,24 @@ def test_fleet_asks_every_panel_of_hosts_and_of_runs(tmp_path: Path, native_bina
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_each_benchmark_runs_by_the_one_command(name: str, quick: Quick) -> None:
+    """The command that runs all that need no GPU can run each of them, and writes a file for it."""
+    said, path = quick(name)
+    assert [line for line in said.splitlines() if line.startswith("==")] == [f"== {name}"]
+    assert json.loads(path.read_text())["benchmark"] == name
+
+
 def test_all_benchmarks_run_in_turn(tmp_path: Path) -> None:
-    """One command runs the benchmarks that need no GPU and writes a file for each."""
-    done = run("benchmarks", "--quick", "--json", tmp_path)
+    """Without names it is all that need no GPU; those that are to run do so in their order, each with its file."""
+    assert tuple(read_options([]).names) == NAMES == (
+        "step_overhead", "parallel", "policies", "ring", "exposition", "ingest", "conditions", "remote_write",
+    )  # fmt: skip
+    done = run("benchmarks", "ring", "conditions", "--quick", "--json", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("==")] == [
-        "== step_overhead", "== parallel", "== policies", "== ring", "== exposition", "== ingest",
-        "== conditions", "== remote_write",
-    ]  # fmt: skip
-    for name in ("step_overhead", "parallel", "policies", "ring", "exposition", "ingest", "conditions", "remote_write"):
-        assert json.loads((tmp_path / f"{name}.json").read_text())["benchmark"] == name
+    headings = [line for line in done.stdout.splitlines() if line.startswith("==")]
+    assert headings == ["== ring", "== conditions"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["conditions.json", "ring.json"]
 
 
 def test_an_unknown_benchmark_is_refused() -> None:
