@@ -41,9 +41,11 @@ class Anomaly:
 
 NONFINITE: dict[str, Change] = {
     "nonfinite_steps_total": 1,
-    "layer_nonfinite_total;neck": 1,
-    "layer_nonfinite_total;head": 2,
+    "layer_nonfinite_total": 3,
+    "nonfinite_origin_total;neck": 1,
+    f'gradiometer_nonfinite_origin_total{{{A}, layer="head"}}': 2,
 }
+"""All layers are non-finite, as most are then; at ``head``, where most of it begins, it never did before."""
 FROZEN: dict[str, Change] = {
     "gradiometer_steps_total": 0,
     "step_seconds": 0,
@@ -184,8 +186,9 @@ def _silent() -> Iterator[Case]:
         "healthy": healthy, "warm-up": _warm_up, "gap": _gapped, "restart": _restarted, "end": _ended,
         "scaler": _scaler, "scaler-starts": _scaler_starts, "noisy": _noisy, "slow": _slow, "starting": _starting,
         "finished": _finished, "lost-long-ago": _lost_long_ago, "fast-ranks": _fast_ranks, "pod": _moved,
-        "infinite-peak": _infinite_peak, "scaler-searches": _scaler_searches, "evaluates": _evaluates,
-        "by-design": _clips_by_design, "one-target-less": _scaled_down, "slow-ranks": _slow_ranks,
+        "infinite-peak": _infinite_peak, "overflows-often": _overflows_often, "scaler-searches": _scaler_searches,
+        "evaluates": _evaluates, "by-design": _clips_by_design, "one-target-less": _scaled_down,
+        "slow-ranks": _slow_ranks,
     }  # fmt: skip
     for name, make in makers.items():
         yield Case(name=name, rows=make())
@@ -203,7 +206,7 @@ def _firing() -> Iterator[Case]:
         "collector": ("MonitorDegraded", lambda rows: put(rows, "collector_s;a:", 0, START, START + 12), 10, 18),
         "behind": ("RankDivergence", lambda rows: put(rows, 'steps_behind;rank="1"', 110, START, START + 8), 5, 14),
         "hosts": ("RankDivergence", lambda rows: put(rows, "norm_baseline;b:", 1.06, START, START + 8), 5, 14),
-        "scaled-spike": ("Spike", _spike_beside_overflows, 1, 10),
+        "scaled-spike": ("Spike", _spike_beside_overflows, 0, 10),
         "scale-lost": ("SkippingRun", _searches_for_ever, 0, 9),
         "hangs-after-evaluations": ("Stalled", _hangs_after_evaluations, 32, 45),
         "stuck-at-start": ("Stalled", _stuck_at_start, 12, 40),
@@ -348,8 +351,19 @@ def _moved() -> Rows:
 
 
 def _infinite_peak() -> Rows:
+    """Give a run in which no norm of a minute was finite."""
     rows = healthy()
-    put(rows, "window_max", inf, START, START + 1)
+    put(rows, "norm_window_max", inf, START, START + 1)
+    (finite,) = (row for name, row in rows.items() if "finite_window_max" in name)
+    finite[round(2 * START) : round(2 * START) + 2] = [None, None]
+    return rows
+
+
+def _overflows_often() -> Rows:
+    """Give a run whose GradScaler overflows every 20 s: the largest norm of the last minute is always Inf."""
+    rows = healthy()
+    put(rows, f"gradiometer_loss_scale{{{A}}}", 65536.0, 0)
+    put(rows, "norm_window_max", inf, 0)
     return rows
 
 
@@ -369,10 +383,9 @@ def _clips_by_design() -> Rows:
 
 
 def _spike_beside_overflows(rows: Rows) -> None:
-    """Let a norm be large in one minute of a run whose GradScaler overflows in two of three samples."""
-    put(rows, f"gradiometer_loss_scale{{{A}}}", 65536.0, 0)
-    put(rows, "window_max", lambda since: 1.5 if since % 3 == 2 else inf, 0)
-    put(rows, "window_max", lambda since: 10.5 if since == 2 else inf, START, START + 1)
+    """Let a norm be large in one minute of a run whose GradScaler overflows every 20 s."""
+    rows.update(_overflows_often())
+    put(rows, "finite_window_max", 10.5, START, START + 1)
 
 
 def _searches_for_ever(rows: Rows) -> None:

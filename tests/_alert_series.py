@@ -43,6 +43,7 @@ def _gauges(of: str, rank: int) -> dict[str, float]:
     states = {f'gradiometer_run_state{{{of}, state="{state}"}}': float(state == "running") for state in STATES}
     return states | {
         f"gradiometer_grad_norm_window_max{{{of}}}": 1.5,
+        f"gradiometer_grad_norm_finite_window_max{{{of}}}": 1.5,
         f"gradiometer_grad_norm_baseline{{{of}}}": 1.0,
         f"gradiometer_grad_norm_mad{{{of}}}": 0.05,
         f'gradiometer_layer_anomaly_score{{{of}, layer="head"}}': 1.0,
@@ -67,6 +68,8 @@ def _counters(of: str, steps: int, rate: int) -> dict[str, tuple[float, float]]:
         f'gradiometer_layer_nonfinite_total{{{of}, layer="embed"}}': (0, 0),
         f'gradiometer_layer_nonfinite_total{{{of}, layer="head"}}': (0, 0),
         f'gradiometer_layer_nonfinite_total{{{of}, layer="neck"}}': (0, 0),
+        f'gradiometer_nonfinite_origin_total{{{of}, layer="embed"}}': (5, 0),
+        f'gradiometer_nonfinite_origin_total{{{of}, layer="neck"}}': (3, 0),
         f'gradiometer_clip_events_total{{{of}, policy="norm", mode="act"}}': (100, 0.1 * rate),
         f'gradiometer_clip_events_total{{{of}, policy="tight", mode="shadow"}}': (steps, rate),
         f"gradiometer_rows_dropped_total{{{of}}}": (0, 0),
@@ -100,10 +103,11 @@ def put(rows: Rows, part: str, change: Change, start: float, stop: float = MINUT
     """Change the series that have each ``;``-separated piece of ``part`` in them, or add one that is written in full.
 
     A gauge is what ``change`` says from ``start`` to ``stop``; a counter gains what it says above what it had, and
-    keeps it. A function is given the number of samples since the start, from 1.
+    keeps it, also one that is born with it. A function is given the number of samples since the start, from 1.
     """
     names = [name for name in rows if all(piece in name for piece in part.split(";"))]
-    if not names:
+    born = not names
+    if born:
         assert part.endswith("}"), f"no series has {part}"
         names, rows[part] = [part], [None] * LENGTH
     places = _places(start, stop)
@@ -116,7 +120,7 @@ def put(rows: Rows, part: str, change: Change, start: float, stop: float = MINUT
         if counter:
             gained = (row[places[-1]] or 0.0) - (before[places[-1]] or 0.0)
             for place in _places(stop):
-                row[place] = None if row[place] is None else (row[place] or 0.0) + gained
+                row[place] = None if row[place] is None and not born else (row[place] or 0.0) + gained
 
 
 def gap(rows: Rows, start: float, minutes: float = 2.0) -> None:

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from gradiometer_dashboards.rules import ALERTS, Settings, prometheus_rules
+from gradiometer_dashboards.rules.annotations import fill
+from gradiometer_dashboards.rules.of_gradients import NONFINITE_LAYERS
 from gradiometer_dashboards.thresholds import THRESHOLDS
 from tests._alert_cases import Case, cases
 from tests._alert_series import MINUTES, samples
@@ -134,6 +136,41 @@ def test_annotations_name_whom_it_is_about(
     written = [" ".join(re.sub(r'([{ ])(\w+)="', r'\n\1  \2="', text).split(" " * 9)) for text in found]
     assert "error expanding" not in done.stdout + done.stderr
     golden("alerts.txt", "\n".join(written) + "\n")
+
+
+ORIGINS = [
+    ("born", "_x40 2x80", {19: {}, 20: {"head": 2}, 29: {"head": 2}, 30: {}}),
+    ("gains", "3x39 4x80", {19: {}, 20: {"head": 1}, 29: {"head": 1}, 30: {}}),
+    ("born before a gap", "_x38 2x3 _x14 2x60", {20: {"head": 2}, 25: {"head": 2}, 28: {"head": 2}, 40: {}}),
+    ("gains in a gap", "1x39 _x20 4x60", {25: {}, 30: {"head": 3}, 39: {"head": 3}, 40: {}}),
+    ("restarts", "5x39 _x4 1x80", {19: {}, 22: {"head": 1}, 28: {"head": 1}, 33: {}}),
+    ("leaves", "_x40 2x10 stale", {25: {"head": 2}, 29: {"head": 2}, 31: {}}),
+    ("known when first scraped", "2x80", {1: {"head": 2}, 9: {"head": 2}, 11: {}}),
+    ("none", "_x80", {20: {}}),
+]
+
+
+@pytest.mark.parametrize(("values", "named"), [case[1:] for case in ORIGINS], ids=[case[0] for case in ORIGINS])
+def test_where_it_began_is_named_while_it_is_news(
+    native_binary: Callable[[str], str], tmp_path: Path, values: str, named: dict[int, dict[str, float]]
+) -> None:
+    """A counter that is born with what it counted is named for ten minutes, like one that gains; not again after."""
+    of = 'job="J", run_id="r"'
+    origin = f'gradiometer_nonfinite_origin_total{{{of}, instance="a", layer="head"}}'
+    series = [{"series": origin, "values": values}]
+    tests = [
+        {
+            "expr": fill(NONFINITE_LAYERS, by="layer", of=of),
+            "eval_time": f"{minute}m",
+            "exp_samples": [{"labels": f'{{layer="{layer}"}}', "value": value} for layer, value in found.items()],
+        }
+        for minute, found in named.items()
+    ]
+    group = {"interval": "30s", "input_series": series, "promql_expr_test": tests}
+    (tmp_path / "test.yml").write_text(json.dumps({"tests": [group]}))
+    command: list[str | Path] = [native_binary("promtool"), "test", "rules", tmp_path / "test.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_limit_that_is_raised_is_noticed(simulate: Simulate) -> None:

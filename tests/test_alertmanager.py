@@ -183,7 +183,7 @@ def test_from_a_rule_of_prometheus_to_a_checkpoint_and_a_stop(
     )
     rule = {
         "alert": "GradientSpike",
-        "expr": "gradiometer_grad_norm_window_max > 20 * gradiometer_grad_norm_baseline",
+        "expr": "gradiometer_grad_norm_finite_window_max > 20 * gradiometer_grad_norm_baseline",
         "labels": {"action": "save-and-stop"},
         "annotations": {"summary": "the gradient norm of {{ $labels.run_id }} is {{ $value }}"},
     }

@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from gradiometer import Run, open_run
 from gradiometer.backward import BURST, EVERY, FIRST_STEPS, MICROBATCHES
 from gradiometer.records import Flag
+from gradiometer.tail import RankTail, frame
 from tests._training import assert_same, attach, backward, batch, hand_norms, loss_of, small_model, train
 
 
@@ -165,6 +166,23 @@ def test_the_first_bad_gradient_in_backward_order_is_named(tmp_path: Path, mode:
     assert run.parameters[place].rpartition(".")[0] == wanted
     (event,) = [event for event in run.events if event["kind"] == "nonfinite"]
     assert event["parameter"] == run.parameters[place]
+
+
+def test_with_nan_in_the_weights_every_step_begins_at_the_last_layer(tmp_path: Path) -> None:
+    """Of the layers in which steps began, the one with a single step is then where NaN came from."""
+    model = Deep()
+    optimizer = sgd(model)
+    with attach(tmp_path, model, optimizer) as agent:
+        train(model, optimizer, range(5))
+        model.poisoned = 0
+        train(model, optimizer, [5])
+        model.poisoned = None
+        train(model, optimizer, range(6, 12))
+    tail = RankTail(agent.path)
+    tail.poll()
+    found = [sample[1:] for sample in frame([tail], "finished").samples if "nonfinite_origin" in sample[0]]
+    tail.close()
+    assert [(labels[1], value) for labels, value in found] == [("layers.1", 6), ("layers.0", 1)]
 
 
 def test_a_bad_micro_batch_is_named_though_others_came_first(tmp_path: Path) -> None:

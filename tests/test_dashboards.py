@@ -50,7 +50,7 @@ COUNTERS_READ_AS_TOTALS = {"gradiometer_steps_total"}
 RATES = {"rate", "irate", "increase"}
 OVER_TIME = {f"{name}_over_time" for name in ("max", "min", "avg", "last", "count", "quantile", "sum", "present")}
 PEAKS = {("max_over_time", "$__interval"), ("max_over_time", "$__range")}
-NORMS = re.compile(r"gradiometer_(layer_|rank_microbatch_)?grad_norm_(last|window_max|baseline|quantile)")
+NORMS = re.compile(r"gradiometer_(layer_|rank_microbatch_)?grad_norm_(last|(finite_)?window_max|baseline|quantile)")
 
 each_dashboard = pytest.mark.parametrize("name", NAMES)
 
@@ -315,7 +315,10 @@ def test_target_counter_agg(target: Target) -> None:
     """Counters are drawn as rates or increases, never as they stand, unless they were born within the view."""
     rated = sorted(name for function, name, _ in target.ranges if function in RATES)
     counters = {name for name, m in CATALOGUE.items() if m.kind == "counter"} | set(PARTS)
-    born = re.findall(r"\((\w+)\{[^{}]*\} unless \1\{[^{}]*\} offset \$__range\)", target.expr)
+    born = re.findall(
+        r"\((?:last_over_time\()?(\w+)\{[^{}]*\}(?:\[\$__range\]\))? unless \1\{[^{}]*\} offset \$__range\)",
+        target.expr,
+    )
     read = Counter(name for name, _ in target.selectors if name in counters - COUNTERS_READ_AS_TOTALS)
     counted = sorted((read - Counter(2 * born)).elements())
     assert [name for name in rated if name not in COUNTERS_READ_AS_TOTALS] == counted

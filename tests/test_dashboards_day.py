@@ -118,7 +118,7 @@ def _view(database: Prometheus, board: str, seconds: int, width: int) -> View:
 def _is_peak(target: Target) -> bool:
     """Whether a graph or a heatmap draws norms' rolling maxima as they are."""
     drawn = "max_over_time" in target.expr and "[$__interval]" in target.expr and "/" not in target.expr
-    return drawn and "grad_norm_window_max" in target.expr and target.panel["type"] in ("timeseries", "heatmap")
+    return drawn and "_window_max" in target.expr and target.panel["type"] in ("timeseries", "heatmap")
 
 
 PEAKS = [each for each in every_target() if each.values[0].board in ("run", "layers") and _is_peak(each.values[0])]
@@ -159,7 +159,7 @@ def _missed(view: View, target: Target, seconds: int, expr: str) -> list[int]:
 def _naive(expr: str, *, window: bool) -> str:
     """Ask for the value of the newest step instead of the window's, or of the window's without its peak."""
     plain = re.sub(r"max_over_time\((\w+\{[^}]*\})\[\$__interval\]\)", r"\1", expr)
-    return plain if window else plain.replace("_window_max", "_last")
+    return plain if window else re.sub("(_finite)?_window_max", "_last", plain)
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])

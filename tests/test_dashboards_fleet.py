@@ -125,7 +125,8 @@ def _rank(run_id: str, host: str, rank: str, seconds: str) -> Iterator[Json]:
 
 def _fleet() -> list[Json]:
     """Three runs on two hosts: ``wide`` spans both and is in trouble, ``gone`` is lost, ``done`` had a GradScaler."""
-    norms = {"grad_norm_window_max": "12x80", "grad_norm_baseline": "2x80", "clip_ratio": "0.95x80"}
+    norms = {"grad_norm_window_max": "12x80", "grad_norm_finite_window_max": "12x80", "grad_norm_baseline": "2x80"}
+    norms["clip_ratio"] = "0.95x80"
     return [
         *_run("wide", "h1", "running", **norms, nonfinite_steps_total="0+1x80"),
         *_run("wide", "h2", "running", **norms, nonfinite_steps_total="0+1x80"),
@@ -226,7 +227,7 @@ def test_graphs_keep_the_twenty_that_matter(title: str, last: float, tmp_path: P
     for place in range(30):
         speed = f"0+{300 if place < 29 else 100}x20 {6000 if place < 29 else 2000}x60" if place == 29 else "0+300x80"
         series += _run(
-            f"r{place:02}", "h1", "running", grad_norm_window_max=f"{place}x80", grad_norm_baseline="1x80",
+            f"r{place:02}", "h1", "running", grad_norm_finite_window_max=f"{place}x80", grad_norm_baseline="1x80",
             nonfinite_steps_total=f"0+{place}x80", steps_total=speed,
         )  # fmt: skip
         series += _rank(f"r{place:02}", "h1", "0", f"{600 - place}x80")
@@ -268,16 +269,19 @@ def test_monitor_shows_only_what_failed(tmp_path: Path, native_binary: Binary) -
 
 @pytest.mark.native
 def test_one_infinite_norm_takes_no_axis(tmp_path: Path, native_binary: Binary) -> None:
-    """A run whose norm is not finite keeps its place in the table unless a GradScaler overflowed; no graph has it."""
-    norms = {"bad": "+Inf+0x80", "scaled": "+Inf+0x80", "good": "2+0x80"}
+    """Graphs have finite norms alone; the table has Inf of a run that is to have none, and of a GradScaler's not."""
+    norms = {"bad": "+Inf+0x80", "scaled": "+Inf+0x80", "none": "+Inf+0x80", "good": "2+0x80"}
+    finite = {"bad": "4+0x80", "scaled": "30+0x80", "good": "2+0x80"}
     series = [
         _sample(f"gradiometer_grad_norm_{name}", values, run_id=run, instance="h1")
         for run, window in norms.items()
-        for name, values in (("window_max", window), ("baseline", "1+0x80"))
+        for name, values in (("window_max", window), ("finite_window_max", finite.get(run)), ("baseline", "1+0x80"))
+        if values is not None
     ]
     series += [_sample("gradiometer_run_state", "1x80", run_id=run, state="running", instance="h1") for run in norms]
-    series.append(_sample("gradiometer_loss_scale", "65536x80", run_id="scaled", instance="h1"))
+    series += [_sample("gradiometer_loss_scale", "65536x80", run_id=run, instance="h1") for run in ("scaled", "none")]
     graph = panel_titled("fleet", "Norm / baseline")["targets"][0]["expr"]
     cells = _columns()["Norm / baseline"]
-    rows = f"sum by (run_id) ({cells} == bool Inf)"
-    _check(native_binary, tmp_path / "t.yml", series, {graph: _by_run(good=2), rows: _by_run(bad=1, good=0)})
+    rows = f"sum by (run_id) (clamp_max({cells}, 1e9))"
+    expected = {graph: _by_run(bad=4, scaled=30, good=2), rows: _by_run(bad=1e9, scaled=30, good=2)}
+    _check(native_binary, tmp_path / "t.yml", series, expected)

@@ -332,7 +332,7 @@ def test_runs_that_are_over_are_no_error(name: str, run_id: str, world: World) -
 
 
 def _peaks_of(target: Target) -> bool:
-    return "max_over_time(gradiometer_grad_norm_window_max" in target.expr
+    return "max_over_time(gradiometer_grad_norm_finite_window_max" in target.expr
 
 
 def test_known_spikes_are_seen(world: World) -> None:

@@ -200,7 +200,7 @@ def test_a_spike_survives_a_day(tmp_path: Path, native_binary: Binary) -> None:
     spike = "1x13 50 1x66"
     series = [_layer(name, "embed", spike) for name in ("grad_norm_window_max", "anomaly_score")]
     series += [_layer("nonfinite_total", "embed", "0x80")]
-    series += [_sample("gradiometer_grad_norm_window_max", spike, instance="h1")]
+    series += [_sample("gradiometer_grad_norm_finite_window_max", spike, instance="h1")]
     series += [_sample("gradiometer_layer_grad_norm_quantile", spike, instance="h1", q="1")]
     shown = {
         ("run", "Global gradient norm", 1): 50.0,
@@ -224,6 +224,46 @@ def _state(state: str) -> Iterator[Json]:
 def _alert(name: str, severity: str, run_id: str = RUN) -> Json:
     labels = {"alertname": name, "alertstate": "firing", "severity": severity, "run_id": run_id}
     return _sample("ALERTS", "1x80", **labels)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("scale", "finite", "shown"),
+    [("_x80", "6x80", 1e9), ("1024x80", "6x80", 3.0), ("1024x80", "_x80", None)],
+    ids=["without a scaler", "with one", "none finite"],
+)
+def test_overflows_of_a_scaler_hide_no_norm(
+    scale: str, finite: str, shown: float | None, tmp_path: Path, native_binary: Binary
+) -> None:
+    """Beside a GradScaler's overflows the largest finite norm is what is told; without one an Inf is."""
+    norms = {"grad_norm_window_max": "+Inf+0x80", "grad_norm_finite_window_max": finite, "grad_norm_baseline": "2x80"}
+    series = [_sample(f"gradiometer_{name}", values, instance="h1") for name, values in norms.items()]
+    series += [*_state("running"), _sample("gradiometer_loss_scale", scale, instance="h1")]
+    expr = f"clamp_max({_expr('run', 'Norm / baseline')}, 1e9)"
+    peak = _expr("run", "Global gradient norm", 1)
+    told = {} if shown is None else {'{state="running"}': shown}
+    _check(native_binary, tmp_path, series, (expr, told), (peak, {} if finite == "_x80" else {"{}": 6.0}))
+
+
+@pytest.mark.native
+def test_where_nan_began_is_counted_from_the_first_scrape(tmp_path: Path, native_binary: Binary) -> None:
+    """Of the layers whose counter was born, gained or left in view, and of no other; those with most steps alone."""
+    counters = {
+        "born": "_x30 2x60", "gains": "3x29 4x60", "left": "_x30 5x4 stale", "before": "3x100", "both": "_x28 1x4 2x60",
+    }  # fmt: skip
+    many = {f"other.{place}": f"_x30 {20 + place}x60" for place in range(9)}
+    expr = f"round({_expr('layers', 'Where NaN began', __range='5m')})"
+    for of, expected in (
+        (counters, {"born": 2.0, "gains": 1.0, "left": 5.0, "both": 2.0}),
+        (counters | many, {"left": 5.0, **{layer: 20.0 + place for place, layer in enumerate(many)}}),
+    ):
+        series = [
+            _sample("gradiometer_nonfinite_origin_total", values, layer=layer, instance=host)
+            for layer, values in of.items()
+            for host in ("h1", "h2")
+        ]
+        found = {f'{{layer="{layer}"}}': value for layer, value in expected.items()}
+        _check(native_binary, tmp_path, series, (expr, found))
 
 
 @pytest.mark.native
@@ -306,6 +346,7 @@ def _followed(board: str, title: str, fields: Mapping[str, str]) -> list[tuple[s
         ("layers", "Largest layers", ["layers", "run"]),
         ("layers", "Layers that stood out", ["layers", "run"]),
         ("layers", "Vanishing or exploding now", ["layers", "run"]),
+        ("layers", "Where NaN began", ["layers", "run"]),
         ("layers", "Norms of chosen layers", ["layers", "run"]),
     ],
 )

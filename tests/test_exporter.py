@@ -48,7 +48,9 @@ def _samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], np.float
 
 def test_it_says_what_the_monitor_says(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun) -> None:
     """Inside the process and in the daemon the same run has the same samples."""
-    recorder = write_run(make_manifest(policies=("clip",)), np.random.default_rng(0).random((20, 4)), clipped=1)
+    recorder = write_run(
+        make_manifest(policies=("clip",)), np.random.default_rng(0).random((20, 4)), clipped=1, first_nonfinite=2
+    )
     registry = CollectorRegistry()
     registry.register(made := collector(recorder))
     inside = generate_latest(registry).decode()

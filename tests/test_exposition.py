@@ -94,7 +94,8 @@ def small_runs(tmp_path: Path, make_manifest: MakeManifest, write_run: WriteRun)
     }
     norms = [[3.0, 4.0, 0.0, 12.0], [0.25, 0.5, 0.5, -0.0], [NAN, INF, 1.0, 1.0], [1.0, 2.0, 2.0, 4.0]]
     for rank in (0, 1):
-        recorder = write_run(make_manifest("first", rank=rank, **ended), norms[: 4 - rank], clipped=[6, 0, 5, 2])
+        columns: dict[str, Any] = {"clipped": [6, 0, 5, 2], "first_nonfinite": [-1, -1, 2, -1]}
+        recorder = write_run(make_manifest("first", rank=rank, **ended), norms[: 4 - rank], **columns)
         recorder.policies[:] = NAN
         recorder.policies[:, 1:3] = (0.5, 1.5), (0.125, 0.375)
         recorder.status.rows_dropped = 3
@@ -302,7 +303,7 @@ def test_budget_keeps_what_stands_out(
         kept = {labels[1] for name, labels in found if name == "gradiometer_layer_grad_norm_last"}
         assert len(ours) <= 200
         assert {"layer007", "layer123", "layer042"} <= kept
-        assert len(kept) > 30
+        assert len(kept) >= 30
         omitted = len(LAYER_METRICS) * (300 - len(kept))
         assert found["gradiometer_series_omitted", ("run",)] == omitted
         assert found["gradiometer_series_dropped_total", ("run",)] == scrape * omitted
@@ -450,6 +451,20 @@ def test_a_run_on_many_hosts_has_its_layers_once(
     assert {labels[0] for name, labels in found if name == "gradiometer_layer_nonfinite_total"} == {"lead", "other"}
 
 
+def test_origins_cost_what_was_non_finite(
+    tmp_path: Path, follow: Callable[[Path], Runs], make_manifest: MakeManifest, write_run: WriteRun
+) -> None:
+    """A thousand layers have no series of it; of those where NaN began, the twenty with most steps have one each."""
+    layers = [f"blocks.{place}" for place in range(1000)]
+    write_run(make_manifest("well", layers=layers), np.ones((30, 1000)))
+    first = [place for place in range(25) for _ in range(2 if place >= 22 else 1)]
+    write_run(make_manifest("ill", layers=layers, capacity=64), np.ones((len(first), 1000)), first_nonfinite=first)
+    exposition = Exposition(follow(tmp_path), series_budget=10_000, layers="none")
+    samples = _samples(exposition.render().decode())
+    found = {labels: value for (name, labels), value in samples.items() if name == "gradiometer_nonfinite_origin_total"}
+    assert found == {("ill", f"blocks.{place}"): 2 if place >= 22 else 1 for place in (*range(17), 22, 23, 24)}
+
+
 def test_layers_that_are_not_shown_take_nobodys_place(
     tmp_path: Path, follow: Callable[[Path], Runs], make_manifest: MakeManifest, write_run: WriteRun
 ) -> None:
@@ -457,6 +472,6 @@ def test_layers_that_are_not_shown_take_nobodys_place(
     many = [f"blocks.{place}" for place in range(100)]
     for run_id, rank in (("lead", 0), ("other", 1)):
         write_run(make_manifest(run_id, rank=rank, layers=many), np.ones((1, 100)))
-    exposition = Exposition(follow(tmp_path), series_budget=10_000, total_series=550, layers="lead")
+    exposition = Exposition(follow(tmp_path), series_budget=10_000, total_series=552, layers="lead")
     names = [name for name, _ in _samples(exposition.render().decode())]
     assert names.count("gradiometer_layer_nonfinite_total") == 100

@@ -24,7 +24,7 @@ from gradiometer_monitor.store import Store
 from tests._training import attach, batch, small_model
 
 if TYPE_CHECKING:
-    from tests.conftest import Append, MakeManifest, WriteRun
+    from tests.conftest import Append, MakeManifest, WaitUntil, WriteRun
 
 INF, NAN = math.inf, math.nan
 SECOND = 10**9
@@ -102,12 +102,14 @@ def test_ranks_are_compared_at_the_steps_that_both_have(
     assert monitored.by_rank("lag_seconds") == pytest.approx({0: 0, 1: (0.5 + 0.5 + 1 + 1) / 4})
 
 
-def test_one_rank_is_compared_with_nobody(monitored: Monitored, write_rank: Callable[..., Any]) -> None:
+def test_one_rank_is_compared_with_nobody(
+    monitored: Monitored, write_rank: Callable[..., Any], wait_until: WaitUntil
+) -> None:
     """Until another rank comes, late as it may be, nothing is said; then of both."""
     write_rank(0, [1.0] * 20)
     assert not [key for key in monitored.samples() if key[0].startswith("rank_")]
     write_rank(3, [1.0] * 15 + [NAN] + [1.0] * 4)
-    assert monitored.by_rank("norm_deviation") == {0: 0, 3: INF}
+    wait_until(lambda: monitored.by_rank("norm_deviation") == {0: 0, 3: INF})
 
 
 def test_a_rank_that_died_is_behind_and_no_longer_compared(
@@ -163,18 +165,47 @@ def test_updates_outlive_the_ring(
     assert monitored.samples()["nonfinite_updates_total",] == 4
 
 
+def test_origins_are_the_lowest_ranks_and_outlive_the_ring(
+    monitored: Monitored, make_manifest: MakeManifest, write_run: WriteRun, append: Append
+) -> None:
+    """Where NaN began is counted by layer, sparsely, and not lost when the ring turns while no monitor runs."""
+
+    def origins() -> dict[str, float]:
+        return {key[1]: value for key, value in monitored.samples().items() if key[0] == "nonfinite_origin_total"}
+
+    layers = ("a", "b", "b", "c")
+    first = {0: [2, -1, 1, 0], 1: [3, 3, 3, 3]}
+    recorders = [
+        write_run(make_manifest(rank=rank, world_size=2, capacity=8, layers=layers), [[1.0] * 4], first_nonfinite=-1)
+        for rank in first
+    ]
+    assert origins() == {}
+    for rank, recorder in enumerate(recorders):
+        append(recorder, [[NAN] * 4] * 4, first_nonfinite=first[rank])
+    assert origins() == {"b": 2, "a": 1}
+    monitored.close()
+    append(recorders[0], [[1.0] * 4] * 20)
+    append(recorders[0], [[NAN] * 4], first_nonfinite=1)
+    monitored.start()
+    assert origins() == {"b": 3, "a": 1}
+    monitored.restart()
+    assert origins() == {"b": 3, "a": 1}
+
+
 def test_counts_of_an_earlier_version_are_gone_on_from(make_manifest: MakeManifest, write_run: WriteRun) -> None:
-    """A monitor that did not count updates has left counts without them; nothing else of them is lost."""
-    recorder = write_run(make_manifest(layers=("a",)), [[1.0], [NAN]], flags=[0, BAD])
+    """A monitor that did not count updates or origins has left counts without; nothing else of them is lost."""
+    recorder = write_run(make_manifest(layers=("a",)), [[1.0], [NAN]], flags=[0, BAD], first_nonfinite=[-1, 0])
     tail = RankTail(recorder.path)
     tail.poll()
     counts = json.loads(json.dumps(tail.summary.counts()))
     tail.close()
     assert counts.pop("nonfinite_updates") == 1
+    assert counts.pop("origins") == {"0": 1}
     later = RankTail(recorder.path, lambda _: counts)
     later.poll()
     later.close()
     assert later.summary.nonfinite_updates == 0
+    assert later.summary.layers.most_origins(1) == []
     assert later.summary.grad_norm.cumulative[-1] == 2
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,47 @@ def test_window_starts_anew_when_the_clock_is_set_back() -> None:
 def test_window_of_nothing_is_unknown() -> None:
     """Before the first row a maximum is NaN."""
     assert np.isnan(WindowMax(3).max()).all()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=Steps, cut=st.integers(0, 60))
+def test_finite_window_max_is_the_largest_finite_norm(
+    make_manifest: MakeManifest, steps: list[tuple[int, float]], cut: int
+) -> None:
+    """Of the norms of the last minute, to a bucket more, NaN and Inf are none; the other maximum has Inf."""
+    times = np.cumsum([seconds for seconds, _ in steps]).astype(np.int64) * SECOND
+    norms = [value for _, value in steps]
+    manifest = make_manifest(layers=("a",))
+    summary = RunSummary(manifest)
+    rows = _rows(manifest, np.zeros((len(norms), 1)), time_ns=times, grad_norm_preclip=norms)
+    for part in (rows[:cut], rows[cut:]):
+        summary.update(part, STATUS_ZERO)
+    window = int(WINDOW_SECONDS * SECOND)
+
+    def largest(reach_ns: int) -> float:
+        recent = [norm for at, norm in zip(times, norms, strict=True) if times[-1] - at < reach_ns]
+        return max((norm for norm in recent if math.isfinite(norm)), default=-1.0)
+
+    found = summary.grad_norm_finite_window_max
+    assert largest(window) <= (-1.0 if math.isnan(found) else found) <= largest(window + BUCKET_NS)
+    if INF in norms and times[-1] - times[0] < window:
+        assert summary.grad_norm_window_max == INF
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=st.lists(st.integers(-1, 4), min_size=1, max_size=40), cut=st.integers(0, 40))
+def test_origins_like_a_loop(make_manifest: MakeManifest, first: list[int], cut: int) -> None:
+    """A step counts for the layer of its first non-finite parameter; with none, or one that is not there, for none."""
+    manifest = make_manifest(layers=("a", "b", "a", "c"))
+    summary = RunSummary(manifest)
+    rows = _rows(manifest, np.ones((len(first), 4)), first_nonfinite=first)
+    for part in (rows[:cut], rows[cut:]):
+        summary.update(part, STATUS_ZERO)
+    layers = {0: "a", 1: "b", 2: "a", 3: "c"}
+    expected = Counter(layers[each] for each in first if each in layers)
+    assert {name: n for name, n in zip("abc", summary.layers.origins.tolist(), strict=True) if n} == dict(expected)
+    most = [summary.layers.names[place] for place in summary.layers.most_origins(2)]
+    assert most == sorted(expected, key=lambda name: (-expected[name], name))[:2]
 
 
 norms_lists = st.lists(

@@ -93,7 +93,7 @@ class LayerSummary:
     """Norms of every layer, composed from those of its parameters; arrays are in the order of ``Manifest.layers``."""
 
     def __init__(self, manifest: Manifest) -> None:
-        index = manifest.layer_index
+        self._index = index = manifest.layer_index
         self.names = manifest.layers
         count = len(self.names)
         self._norms = LayerNorms(manifest)
@@ -113,6 +113,8 @@ class LayerSummary:
         self.present: Mask = np.zeros(count, np.bool_)
         """Layers that had a gradient in the newest row, bool[L]."""
         self.nonfinite: Integers = np.zeros(count, np.int64)
+        self.origins: Integers = np.zeros(count, np.int64)
+        """Steps whose first non-finite gradient, in the order of the backward pass, was one of the layer, int64[L]."""
         self._window, self._baseline = WindowMax(count), LayerBaseline(count)
         self._peak: Floats | None = None
         self._below, self._above = Streak(count), Streak(count)
@@ -136,6 +138,18 @@ class LayerSummary:
             room = self._baseline.room
             self._judge(norms[:room], ~absent[:room])
             norms, absent = norms[room:], absent[room:]
+
+    def originate(self, parameters: npt.NDArray[np.int32]) -> None:
+        """Count the steps whose first non-finite parameters these are, int32[T]; below 0 there was none."""
+        found = parameters[(parameters >= 0) & (parameters < len(self._index))]
+        if len(found):
+            self.origins += np.bincount(self._index[found], minlength=len(self.origins))
+
+    def most_origins(self, limit: int) -> list[int]:
+        """Return the places of the layers with most :attr:`origins`, at most ``limit``; of equals the first ones."""
+        places = self.origins.nonzero()[0]
+        first: list[int] = places[np.argsort(-self.origins[places], kind="stable")[:limit]].tolist()
+        return first
 
     def _warm_up(self, norms: Floats) -> None:
         """Add up the first log norms, for :meth:`anomaly`."""
@@ -261,12 +275,17 @@ class RunSummary:
         self.trail = StepTrail()
         """The newest steps, by which the rank is compared with the others."""
         self._replicas = replicas(manifest)
-        self._window, self._clipped, self._skipped = WindowMax(1), WindowRatio(), LongestStreak()
+        self._window, self._clipped, self._skipped = WindowMax(2), WindowRatio(), LongestStreak()
         self._baseline, self._finite = np.empty(0), 0
 
     @property
     def grad_norm_window_max(self) -> float:
         return float(self._window.max()[0])
+
+    @property
+    def grad_norm_finite_window_max(self) -> float:
+        """Largest norm in the window that was finite, which a GradScaler's overflows do not hide; NaN without any."""
+        return float(self._window.max()[1])
 
     @property
     def grad_norm_baseline(self) -> float:
@@ -319,6 +338,7 @@ class RunSummary:
             self.own_nonfinite = bad + (self.own_nonfinite or 0)
         used = (flags & _USED) == _NONFINITE
         self.nonfinite_updates += int(np.count_nonzero(used & ~np.isfinite(rows["grad_norm_postclip"])))
+        self.layers.originate(rows["first_nonfinite"])
 
     def _update_windows(self, rows: Rows, time_ns: Integers, norms: Floats) -> None:
         flags = rows["flags"]
@@ -326,11 +346,12 @@ class RunSummary:
         if len(hooked):
             self.noise.update(hooked, self._replicas)
             self.microbatch_norm = float(microbatch_norms(hooked[-1:])[0])
-        self._window.add(time_ns, norms[:, None])
+        known = np.isfinite(norms)
+        self._window.add(time_ns, np.stack([norms, np.where(known, norms, np.nan)], axis=1))
         self._clipped.add(time_ns, (flags & np.uint32(Flag.CLIPPED)) != 0)
         self._skipped.add(time_ns, (flags & np.uint32(Flag.SKIPPED)) != 0, rows["optimizer"].astype(np.int64))
         self.trail.add(rows)
-        finite = norms[np.isfinite(norms)]
+        finite = norms[known]
         self._baseline, self._finite = (
             np.concatenate([self._baseline, finite])[-BASELINE_STEPS:],
             self._finite + len(finite),
@@ -371,6 +392,7 @@ class RunSummary:
             "grad_norm": self.grad_norm.state,
             "step_seconds": self.step_seconds.state,
             "layers": {str(place): int(self.layers.nonfinite[place]) for place in self.layers.nonfinite.nonzero()[0]},
+            "origins": {str(place): int(self.layers.origins[place]) for place in self.layers.origins.nonzero()[0]},
             "exported": self.layers.exported.nonzero()[0].tolist() if not self.layers.exported.all() else None,
         }
 
@@ -384,10 +406,12 @@ class RunSummary:
         self.step_seconds.resume(counts["step_seconds"])
         for place, count in counts["layers"].items():
             self.layers.nonfinite[int(place)] = count
+        for place, count in counts.get("origins", {}).items():  # which earlier monitors did not count
+            self.layers.origins[int(place)] = count
         self.layers.exported[slice(None) if counts["exported"] is None else counts["exported"]] = True
         self.uncounted, self.rows_missed = int(counts["uncounted"]), int(counts["rows_missed"])
         self.loss, self.own_nonfinite = counts["loss"], counts["own_nonfinite"]
-        self.nonfinite_updates = int(counts.get("nonfinite_updates", 0))  # which earlier monitors did not count
+        self.nonfinite_updates = int(counts.get("nonfinite_updates", 0))  # nor these
         self._counted = int(counts["sequence"])
 
 

@@ -36,7 +36,7 @@ __all__ = ["Beside", "Frame", "RankTail", "RunState", "Sample", "frame", "identi
 POLL_BYTES = 4 * 2**20
 """Bytes of rows that one poll reads at most, so that a scrape does not wait long; a larger row is read alone."""
 NAMED_LAYERS = 20
-"""Vanishing layers, and exploding ones, that a scrape names; the others are counted."""
+"""Vanishing layers, exploding ones, and those where gradients first went non-finite, that a scrape names of each."""
 RunState = Literal["running", "finished", "lost"]
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -234,6 +234,7 @@ def frame(ranks: Sequence[RankTail], state: RunState) -> Frame:
         *_policy_samples(lead),
         *_action_samples(lead),
         *_layer_states(lead),
+        *_origins(lead),
         *(sample for tail, row in zip(ranks, newest, strict=True) for sample in _rank_samples(tail, row)),
     ]
     summary = lead.summary
@@ -298,6 +299,7 @@ def _gauges(ranks: Sequence[RankTail], newest: np.void | None) -> Iterator[tuple
     yield "grad_noise_scale", noise_scale(tail.summary.noise for tail in ranks).scale
     yield "grad_cosine", summary.layers.cosine
     yield "grad_norm_window_max", summary.grad_norm_window_max
+    yield "grad_norm_finite_window_max", summary.grad_norm_finite_window_max
     yield "grad_norm_baseline", summary.grad_norm_baseline
     yield "grad_norm_mad", summary.grad_norm_mad
     yield "clip_ratio", summary.clip_ratio
@@ -346,6 +348,13 @@ def _layer_states(tail: RankTail) -> Iterator[Sample]:
         yield f"gradiometer_layers_{state}", (tail.run_id,), len(places)
         for place in places[:NAMED_LAYERS].tolist():
             yield "gradiometer_layer_state", (tail.run_id, layers.names[place], state), 1
+
+
+def _origins(tail: RankTail) -> Iterator[Sample]:
+    """Yield where gradients first went non-finite: a series a layer would be too many for what most never are."""
+    layers = tail.summary.layers
+    for place in layers.most_origins(NAMED_LAYERS):
+        yield "gradiometer_nonfinite_origin_total", (tail.run_id, layers.names[place]), int(layers.origins[place])
 
 
 def _rank_samples(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:

@@ -84,13 +84,14 @@ def increase_in_view(name: str, *, of: Selector = RUN) -> str:
     return f"increase({series(name, of=of)}[$__range])"
 
 
-def gained_in_view(name: str, *, of: Selector = RUN) -> str:
+def gained_in_view(name: str, *, of: Selector = RUN, left: bool = False) -> str:
     """Count what a counter gained in the time range, with what it held when it was first scraped within it.
 
-    A run whose third step takes NaN has counted it before its first scrape, and ``increase`` begins with that.
+    A run whose third step takes NaN has counted it before its first scrape, and ``increase`` begins with that. With
+    ``left`` that is counted of series too that are no longer there, which takes another look at the whole range.
     """
     counter, gained = series(name, of=of), increase_in_view(name, of=of)
-    born = f"({counter} unless {counter} offset $__range)"
+    born = f"({f'last_over_time({counter}[$__range])' if left else counter} unless {counter} offset $__range)"
     return f"({born} > {gained} or {gained} or {born})"
 
 

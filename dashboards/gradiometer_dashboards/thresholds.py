@@ -12,7 +12,7 @@ class Thresholds:
     """The limits, each with its unit in its name or its comment; ratios are from 0 to 1."""
 
     spike_ratio: float = 10.0
-    """Largest norm of the window over the run's baseline."""
+    """Largest finite norm of the window over the run's baseline."""
     spike_deviations: float = 20.0
     """And by how many median absolute deviations the norm is above the baseline, which spares runs that are noisy."""
     warm_up_steps: int = 1000

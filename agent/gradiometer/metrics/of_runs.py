@@ -29,6 +29,13 @@ OF_RUNS = (
         help=f"Largest global L2 norm before clipping in the last {WINDOW_SECONDS:g} s of steps.",
     ),
     Metric(
+        name="gradiometer_grad_norm_finite_window_max",
+        kind="gauge",
+        labels=_RUN,
+        help=f"Largest finite global L2 norm before clipping in the last {WINDOW_SECONDS:g} s of steps; left out while "
+        "none was finite.",
+    ),
+    Metric(
         name="gradiometer_grad_norm_baseline",
         kind="gauge",
         labels=_RUN,
@@ -71,6 +78,13 @@ OF_RUNS = (
         kind="counter",
         labels=_LAYER,
         help="Steps in which a gradient of the layer held NaN or Inf.",
+    ),
+    Metric(
+        name="gradiometer_nonfinite_origin_total",
+        kind="counter",
+        labels=_LAYER,
+        help="Steps whose first non-finite gradient, in the order of the backward pass, was one of the layer; only "
+        "layers that ever were, at most 20, those with most such steps.",
     ),
     Metric(
         name="gradiometer_layer_anomaly_score",

@@ -57,9 +57,9 @@ def _by_run(name: str) -> str:
 NORM_OVER_TIME = Query(
     expr=chosen_in_view(
         # One Inf would take the axis with it; that a norm was not finite is said by the panel beside.
-        f"max by (run_id) ({peak('gradiometer_grad_norm_window_max', of=FLEET)})"
-        f" / {_by_run('gradiometer_grad_norm_baseline')} < Inf",
-        f"max by (run_id) ({over_view('max_over_time', 'gradiometer_grad_norm_window_max', of=FLEET)})"
+        f"max by (run_id) ({peak('gradiometer_grad_norm_finite_window_max', of=FLEET)})"
+        f" / {_by_run('gradiometer_grad_norm_baseline')}",
+        f"max by (run_id) ({over_view('max_over_time', 'gradiometer_grad_norm_finite_window_max', of=FLEET)})"
         f" / max by (run_id) ({over_view('avg_over_time', 'gradiometer_grad_norm_baseline', of=FLEET)})",
     ),
     legend="{{run_id}}",
@@ -196,7 +196,7 @@ def _over_time() -> Section:
         12,
         "Norm / baseline",
         "none",
-        "Largest global norm of a minute as a multiple of the run's own median, of the 20 runs with the highest peak "
+        "Largest finite norm of a minute as a multiple of the run's own median, of the 20 runs with the highest peak "
         f"in view. Around one is usual; the red line, at {THRESHOLDS.spike_ratio:g}, is where the alert for spikes is.",
     )
     nonfinite = card(

@@ -41,12 +41,13 @@ AGE = age()
 SPEED = f"max by (run_id) ({rate('gradiometer_steps_total', of=FLEET)})"
 _SCALED = f"max by (run_id) ({series('gradiometer_loss_scale', of=FLEET)}) > 0"
 """Runs with a GradScaler, which finds its scale by steps that are not finite and skips them."""
-_LARGEST = (
-    f"max by (run_id) ({series('gradiometer_grad_norm_window_max', of=FLEET)})"
+_LARGEST, _FINITE = (
+    f"max by (run_id) ({series(f'gradiometer_grad_norm_{name}', of=FLEET)})"
     f" / max by (run_id) ({series('gradiometer_grad_norm_baseline', of=FLEET)})"
+    for name in ("window_max", "finite_window_max")
 )
-LARGEST_NORM = f"(({_LARGEST} < Inf or {_LARGEST} unless on (run_id) {_SCALED}) and on (run_id) ({STATE} > 0))"
-"""Nothing where a GradScaler overflowed within the last minute, nor of a run that is finished."""
+LARGEST_NORM = f"(({_LARGEST} unless on (run_id) {_SCALED} or {_FINITE}) and on (run_id) ({STATE} > 0))"
+"""The largest finite one where a GradScaler overflows, else Inf where a norm was; nothing of a run that is finished."""
 
 
 def _of_every_run(expr: str) -> str:
@@ -80,8 +81,9 @@ DESCRIPTION = (
     "orange or red ones are where to look. A name leads to the run, a number to its layers or ranks. A run that is "
     "over leaves the table after 15 minutes, and one whose monitor is down at once, so see the monitors above too. "
     "Norm / baseline is the largest norm of the last minute as a multiple of the run's own median, of those not "
-    f"finished; in their first {THRESHOLDS.warm_up_steps} steps norms fall fast, and red means little. Steps that went "
-    "wrong are counted in view."
+    "finished, and with a GradScaler the largest finite one; in their first "
+    f"{THRESHOLDS.warm_up_steps} steps norms fall fast, and red means little. Steps that went wrong are counted in "
+    "view."
 )
 
 

@@ -15,7 +15,7 @@ from gradiometer_dashboards.panels import Card, Panel
 from gradiometer_dashboards.promql import Query, Selector
 from gradiometer_dashboards.queries import layers as layer_queries
 from gradiometer_dashboards.queries.layers import IN_GRAPH, IN_MAP, IN_TABLE, LAYERS
-from gradiometer_dashboards.tables import Column, joined, link_within
+from gradiometer_dashboards.tables import Column, joined, labelled, link_within
 
 __all__ = ["largest", "layer_link", "layers"]
 
@@ -118,7 +118,7 @@ def _counts() -> list[Panel]:
         "Layers with NaN or Inf in view",
         "locale",
         "Layers that held a gradient of NaN or Inf in some step of the time shown. 0 is good; if it is all of them, "
-        "one bad batch or loss will do, and the incident's annotation names the first.",
+        "one bad batch or loss will do, and the table Where NaN began, below, names the first.",
         width=5,
         height=4,
     )
@@ -294,12 +294,14 @@ def _trouble() -> Section:
         "locale",
         "How many layers vanish or explode, all layers counted. Anything above zero for longer than a few scrapes is "
         "worth a look at their names beside.",
+        width=12,
     )
     named = Card(
         17,
         "Vanishing or exploding now",
         "none",
         "The layers that vanish or explode, at most 20 of each. Nothing here is good.",
+        width=12,
     )
     nonfinite = Card(
         18,
@@ -307,6 +309,18 @@ def _trouble() -> Section:
         "short",
         "Steps in which a gradient of the layer held NaN or Inf, counted over the last few scrapes. Nothing here is "
         f"good. Of more than {IN_GRAPH} layers, those with most such steps in the time shown. {_CHOSEN}",
+        width=12,
+    )
+    origins = Card(
+        20,
+        "Where NaN began",
+        "none",
+        "Layers whose gradient was the first of a step, in the order of the backward pass, to hold NaN or Inf, and how "
+        "many steps of the time shown began there. From there NaN spreads. The model's last layer says little: the "
+        "loss, or what comes before it, was not finite, as in every step once NaN is in the weights. In steps without "
+        "armed backward hooks the order is that of the last one with them, or else presumed: the parameters' own, "
+        f"backwards. The {IN_TABLE} with most such steps; empty is good.",
+        width=12,
     )
     outstanding = Card(
         19,
@@ -321,6 +335,7 @@ def _trouble() -> Section:
         panels.bars(counts, *layer_queries.STATE_COUNTS),
         _states(named),
         _by_layer(panels.bars(nonfinite, layer_queries.NONFINITE).no_value("none")),
+        _origins(origins),
         _outstanding(outstanding),
     ]
 
@@ -333,6 +348,12 @@ def _states(card: Card) -> table.Panel:
         Column(title="Newest norm", expr=newest, unit="sci", decimals=2),
     ]
     return joined(card, Column(title="Layer", label="layer", links=_here()), columns, state)
+
+
+def _origins(card: Card) -> table.Panel:
+    query = Query(expr=f"topk({IN_TABLE}, {layer_queries.origins_in_view()})", legend="{{layer}}")
+    columns = [Column(title="Layer", label="layer", links=_here()), Column(title="Steps that began here", decimals=0)]
+    return labelled(card, query, columns).no_value("none")
 
 
 def _outstanding(card: Card) -> table.Panel:

@@ -81,8 +81,8 @@ def _healthy() -> list[stat.Panel]:
         "none",
         "Largest global norm of the last minute as a multiple of the run's own median. Near 1 to 3 is usual; red, "
         f"{THRESHOLDS.spike_ratio:g}, is a spike. In the first {THRESHOLDS.warm_up_steps} steps norms fall fast, "
-        "and it means little. A GradScaler that overflowed within the minute leaves none finite, as usual. Blue once "
-        "the run has finished.",
+        "and it means little. With a GradScaler it is the largest finite one, as overflows are its way of working; "
+        "otherwise one Inf makes it Inf. Blue once the run has finished.",
         width=3,
         height=4,
     )
@@ -137,7 +137,7 @@ def _gradient() -> Section:
         6,
         "Global gradient norm",
         "none",
-        "L2 norm of all gradients before clipping: of the newest step, and the largest of the last minute "
+        "L2 norm of all gradients before clipping: of the newest step, and the largest finite one of the last minute "
         "so that a spike of one step stays visible. Baseline is the median of the recent finite steps, and above the "
         "dashed line is a spike. A threshold is in the units of what its policy bounds, which need not be this norm. "
         "NaN and Inf are not drawn: they are in the incidents.",

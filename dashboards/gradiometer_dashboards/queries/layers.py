@@ -14,6 +14,7 @@ from gradiometer_dashboards.promql import (
     by_number,
     chosen_in_view,
     finite,
+    gained_in_view,
     increase,
     increase_in_view,
     over_view,
@@ -51,6 +52,7 @@ __all__ = [
     "largest_in_view",
     "nonfinite_in_view",
     "only_first",
+    "origins_in_view",
     "share",
     "state",
     "worst_score",
@@ -193,6 +195,11 @@ def largest_in_view(of: Selector = LAYERS) -> str:
 def nonfinite_in_view(of: Selector = LAYERS) -> str:
     """Count the steps of the view in which each layer held NaN or Inf."""
     return f"max by (layer) ({increase_in_view(_COUNTER, of=of)})"
+
+
+def origins_in_view(of: Selector = LAYERS) -> str:
+    """Count the steps of the view whose first non-finite gradient was one of each layer; of no others."""
+    return f"(max by (layer) ({gained_in_view('gradiometer_nonfinite_origin_total', of=of, left=True)}) > 0)"
 
 
 def only_first(expr: str, rank: str) -> str:

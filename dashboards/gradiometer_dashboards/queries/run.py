@@ -78,10 +78,13 @@ STEPS = Query(expr=f"max({series('gradiometer_steps_total')})", legend="steps")
 _AGE = f"time() - min({series('gradiometer_last_step_timestamp_seconds')})"
 DATA_AGE = Query(expr=f"({_AGE}) * on () group_right () (max by (state) ({_STATES}) == 1)", legend="{{state}}")
 """By state: a long time is bad of a run that is running, and says nothing of one that is over."""
-_LARGEST = f"max({series('gradiometer_grad_norm_window_max')}) / max({series('gradiometer_grad_norm_baseline')})"
-_FINITE = f"{_LARGEST} < Inf or {_LARGEST} unless on () {series('gradiometer_loss_scale')} > 0"
+_LARGEST, _FINITE = (
+    f"max({series(f'gradiometer_grad_norm_{name}')}) / max({series('gradiometer_grad_norm_baseline')})"
+    for name in ("window_max", "finite_window_max")
+)
+_TELLING = f"{_LARGEST} unless on () {series('gradiometer_loss_scale')} > 0 or {_FINITE}"
 NORM_OVER_BASELINE = Query(
-    expr=f"({_FINITE}) * on () group_right () (max by (state) ({_STATES}) == 1)", legend="{{state}}"
+    expr=f"({_TELLING}) * on () group_right () (max by (state) ({_STATES}) == 1)", legend="{{state}}"
 )
 """By state: of a run that is over it is the last minute that there was, and nobody has to look."""
 CLIPPED_NOW = Query(expr=f"max({series('gradiometer_clip_ratio')})", legend="clipped")
@@ -103,7 +106,7 @@ NORM_LAST = Query(
     expr=finite(f"max({series('gradiometer_grad_norm_last')})"), legend="newest step", colour=colours.NORM
 )
 NORM_PEAK = Query(
-    expr=finite(f"max({peak('gradiometer_grad_norm_window_max')})"), legend="window maximum", colour=colours.PEAK
+    expr=f"max({peak('gradiometer_grad_norm_finite_window_max')})", legend="window maximum", colour=colours.PEAK
 )
 _BASELINE = f"max({series('gradiometer_grad_norm_baseline')})"
 NORM_BASELINE = Query(expr=_BASELINE, legend="baseline", colour=colours.BASELINE)

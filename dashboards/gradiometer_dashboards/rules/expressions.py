@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from gradiometer_dashboards.promql import metric
 
-__all__ = ["all_of", "highest", "indented", "moved", "newest", "peak_norm", "running"]
+__all__ = ["all_of", "gained", "highest", "indented", "moved", "newest", "peak_norm", "running"]
 
 
 def highest(name: str, by: Iterable[str], *, of: str = "", over: str = "", reduce: str = "max_over_time") -> str:
@@ -25,11 +25,8 @@ def newest(name: str, by: Iterable[str], over: str, *, of: str = "") -> str:
 
 
 def peak_norm(by: Iterable[str]) -> str:
-    """Take the largest finite norm of 3 minutes: a GradScaler that finds its scale makes one Inf now and then.
-
-    The peaks are those of a minute, so that it is enough to look at them every 15 s.
-    """
-    return f"max by ({', '.join(by)}) (max_over_time(({metric('gradiometer_grad_norm_window_max')} < Inf)[3m:15s]))"
+    """Take the largest finite norm of 3 minutes: a GradScaler that finds its scale makes one Inf now and then."""
+    return highest("gradiometer_grad_norm_finite_window_max", by, over="3m")
 
 
 def moved(name: str, by: Iterable[str], *, of: str = "", born: bool = True) -> str:
@@ -45,6 +42,24 @@ def moved(name: str, by: Iterable[str], *, of: str = "", born: bool = True) -> s
     since = [f"({now} - {before}) > 0", f"{grouped} (increase({selected}[10m])) > 0"]
     since += [f"({now} unless {before})"] if born else []
     return "\nor ".join([*since, f"0 * {now}"])
+
+
+def gained(name: str) -> str:
+    """Select, for the ``expr`` of a ``Who``, the series of a sparse counter that gained some in the last 10 minutes.
+
+    Such a counter is born with what it has counted by then, which ``increase`` alone does not see, nor what it gained
+    while nobody scraped. A gap that is going on changes nothing.
+    """
+    selected = f"{metric(name)}<of>"
+    now, before, gain = (
+        f"max by (<by>) ({function}({selected}{span}))"
+        for function, span in (
+            ("last_over_time", "[10m]"),
+            ("last_over_time", "[1h] offset 10m"),
+            ("increase", "[10m]"),
+        )
+    )
+    return f"({now} - {before} > 0 or {gain} > 0 or {now} unless {before})"
 
 
 def running(by: Iterable[str]) -> str:

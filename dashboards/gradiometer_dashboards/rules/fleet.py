@@ -26,8 +26,9 @@ Reduction = Literal["max", "min", "each"]
 """Over the hosts of a run; ``each`` stays a series a host."""
 
 _SAME = (
-    "grad_norm", "grad_norm_window_max", "grad_norm_mad", "clip_ratio", "layer_grad_norm_last",
-    "layer_grad_norm_window_max", "layer_grad_norm_quantile", "layer_nonfinite_total", "layer_anomaly_score",
+    "grad_norm", "grad_norm_window_max", "grad_norm_finite_window_max", "grad_norm_mad", "clip_ratio",
+    "layer_grad_norm_last", "layer_grad_norm_window_max", "layer_grad_norm_quantile", "layer_nonfinite_total",
+    "nonfinite_origin_total", "layer_anomaly_score",
     "layers_vanishing", "layers_exploding", "layer_state", "layer_weight_norm", "layer_update_ratio",
     "layer_grad_cosine", "grad_cosine", "grad_noise_scale", "skipped_steps_in_a_row", "clip_events_total",
     "clip_threshold", "policy_revision", "policy_changes_total", "policy_rejections_total", "policy_actions_total",
@@ -96,7 +97,8 @@ def _render(settings: Settings, *, layers: bool) -> str:
 
 def of_layers(metric: Metric) -> bool:
     """Tell whether a metric comes and goes with the monitors' setting ``layers``, or is joined with one that does."""
-    return metric.labels == ("run_id", "layer") or metric.name == "gradiometer_series_omitted"
+    by_layer = metric.labels == ("run_id", "layer") and metric.name.startswith("gradiometer_layer_")
+    return by_layer or metric.name == "gradiometer_series_omitted"
 
 
 def _group(metric: Metric) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gradiometer_dashboards.rules.expressions import all_of, highest, indented, newest, peak_norm
+from dataclasses import replace
+
+from gradiometer_dashboards.rules.expressions import all_of, gained, highest, indented, newest, peak_norm
 from gradiometer_dashboards.rules.model import Alert, Settings, Who
 from gradiometer_dashboards.rules.recording import (
     CLIPPED,
@@ -14,13 +16,14 @@ from gradiometer_dashboards.rules.recording import (
     STEPS,
 )
 
-__all__ = ["of_gradients"]
+__all__ = ["NONFINITE_LAYERS", "of_gradients"]
 
 SCALE_SEARCH = 30
 """Halvings more that the scale of a GradScaler may take in the first steps: some begin at 2 ** 32."""
-NONFINITE_LAYERS = Who(
-    expr="sum by (<by>) (increase(gradiometer_layer_nonfinite_total<of>[10m])) > 0", label="layer", noun="layer"
-)
+NONFINITE_LAYERS = Who(expr=gained("gradiometer_nonfinite_origin_total"), label="layer", noun="first seen in layer")
+"""Where most steps began: NaN spreads through the backward pass, so that most layers, or all, have as many steps."""
+ORIGIN = replace(NONFINITE_LAYERS, expr=f"1 / {NONFINITE_LAYERS.expr}")
+"""Where fewest began: once NaN is in the weights so is it in the loss, and every step begins at the last layer."""
 HIGHEST_LAYER = Who(
     expr="max by (<by>) (max_over_time(gradiometer_layer_anomaly_score<of>[3m])) > 3", label="layer", noun="layer"
 )
@@ -52,7 +55,7 @@ def _nonfinite_update(settings: Settings) -> Alert:
         summary="Run {{ $labels.run_id }}: the optimizer moved the parameters by non-finite gradients<who>",
         description="<count> step(s) of the last 10 minutes took gradients with NaN or Inf into the weights. Every "
         "step since computes with them: stop the run, go back to a checkpoint, and let a policy skip such steps.",
-        who=NONFINITE_LAYERS,
+        who=ORIGIN,
         dashboard="run",
         panel=10,
     )
@@ -192,7 +195,7 @@ def _skipping(settings: Settings) -> Alert:
         by=by,
         summary="Run {{ $labels.run_id }}: <count> steps in a row did not move the parameters",
         description=f"<count> consecutive steps were skipped, more than {limit}: the run burns time and learns "
-        "nothing. Look at the layers that are not finite<who>, and at the loss scale.",
+        "nothing. Look where gradients were not finite<who>, and at the loss scale.",
         who=NONFINITE_LAYERS,
         dashboard="run",
         panel=10,
@@ -210,9 +213,9 @@ def _loss(settings: Settings) -> Alert:
         limit=0,
         by=by,
         summary="Run {{ $labels.run_id }}: the loss is not finite",
-        description="The newest loss that the job logged is NaN or Inf<who>. Unless this was one bad batch whose step "
-        "was skipped, the run is lost.",
-        who=NONFINITE_LAYERS,
+        description="The newest loss that the job logged is NaN or Inf. Unless this was one bad batch whose step was "
+        "skipped, the run is lost. Its gradients tell more, if they are not finite either<who>.",
+        who=ORIGIN,
         dashboard="run",
         panel=11,
     )
