@@ -32,6 +32,7 @@ from tests._grafana_answers import UID, Json, RefusalError
 from tests._grafana_answers import require_role as _may
 from tests._grafana_answers import require_there as _there
 from tests._grafana_rules import DISABLE_PROVENANCE, RULE_ROUTES, RuleStub
+from tests._ports import free_ports
 
 VERSION = "12.3.1"
 TOKENS = {"glsa_admin_0123456789": "Admin", "glsa_editor_0123456789": "Editor", "glsa_viewer_0123456789": "Viewer"}
@@ -347,10 +348,10 @@ class StubServer:
 
     def __init__(self, prefix: str = "") -> None:
         self.stub, self._server = Stub(prefix), None
+        (self.port,) = free_ports(1)
         self.up()
         self.url = f"http://127.0.0.1:{self.port}{prefix}"
 
-    port = 0
     _server: _Server | None
 
     def up(self, tls: ssl.SSLContext | None = None) -> None:

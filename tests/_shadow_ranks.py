@@ -77,7 +77,7 @@ def restoring(rank: int, world: int) -> dict[str, Any]:
     """Ranks go on from different checkpoints, from one that only one can use, from the same, or not all of them."""
     model = parallel("ddp")
     optimizer, said = sgd(model), list[str]()
-    with attach(model, optimizer, patience=2.0) as agent:
+    with attach(model, optimizer, patience=8.0) as agent:
         train(agent, model, optimizer, lambda step: mine(step, rank, world), steps=range(2))
         state = agent.state_dict()
         for given in ({**state, "step": rank}, {**state, "version": 2 + rank}):

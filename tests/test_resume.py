@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from gradiometer import open_run
+from tests._ports import free_ports
 from tests._resume import HALF, STEPS
 from tests._stages import STAGES
 
@@ -24,9 +24,7 @@ WAYS = {"alone": (1, "plain"), "under a scaler": (1, "scaled"), "two ranks": (2,
 
 def run_ranks(root: Path, mode: str, world: int, scaled: str) -> None:
     """Train on every rank; those to be killed get SIGKILL in mid-training, when all have written their checkpoints."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     logs = [(root / f"{mode}-{rank}.log").open("w") for rank in range(world)]
     workers = [
@@ -44,9 +42,11 @@ def run_ranks(root: Path, mode: str, world: int, scaled: str) -> None:
             for worker in workers:
                 assert worker.stdout is not None
                 assert worker.stdout.readline() == "saved\n", said(root)
-            for worker in workers:
-                worker.send_signal(signal.SIGKILL)
-        codes = [worker.wait(timeout=150) for worker in workers]
+            # Stopped first: a rank that sees the other die may end by itself before it is killed.
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for worker in workers:
+                    worker.send_signal(number)
+        codes = [worker.wait(timeout=300) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
