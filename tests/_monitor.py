@@ -28,7 +28,7 @@ class Monitor:
         """Ask for a path: status, body and headers."""
         request = urllib.request.Request(self.url + path, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=20) as response:
+            with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, response.read(), dict(response.headers)
         except urllib.error.HTTPError as error:
             with error:

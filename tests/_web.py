@@ -71,7 +71,7 @@ def send(
         given.setdefault("content-type", "application/json")
     request = urllib.request.Request(monitor.url + path, data=data, headers=given, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=40) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.loads(response.read() or b"{}"), dict(response.headers)
     except urllib.error.HTTPError as error:
         with error:
@@ -81,7 +81,7 @@ def send(
 def connect(monitor: Monitor) -> socket.socket:
     """Open a connection and say nothing."""
     host, port = monitor.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def read_to_end(connection: socket.socket) -> bytes:

@@ -246,15 +246,14 @@ def test_reading_at_full_speed_never_gives_a_wrong_row(
     writer = _start_writer(spawn, tmp_path, manifest)
     path = wait_until(lambda: next(iter(find_ranks(tmp_path / "run")), None))
     ring = RingReader(path / "steps.ring", manifest.ring)
-    seen, deadline = 0, time.monotonic() + 3
-    while time.monotonic() < deadline:
+    seen, began = 0, time.monotonic()
+    while seen <= 1000 or int(ring.status()["head"]) <= 1000 or time.monotonic() - began < 3:
+        assert time.monotonic() - began < 60, seen
         rows = ring.read()
         _check_pattern(rows)
         assert (np.diff(rows["begin"].astype(np.int64)) > 0).all()
         seen += len(rows)
     assert writer.poll() is None
-    assert seen > 1000
-    assert int(ring.status()["head"]) > 1000
     ring.close()
 
 
@@ -263,8 +262,9 @@ def test_killed_writer_leaves_a_gapless_prefix(
     tmp_path: Path, make_manifest: MakeManifest, spawn: Spawn, wait_until: WaitUntil, seed: int
 ) -> None:
     """After kill -9 at any moment every row up to the last is there and right; only the one in writing may be lost."""
-    manifest = make_manifest(layers=[f"l{place}" for place in range(50)], capacity=100_000)
-    writer = _start_writer(spawn, tmp_path, manifest)
+    capacity = 100_000
+    manifest = make_manifest(layers=[f"l{place}" for place in range(50)], capacity=capacity)
+    writer = _start_writer(spawn, tmp_path, manifest, steps=capacity)  # which laps nothing, however late it is killed
     path = wait_until(lambda: next(iter(find_ranks(tmp_path / "run")), None))
     time.sleep(random.Random(seed).uniform(0.01, 0.4))
     writer.kill()
