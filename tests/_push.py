@@ -31,7 +31,7 @@ class Pusher:
     def __init__(self, root: Path, store: Store, url: str, **settings: Any) -> None:
         self.runs = Runs(root, retention_seconds=900)
         self.context = Context(runs=self.runs, events=Events(self.runs, store), store=store)
-        chosen = {"name": "db", "url": url, "timeout_seconds": 5, "backoff_max_seconds": 0.1} | settings
+        chosen = {"name": "db", "url": url, "timeout_seconds": 60, "backoff_max_seconds": 0.1} | settings
         self.service = RemoteWrite(RemoteWriteSettings.model_validate(chosen), self.context)
 
     def work(self) -> None:

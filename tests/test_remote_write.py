@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def push(tmp_path: Path) -> Iterator[Push]:
-    """Give a function that makes a service for a receiver's URL."""
+def push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Push]:
+    """Give a function that makes a service for a receiver's URL.
+
+    It holds a run's newest row back for as long as a slow host may need.
+    """
+    monkeypatch.setattr("gradiometer_monitor.remote_write.feed.SETTLE_SECONDS", 600.0)
     made: list[Pusher] = []
 
     def make(url: str, *, store: Store | None = None, **settings: Any) -> Pusher:
