@@ -21,6 +21,7 @@ from gradiometer import Agent, LoopRequest, open_run
 from gradiometer.live import loop, thread
 from gradiometer.live.control import RequestError, await_answer, request_policy
 from gradiometer.live.requests import MAX_WAITING, request_loop, waiting
+from gradiometer.live.revisions import write_atomically
 from tests._training import attach, backward, loss_of, small_model, train
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def told(agent: Agent) -> list[dict[str, Any]]:
 
 
 def step_until(
-    agent: Agent, optimizer: torch.optim.Optimizer, model: nn.Module, check: Callable[[], Any], seconds: float = 20.0
+    agent: Agent, optimizer: torch.optim.Optimizer, model: nn.Module, check: Callable[[], Any], seconds: float = 60.0
 ) -> Any:
     """Train until a check finds something after a step; return that."""
     end = time.monotonic() + seconds
@@ -75,7 +76,7 @@ def train_scaled(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Gra
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gradiometer.cli", "request", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_the_command_line_asks(tmp_path: Path, job: subprocess.Popen[str]) -> No
     assert f"done after step {saved['step'] - 1}" in done.stdout
     done = cli("job", "stop", *place)
     assert (done.returncode, "training ended" in open_run(tmp_path / "job").events[-1]["message"]) == (0, True), done
-    assert job.wait(timeout=30) == 0
+    assert job.wait(timeout=60) == 0
     done = cli("job", "stop", *place)
     assert (done.returncode, "does not run any more" in done.stderr) == (2, True)
     assert cli("other", "stop", *place).returncode == 2
@@ -173,14 +174,16 @@ def test_a_stop_is_raised_where_that_was_asked_for(tmp_path: Path) -> None:
 
 def test_a_loop_that_does_not_listen_is_asked_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request waits for a loop that may yet look for it, and is refused with what to write when it does not."""
-    monkeypatch.setattr(thread, "LISTEN_SECONDS", 1.0)
     model = small_model()
     optimizer = sgd(model)
     with attach(tmp_path, model, optimizer) as agent:
-        request_loop(agent.path, "stop")
-        train(model, optimizer)
-        assert told(agent) == []
-        (event,) = step_until(agent, optimizer, model, lambda: told(agent))
+        asked = request_loop(agent.path, "stop")
+        write_atomically(agent.path / "request-z.json", "{")
+        (other,) = step_until(agent, optimizer, model, lambda: told(agent))
+        assert (other["kind"], other["request"]) == ("request_refused", "z")
+        assert list(waiting(agent.path)) == [asked], "which was looked at before the other"
+        monkeypatch.setattr(thread, "LISTEN_SECONDS", 0.0)
+        _, event = step_until(agent, optimizer, model, lambda: len(found := told(agent)) == 2 and found)
         assert event["kind"] == "request_refused"
         assert "agent.requested('stop')" in event["reasons"][0]
         assert waiting(agent.path) == {}
@@ -237,8 +240,8 @@ def test_what_is_no_request(tmp_path: Path, text: str, said: str) -> None:
     model = small_model()
     optimizer = sgd(model)
     with attach(tmp_path, model, optimizer) as agent:
-        (agent.path / "request-a.json").write_text(text)
         (agent.path / "request-no name.json").write_text(text)
+        write_atomically(agent.path / "request-a.json", text)
         (event,) = step_until(agent, optimizer, model, lambda: told(agent))
         assert (event["kind"], event["request"]) == ("request_refused", "a")
         assert said in " ".join(event["reasons"])
@@ -252,10 +255,9 @@ def test_a_request_that_is_put_back_is_passed_over(tmp_path: Path) -> None:
     with attach(tmp_path, model, optimizer) as agent:
         agent.requested("checkpoint")
         asked = request_loop(agent.path, "checkpoint")
-        text = (agent.path / f"request-{asked}.json").read_text()
-        step_until(agent, optimizer, model, lambda: agent.requested("checkpoint"))
+        request = step_until(agent, optimizer, model, lambda: agent.requested("checkpoint"))
         agent.done("checkpoint")
-        (agent.path / f"request-{asked}.json").write_text(text)
+        write_atomically(agent.path / f"request-{asked}.json", request.model_dump_json())
         step_until(agent, optimizer, model, lambda: not waiting(agent.path))
         train(model, optimizer)
         assert agent.requested("checkpoint") is None
