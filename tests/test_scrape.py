@@ -98,12 +98,12 @@ def test_a_hanging_collector_holds_up_nothing(
     exposition: Exposition, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
 ) -> None:
     """It is waited for once, costs one thread however often it is scraped, and is asked again when it has answered."""
-    monkeypatch.setattr(module, "COLLECT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "COLLECT_SECONDS", 2.0)
     release, asked = threading.Event(), []
 
     def hang() -> Iterator[Sample]:
         asked.append(threading.current_thread())
-        release.wait(60)
+        release.wait(120)
         yield PERSISTENT, (), 1
 
     exposition.collect_from({"hanging": hang, "healthy": lambda: [("gradiometer_service_healthy", ("a",), 1)]})
@@ -125,7 +125,7 @@ def test_runs_that_cannot_be_had_lose_nothing_else(
     exposition: Exposition, runs: Runs, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
 ) -> None:
     """When a poll hangs with the lock, as on a dead file system, a scrape ends, and says which collector failed."""
-    monkeypatch.setattr(module, "COLLECT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "COLLECT_SECONDS", 2.0)
     exposition.watch("store", _good)
     with runs.snapshot():
         found = _scrape(exposition)
@@ -143,7 +143,7 @@ def test_text_is_made_without_the_lock(exposition: Exposition, runs: Runs, monke
     def poll_meanwhile(lines: LayerLines, values: LayerValues) -> Iterator[tuple[str, str]]:
         thread = threading.Thread(target=runs.poll, daemon=True)
         thread.start()
-        thread.join(20)
+        thread.join(60)
         polled.append(not thread.is_alive())
         return render(lines, values)
 
@@ -239,13 +239,13 @@ def test_a_reload_changes_budgets_and_forgets_no_request(
     found = wait_until(lambda: (s := monitor.samples())["gradiometer_series_omitted", ("run",)] and s)
     assert found["gradiometer_http_requests_total", ("/metrics", "200")] >= 1
     assert found["gradiometer_http_requests_total", ("/-/ready", "200")] >= 1
-    assert ("gradiometer_service_healthy", ("gpu",)) not in monitor.samples()
+    wait_until(lambda: ("gradiometer_service_healthy", ("gpu",)) not in monitor.samples())  # the last of a reload
 
 
 def test_headers_in_several_lines_count(start: Start) -> None:
     """Every line of a header is read, and the body is what the answer's headers say."""
     monitor = start()
-    connection = http.client.HTTPConnection(monitor.url.removeprefix("http://"), timeout=20)
+    connection = http.client.HTTPConnection(monitor.url.removeprefix("http://"), timeout=60)
     connection.putrequest("GET", "/metrics", skip_accept_encoding=True)
     lines = [("Accept", "text/plain;q=0.5"), ("Accept", PROMETHEUS_3)]
     for name, value in [*lines, ("Accept-Encoding", "br"), ("Accept-Encoding", "gzip")]:
