@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Open = Callable[..., Terminal]
 LAYERS = ("embed", "blocks.0", "blocks.0", "head")
+WaitForText = Callable[..., None]
 ALTERNATE, BACK = b"\x1b[?1049h", b"\x1b[?1049l"
 HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"
 
@@ -49,6 +50,20 @@ def open_top(tmp_path: Path) -> Iterator[Open]:
 
 
 @pytest.fixture
+def wait_for_text(wait_until: WaitUntil) -> WaitForText:
+    """Give a function that waits until a screen has matches of all of these: it may be read half drawn."""
+
+    def wait(terminal: Terminal, *patterns: str) -> None:
+        def shown() -> bool:
+            text = terminal.text()
+            return all(re.search(pattern, text, re.MULTILINE) for pattern in patterns)
+
+        wait_until(shown)
+
+    return wait
+
+
+@pytest.fixture
 def record(write_run: WriteRun, make_manifest: MakeManifest) -> Callable[..., Recorder]:
     """Give a function that writes a run of now, with some steps a tenth of a second apart."""
 
@@ -62,17 +77,16 @@ def record(write_run: WriteRun, make_manifest: MakeManifest) -> Callable[..., Re
 
 
 def test_it_shows_live_data(
-    open_top: Open, record: Callable[..., Recorder], append: Append, wait_until: WaitUntil
+    open_top: Open, record: Callable[..., Recorder], append: Append, wait_for_text: WaitForText
 ) -> None:
     """The list shows each run's numbers, and a step that is written while it is shown."""
     recorder = record("alpha", loss=2.5)
     record("beta").close()
     terminal = open_top()
-    wait_until(lambda: re.search(r"alpha +running +49 .* 2\.5 ", terminal.text()))
-    assert re.search(r"beta +finished +49 ", terminal.text())
-    assert "1 running, 1 finished, 0 lost" in terminal.text()
+    told = r"beta +finished +49 ", "1 running, 1 finished, 0 lost"
+    wait_for_text(terminal, r"alpha +running +49 .* 2\.5 ", *told)
     append(recorder, [[1.0] * 4] * 3, loss=1.25, time_ns=time.time_ns())
-    wait_until(lambda: re.search(r"alpha +running +52 .* 1\.25 ", terminal.text()))
+    wait_for_text(terminal, r"alpha +running +52 .* 1\.25 ", *told)
 
 
 def test_what_runs_comes_first(open_top: Open, record: Callable[..., Recorder], wait_until: WaitUntil) -> None:
@@ -91,7 +105,9 @@ def test_numbers_are_short() -> None:
     ]  # fmt: skip
 
 
-def test_a_run_is_looked_at_and_left(open_top: Open, record: Callable[..., Recorder], wait_until: WaitUntil) -> None:
+def test_a_run_is_looked_at_and_left(
+    open_top: Open, record: Callable[..., Recorder], wait_until: WaitUntil, wait_for_text: WaitForText
+) -> None:
     """Enter shows the chosen run: its chart, its layers, its incidents and its policy; ESC goes back to the list."""
     recorder = record("alpha")
     recorder.event("nonfinite", step=12, message="blocks.0 went non-finite")
@@ -103,19 +119,17 @@ def test_a_run_is_looked_at_and_left(open_top: Open, record: Callable[..., Recor
     terminal.press("s" * 4)
     wait_until(lambda: "sorted by name" in terminal.text())
     terminal.press("\x1b[B\x1b[A\r")
-    wait_until(lambda: re.search(r"^alpha  running, step 49", terminal.text()))
-    shown = terminal.text()
-    assert re.search(r"^embed +[\d.]+ ", shown, re.MULTILINE)
-    assert re.search(r"step 12 nonfinite: blocks\.0 went non-finite", shown)
-    assert "policy observes only" in shown
-    assert any(level in shown for level in UNICODE.levels)
+    incident, level = r"step 12 nonfinite: blocks\.0 went non-finite", f"[{''.join(UNICODE.levels).strip()}]"
+    wait_for_text(terminal, r"\Aalpha  running, step 49", r"^embed +[\d.]+ ", incident, "policy observes only", level)
     terminal.press("\x1b")
     wait_until(lambda: "sorted by name" in terminal.text())
     terminal.press("j\x1b[C")
     wait_until(lambda: terminal.text().startswith("beta  running"))
 
 
-def test_the_keys_of_the_list(open_top: Open, record: Callable[..., Recorder], wait_until: WaitUntil) -> None:
+def test_the_keys_of_the_list(
+    open_top: Open, record: Callable[..., Recorder], wait_until: WaitUntil, wait_for_text: WaitForText
+) -> None:
     """The filter leaves some runs, the help is shown and left, a pause holds the picture, and q leaves."""
     for name in ("alpha", "alter", "beta"):
         record(name)
@@ -123,8 +137,7 @@ def test_the_keys_of_the_list(open_top: Open, record: Callable[..., Recorder], w
     wait_until(lambda: "beta" in terminal.text())
     terminal.press("/al\r")
     wait_until(lambda: "beta" not in terminal.text())
-    assert "alpha" in terminal.text()
-    assert "alter" in terminal.text()
+    wait_for_text(terminal, "alpha", "alter")
     terminal.press("\x1b")
     wait_until(lambda: "beta" in terminal.text())
     terminal.press("?")
@@ -263,14 +276,14 @@ HOSTILE = "bad\x1b]0;owned\x07\x1b[2J\nforged\u202e"
 
 
 def test_hostile_words_are_shown_and_not_obeyed(
-    open_top: Open, record: Callable[..., Recorder], wait_until: WaitUntil
+    open_top: Open, record: Callable[..., Recorder], wait_for_text: WaitForText
 ) -> None:
     """Control characters in names of layers, kinds and messages are shown escaped: none reaches the terminal."""
     layers = ("al\x1b[5mpha\x07", "b", "c", "d")
     record("run", layers=layers).event("odd\x1b[31m", message=HOSTILE, step=1)
     terminal = open_top("run", columns=130)
-    wait_until(lambda: r"al\x1b[5mpha\x07" in terminal.text())
-    assert r"odd\x1b[31m: bad\x1b]0;owned\x07\x1b[2J\nforged\u202e" in terminal.text()
+    escaped = r"al\x1b[5mpha\x07", r"odd\x1b[31m: bad\x1b]0;owned\x07\x1b[2J\nforged\u202e"
+    wait_for_text(terminal, *map(re.escape, escaped))
     assert terminal.screen.title == ""
     for code in (b"\x1b]0;", b"\x07", b"\x1b[2Jforged", "\u202e".encode(), b"\x1b[5m", b"\x1b[31m: "):
         assert code not in terminal.raw
