@@ -20,13 +20,15 @@ import gradiometer
 from gradiometer.live import thread as live
 from gradiometer.live.control import Answer, await_answer, request_policy
 from tests._parallel import sharded
-from tests._ranks import Case, attach, build_model, loss_of, mine, run_cases, sgd
+from tests._ranks import Case, all_ranks, attach, build_model, loss_of, mine, run_cases, sgd
 from tests._training import backward
 
 __all__ = ["CASES", "OTHER"]
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 """How long ranks train on, at most, until each has been told what became of the request: a busy host is slow."""
+PATIENCE_STEPS = 20_000
+"""As many steps, where the ranks must end after the same one."""
 OTHER: list[dict[str, Any]] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 0.05}}, {"value": {"max_abs": 0.01}}]
 
 
@@ -58,27 +60,44 @@ def train_until(
         time.sleep(pause * (1 + rank))  # the ranks are not equally fast
 
 
-def change(model: Any, rank: int, world: int, pause: float, steps: int) -> dict[str, Any]:
-    """Train for some seconds; the first rank asks for another policy at the start."""
+def train_until_told(
+    agent: gradiometer.Agent | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    world: int,
+    pause: float,
+    first: int = 0,
+) -> None:
+    """Train until each rank that has an agent was told what became of the request, and a few steps more."""
+    for step in range(first, PATIENCE_STEPS):
+        train_until(model, optimizer, rank, world, 1, pause, first=step)
+        if all_ranks(agent is None or bool(changes(agent))):
+            break
+    train_until(model, optimizer, rank, world, 3, pause, first=step + 1)
+
+
+def change(model: Any, rank: int, world: int, pause: float) -> dict[str, Any]:
+    """Train until the policy was changed, and on; the first rank asks for another at the start."""
     optimizer = sgd(model)
     with attach(model, optimizer) as agent:
         if rank == 0:
             ask(OTHER)
-        train_until(model, optimizer, rank, world, steps, pause)
+        train_until_told(agent, model, optimizer, rank, world, pause)
         found = changes(agent)
     return {"changes": found, "weights": shown(model)}
 
 
 def ddp_fast(rank: int, world: int) -> dict[str, Any]:
-    return change(nn.parallel.DistributedDataParallel(build_model()), rank, world, 0.002, 800)
+    return change(nn.parallel.DistributedDataParallel(build_model()), rank, world, 0.002)
 
 
 def ddp_slow(rank: int, world: int) -> dict[str, Any]:
-    return change(nn.parallel.DistributedDataParallel(build_model()), rank, world, 0.4, 8)
+    return change(nn.parallel.DistributedDataParallel(build_model()), rank, world, 0.4)
 
 
 def fsdp2(rank: int, world: int) -> dict[str, Any]:
-    return change(sharded(build_model()), rank, world, 0.004, 500)
+    return change(sharded(build_model()), rank, world, 0.004)
 
 
 def refused_by_one(rank: int, world: int) -> dict[str, Any]:
@@ -90,7 +109,7 @@ def refused_by_one(rank: int, world: int) -> dict[str, Any]:
             agent._live.obstacle = "the job captures steps into CUDA graphs, in which no policy can act"
         else:
             ask(OTHER)
-        train_until(model, optimizer, rank, world, 300, 0.005)
+        train_until_told(agent, model, optimizer, rank, world, 0.005)
         found = changes(agent)
     return {"changes": found}
 
@@ -118,7 +137,7 @@ def detached_on_one(rank: int, world: int) -> dict[str, Any]:
         agent.detach()
     else:
         ask(OTHER)
-    train_until(model, optimizer, rank, world, 150, 0.05, first=1)
+    train_until_told(None if rank else agent, model, optimizer, rank, world, 0.05, first=1)
     agent.detach()
     return {"changes": changes(agent)}
 
@@ -130,9 +149,10 @@ def dies(rank: int, world: int) -> dict[str, Any]:
     agent = attach(model, optimizer)
     if rank == 0:
         ask(OTHER)
-        end = time.monotonic() + 16
-        while time.monotonic() < end:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not changes(agent) and time.monotonic() < end:
             train_until(model, optimizer, rank, world, 1, 0.01)
+        train_until(model, optimizer, rank, world, 3, 0.01)
         agent.detach()
         path = Path(os.environ["CASE_DIR"]).parent / f"dies-{rank}.json"
         path.write_text(json.dumps({"changes": changes(agent), "step": agent.step}))
@@ -151,7 +171,7 @@ def pledged_then(agent: gradiometer.Agent, signal_number: int) -> None:
 
 def alone(rank: int, world: int, case: str, seconds: float, signal_number: int) -> None:
     """Train with no collective, so that nothing but the change holds anyone up; the last rank is signalled."""
-    live.WAIT_SECONDS = 4.0
+    live.WAIT_SECONDS = 8.0
     model = build_model()
     optimizer = sgd(model)
     agent = attach(model, optimizer)
@@ -159,14 +179,14 @@ def alone(rank: int, world: int, case: str, seconds: float, signal_number: int) 
         ask(OTHER)
     if rank == world - 1:
         if signal_number == signal.SIGSTOP:
-            subprocess.Popen(["/bin/sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
+            subprocess.Popen(["/bin/sh", "-c", f"sleep 13; kill -CONT {os.getpid()}"])
         threading.Thread(target=pledged_then, args=(agent, signal_number), daemon=True).start()
     end, root = time.monotonic() + seconds, Path(os.environ["CASE_DIR"]).parent
     others = [root / f"{case}-{other}.json" for other in range(1, world - (signal_number == signal.SIGKILL))]
 
     def over() -> bool:
         """Tell whether this rank was told; the first stays for the others, because the store is in its process."""
-        told = bool(changes(agent)) and (rank > 0 or all(path.exists() for path in others))
+        told = bool(changes(agent)) and agent.step > 100 and (rank > 0 or all(path.exists() for path in others))
         return told or time.monotonic() > end + PATIENCE_SECONDS
 
     while time.monotonic() < end or not over():
@@ -186,7 +206,7 @@ def killed(rank: int, world: int) -> dict[str, Any]:
 
 def stopped(rank: int, world: int) -> dict[str, Any]:
     """The last rank is stopped after its pledge, for longer than a rank waits for a verdict."""
-    alone(rank, world, "stopped", 16.0, signal.SIGSTOP)
+    alone(rank, world, "stopped", 18.0, signal.SIGSTOP)
     return {}
 
 

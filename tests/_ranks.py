@@ -28,6 +28,7 @@ __all__ = [
     "STEPS",
     "WIDTH",
     "Case",
+    "all_ranks",
     "attach",
     "build_model",
     "full_norms",
@@ -115,6 +116,13 @@ def train(
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def all_ranks(mine: bool) -> bool:
+    """Tell whether something is so on every rank; a collective, for all ranks after the same step."""
+    flag = torch.tensor(float(mine))
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag.item())
 
 
 def run_cases(cases: Mapping[str, Case]) -> None:

@@ -16,7 +16,7 @@ import gradiometer
 from gradiometer.live import thread
 from gradiometer.live.requests import Kind, request_loop
 from tests._parallel import sharded
-from tests._ranks import Case, attach, build_model, loss_of, mine, run_cases, sgd
+from tests._ranks import Case, all_ranks, attach, build_model, loss_of, mine, run_cases, sgd
 from tests._training import backward
 
 __all__ = ["CASES"]
@@ -72,7 +72,7 @@ def deaf(rank: int, world: int) -> dict[str, Any]:
     model = nn.parallel.DistributedDataParallel(build_model())
     optimizer = sgd(model)
     with attach(model, optimizer) as agent:
-        for step in range(400):
+        for step in range(20_000):
             optimizer.zero_grad()
             backward(loss_of(model(mine(step % 7, rank, world))))
             optimizer.step()
@@ -80,6 +80,8 @@ def deaf(rank: int, world: int) -> dict[str, Any]:
                 assert agent.requested("stop") is None
                 if step == 2:
                     ask("stop")
+            if all_ranks(bool(told(agent))):
+                break
             time.sleep(0.01)
     return {"told": told(agent)}
 
