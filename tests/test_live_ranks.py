@@ -68,7 +68,7 @@ def test_what_one_rank_cannot_do_none_does(two: LiveRanks) -> None:
 def test_a_training_that_ends_first(two: LiveRanks) -> None:
     """Ranks that end before the step that was settled leave in good time, and say that nothing was changed."""
     for result in two.results("ends_before"):
-        assert result["seconds"] < 10
+        assert result["seconds"] < 30
         assert [change[0] for change in result["changes"]] in ([], ["policy_rejected"])
 
 
