@@ -53,6 +53,7 @@ def launch(
 ) -> Monitor:
     """Start a daemon over ``root`` on a free port, with ``more`` for its process, and wait until it is ready."""
     port_file = root.with_name(f"{root.name}-port")
+    port_file.unlink(missing_ok=True)  # of one that was started before over the same root
     command = (sys.executable, "-m", "gradiometer_monitor", "--dir", root, "--port", "0", "--port-file", port_file)
     process = spawn(*command, "--poll-seconds", "0.1", *options, **more)
     wait_until(lambda: port_file.exists() or process.poll() is not None)

@@ -42,6 +42,8 @@ LAYERS: tuple[LayersOf, ...] = ("lead", "all")
 if not EXAMPLES.is_dir():
     pytest.skip("the examples belong to the repository, not to the wheel", allow_module_level=True)
 
+INTERVAL = 4
+"""Seconds that dashboards are told to be between two scrapes: of those that come each second one may be late."""
 Key = tuple[str, frozenset[tuple[str, str]]]
 """Name and labels of a series."""
 OWN = {metric.name for metric in OF_MONITOR}
@@ -233,6 +235,8 @@ class _Fleet:
     shard: Database
     central: Database
     victoria: Database
+    start: float
+    """Unix seconds: before the runs moved for the last time, and at least half a minute before the end."""
     end: float
     """Unix seconds: when the runs had stood still for long enough that every store held their newest numbers."""
 
@@ -302,6 +306,7 @@ def fleets(
     make_store: Callable[[Path, LayersOf, int], dict[str, Database]],
     make_manifest: MakeManifest,
     append: Append,
+    wait_until: WaitUntil,
 ) -> Iterator[dict[LayersOf, _Fleet]]:
     """The same two hosts, exporting all layers and those of rank 0, each behind a shard with central stores."""
     folder = tmp_path_factory.mktemp("fleet")
@@ -316,15 +321,32 @@ def fleets(
     for layers, (hosts, _, stores) in started.items():
         for store in (stores["central"], stores["victoria"]):
             _wait_for(_exposed(hosts, layers), store)
+    moving = time.time()
     for _ in range(20):
         for place, recorder in enumerate([*recorders["a"], *recorders["b"]]):
             recorder.status.agent_errors, recorder.status.rows_dropped = 1 + place, place
             append(recorder, [[1.0, 2.0, 3.0, 4.0]], time_ns=time.time_ns(), clipped=1)
         time.sleep(0.1)
         _read(followed)
-    time.sleep(4)  # what is scraped is evaluated a second later, and sent in another
-    end = time.time() - 1
-    yield {layers: _Fleet(hosts=hosts, **stores, end=end) for layers, (hosts, _, stores) in started.items()}
+    newest = [
+        (store, _scraped(hosts) if name == "shard" else _exposed(hosts, layers))
+        for layers, (hosts, _, stores) in started.items()
+        for name, store in stores.items()
+    ]
+
+    def settled() -> float | None:
+        """Return a time until which, for an interval of the dashboards, every store had what the hosts expose now."""
+        at = time.time() - 1
+        times = [at - back for back in range(INTERVAL + 1)]
+        quiet = times[-1] - INTERVAL > stood + 2  # what is scraped is evaluated a second later
+        return at if quiet and all(_holds(store, each, when) for store, each in newest for when in times) else None
+
+    stood = time.time()
+    end = wait_until(settled, 90)
+    start = min(moving - 5, end - 30)
+    yield {
+        layers: _Fleet(hosts=hosts, start=start, end=end, **stores) for layers, (hosts, _, stores) in started.items()
+    }
     for _, server, _ in started.values():
         server.shutdown()
         server.server_close()
@@ -378,9 +400,32 @@ def _exposed(hosts: dict[str, Exposition], layers: LayersOf) -> dict[Key, float]
     return {key: (min if reductions[key[0]] == "min" else max)(values) for key, values in found.items()}
 
 
-def _stored(store: Database) -> dict[Key, float]:
-    """Return every series of the store and its newest value."""
-    body = store.get("/api/v1/query", query='{__name__!=""}')
+def _scraped(hosts: dict[str, Exposition]) -> dict[Key, float]:
+    """Return what the shard itself has of what the hosts expose, without what they tell of themselves."""
+    found = {}
+    for host, exposition in hosts.items():
+        for family in parse_text(exposition.render().decode()):
+            for sample in family.samples:
+                labels = sample.labels | {"instance": f"host-{host}", "job": "gradiometer"}
+                found[sample.name, frozenset(item for item in labels.items() if item[1])] = sample.value
+    return _still(found)
+
+
+def _still(expected: dict[Key, float]) -> dict[Key, float]:
+    """Leave out what monitors tell of themselves, which differs from scrape to scrape."""
+    return {key: value for key, value in expected.items() if key[0] in CATALOGUE.keys() - OWN}
+
+
+def _holds(store: Database, expected: dict[Key, float], at: float) -> bool:
+    found = _stored(store, at)
+    return expected.keys() <= found.keys() and all(
+        math.isclose(found[key], value, rel_tol=1e-9) for key, value in _still(expected).items()
+    )
+
+
+def _stored(store: Database, at: float) -> dict[Key, float]:
+    """Return every series of the store and its value at a time, in unix seconds."""
+    body = store.get("/api/v1/query", query='{__name__!=""}', time=f"{at:.3f}")
     found = json.loads(body)["data"]["result"] if body else []
     return {
         (each["metric"].pop("__name__"), frozenset(each["metric"].items())): float(each["value"][1]) for each in found
@@ -389,8 +434,8 @@ def _stored(store: Database) -> dict[Key, float]:
 
 def _wait_for(expected: dict[Key, float], store: Database) -> None:
     """Wait until the store holds every series that is expected."""
-    deadline = time.monotonic() + 30
-    while missing := expected.keys() - _stored(store).keys():
+    deadline = time.monotonic() + 90
+    while missing := expected.keys() - _stored(store, time.time()).keys():
         assert time.monotonic() < deadline, (len(missing), sorted(map(str, missing))[:5])
         time.sleep(0.1)
 
@@ -404,10 +449,10 @@ def test_what_arrives_is_what_the_hosts_exposed(fleets: dict[LayersOf, _Fleet], 
     scraped = fleets[layers]
     expected = _exposed(scraped.hosts, layers)
     assert sum(key[0] == "gradiometer_agent_errors_total" for key in expected) == 3
-    found = _stored(getattr(scraped, store))
+    found = _stored(getattr(scraped, store), scraped.end)
     assert expected.keys() <= found.keys()
     assert {name for name, _ in found.keys() - expected.keys()} == SCRAPE
-    still = {key: value for key, value in expected.items() if key[0] in CATALOGUE.keys() - OWN}
+    still = _still(expected)
     assert {key: found[key] for key in still} == pytest.approx(still, rel=1e-9)
 
 
@@ -433,8 +478,8 @@ def test_dashboards_say_the_same_of_both(
     scraped = fleets[layers]
     views = [
         View(
-            dashboard=load(board), prometheus=Prometheus(url=each.url), start=scraped.end - 30, end=scraped.end,
-            chosen={"run_id": "wide"}, scrape_interval=1,
+            dashboard=load(board), prometheus=Prometheus(url=each.url), start=scraped.start, end=scraped.end,
+            chosen={"run_id": "wide"}, scrape_interval=INTERVAL,
         )
         for each in (scraped.shard, getattr(scraped, store))
     ]  # fmt: skip

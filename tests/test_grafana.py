@@ -26,7 +26,7 @@ from gradiometer_monitor.grafana.settings import GrafanaSettings
 from tests._grafana import PASSWORD, USER, ServedGrafana, Stub, serve_grafana, token_of
 
 if TYPE_CHECKING:
-    from tests.conftest import Spawn
+    from tests.conftest import Spawn, WaitUntil
 
 PROMETHEUS = "http://prometheus.example:9090"
 Applied = Callable[..., list[Change]]
@@ -265,11 +265,14 @@ def test_a_password_is_read_from_its_file_each_time(tmp_path: Path) -> None:
     assert "two" not in f"{settings!r} {settings.model_dump_json()}"
 
 
-def test_failures_on_the_way(stub: Stub, grafana: ServedGrafana, applied: Applied) -> None:
+def test_failures_on_the_way(stub: Stub, grafana: ServedGrafana, applied: Applied, wait_until: WaitUntil) -> None:
     """Silence, no connection, an error of the server and a redirect each say what to do."""
-    stub.fault("GET", "/api/health", times=1, before=lambda: _pause(1.0), status=500)
+    answer = threading.Event()
+    silent = stub.fault("GET", "/api/health", times=1, before=lambda: answer.wait(60), status=500)
     with pytest.raises(GrafanaError, match="timeout_seconds"):
         applied(timeout_seconds=0.3)
+    wait_until(lambda: silent.times == 0)  # or the next request would be the one that is not answered
+    answer.set()
     stub.fault("GET", "/api/health", times=1, status=503)
     with pytest.raises(GrafanaError, match="503") as caught:
         applied()
@@ -285,10 +288,6 @@ def test_failures_on_the_way(stub: Stub, grafana: ServedGrafana, applied: Applie
     grafana.server.down()
     with pytest.raises(GrafanaError, match="Connection refused"):
         applied()
-
-
-def _pause(seconds: float) -> None:
-    threading.Event().wait(seconds)
 
 
 def test_a_page_is_no_answer(stub: Stub, grafana: ServedGrafana, applied: Applied) -> None:
@@ -329,7 +328,7 @@ def test_tls_is_checked(tmp_path: Path) -> None:
         tested.server.port = 0
         tested.server.up(context)
         url = f"https://127.0.0.1:{tested.server.port}"
-        given = tested.settings | {"url": url, "timeout_seconds": 5}
+        given = tested.settings | {"url": url, "timeout_seconds": 30}
         session = Grafana(GrafanaSettings.model_validate(given))
         with pytest.raises(GrafanaError, match="ca_file"):
             session.health()

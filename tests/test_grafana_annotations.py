@@ -102,7 +102,7 @@ def serve(grafana: ServedGrafana, context: Context, monkeypatch: pytest.MonkeyPa
     started: list[GrafanaService] = []
 
     def start(where: Context = context, annotations: Json | None = None, **more: Any) -> GrafanaService:
-        section = grafana.settings | {"timeout_seconds": 2, "annotations": {"per_second": 1000} | (annotations or {})}
+        section = grafana.settings | {"timeout_seconds": 30, "annotations": {"per_second": 1000} | (annotations or {})}
         made = GrafanaService(GrafanaSettings.model_validate(section | more), where)
         started.append(made)
         made.start()
@@ -128,6 +128,11 @@ def counted(service: GrafanaService) -> dict[str, float]:
     """Return what became of events, without the zeros."""
     results = {labels[0]: value for name, labels, value in service.samples() if name.endswith("annotations_total")}
     return {name: value for name, value in results.items() if value}
+
+
+def there(service: GrafanaService) -> float:
+    """Return how many events Grafana has: one whose answer came too late, as of a slow machine, was found there."""
+    return sum(counted(service).get(result, 0) for result in ("created", "present"))
 
 
 def value(service: GrafanaService, name: str) -> float:
@@ -237,7 +242,7 @@ def test_killed_at_any_point(
     """A monitor that is killed between a request and its own note of it loses nothing, and makes nothing twice."""
     context.store.add(happened(number) for number in range(3))
     context.store.close()
-    section = grafana.settings | {"timeout_seconds": 1, "annotations": {"per_second": 1000}}
+    section = grafana.settings | {"timeout_seconds": 5, "annotations": {"per_second": 1000}}
     codes = []
     for where in (point, "nowhere"):
         process = spawn(sys.executable, "-c", CHILD, str(tmp_path / "state"), json.dumps(section), where)
@@ -262,13 +267,13 @@ def test_killed_while_grafana_is_busy(
 
     stub.fault("POST", "/annotations", times=1, before=hold, after=done.set)
     first = spawn(*line)
-    wait_until(arrived.is_set)
+    wait_until(arrived.is_set, 60)
     first.kill()
     first.wait()
-    second = spawn(*line)
     board = ("GET", f"/api/dashboards/uid/{grafana.board}")
     before = stub.requests.count(board)
-    wait_until(lambda: stub.requests.count(board) >= before + 2)  # of apply, and of annotating, which waits now
+    second = spawn(*line)
+    wait_until(lambda: stub.requests.count(board) >= before + 2, 50)  # of apply, and of annotating, which waits now
     time.sleep(1.0)  # without that it would look, find nothing, and send
     go.set()
     assert second.wait(timeout=90) == 0
@@ -280,15 +285,18 @@ def test_an_answer_that_was_lost(
     stub: Stub, grafana: ServedGrafana, serve: Serve, context: Context, wait_until: WaitUntil
 ) -> None:
     """When the connection ends, or time runs out, after Grafana did it, it is found and not done again."""
+    answer = threading.Event()
     stub.fault("POST", "/annotations", times=1, drop=True)
-    late = stub.fault("POST", "/annotations", times=0, after=lambda: time.sleep(1.5))
+    late = stub.fault("POST", "/annotations", times=0, after=lambda: answer.wait(60))
     context.store.add([happened(0), happened(1)])
-    service = serve(timeout_seconds=0.5)
-    wait_until(lambda: counted(service) == {"present": 1, "created": 1})
+    service = serve(timeout_seconds=3)
+    wait_until(lambda: there(service) == 2)
+    assert counted(service)["present"] >= 1
     late.times = 1
     context.store.add([happened(2)])
     service.wake()
-    wait_until(lambda: sum(counted(service).values()) == 3)
+    wait_until(lambda: there(service) == 3)
+    answer.set()
     assert numbers(grafana) == [0, 1, 2]
 
 
@@ -297,10 +305,13 @@ def test_refusals_that_pass_keep_the_order(
     stub: Stub, grafana: ServedGrafana, serve: Serve, context: Context, wait_until: WaitUntil, status: int
 ) -> None:
     """What may succeed later holds the queue until it does."""
-    stub.fault("POST", "/annotations", times=3, status=status)
+    # After these an event is looked for as long as Grafana may take, before it is sent again.
+    proxy = status in module.UNSURE
+    stub.fault("POST", "/annotations", times=1 if proxy else 3, status=status)
     context.store.add(happened(number) for number in range(3))
-    service = serve(timeout_seconds=0.5)
-    wait_until(lambda: counted(service) == {"created": 3})
+    service = serve(timeout_seconds=3 if proxy else 30)
+    wait_until(lambda: there(service) == 3)
+    assert counted(service).keys() <= {"created", "present"}
     assert numbers(grafana) == [0, 1, 2]
     assert [each["id"] for each in grafana.annotations()] == sorted(each["id"] for each in stub.annotations)
 
@@ -332,17 +343,23 @@ def test_grafana_says_when_to_come_again(
     stub: Stub, grafana: ServedGrafana, serve: Serve, context: Context, wait_until: WaitUntil
 ) -> None:
     """A pause that Grafana asks for is kept, whatever happens meanwhile."""
-    stub.fault("POST", "/annotations", times=1, status=429, headers={"Retry-After": "2"})
+    asked: list[float] = []
+
+    def note() -> None:
+        asked.append(time.monotonic())
+
+    stub.fault("POST", "/annotations", times=1, before=note, status=429, headers={"Retry-After": "2"})
+    stub.fault("POST", "/annotations", before=note)
     context.store.add([happened(0)])
     service = serve()
-    wait_until(lambda: stub.writes().count(("POST", "/api/annotations")) == 1)
-    asked = time.monotonic()
-    for _ in range(20):
+
+    def made() -> bool:
         service.wake()
-        time.sleep(0.02)
-    assert stub.writes().count(("POST", "/api/annotations")) == 1
-    wait_until(lambda: counted(service) == {"created": 1})
-    assert time.monotonic() - asked > 1.5
+        return counted(service) == {"created": 1}
+
+    wait_until(made)
+    first, second = asked
+    assert second - first >= 2
 
 
 def test_a_token_that_was_rotated_is_used(
@@ -354,9 +371,9 @@ def test_a_token_that_was_rotated_is_used(
     grafana.token_file.write_text("glsa_revoked")
     context.store.add([happened(0)])
     service = serve()
-    wait_until(lambda: value(service, "annotations_waiting") == 1)
+    wait_until(lambda: stub.requests)
     grafana.token_file.unlink()
-    time.sleep(0.3)
+    time.sleep(0.3)  # in which it tries again
     assert counted(service) == {}
     grafana.token_file.write_text(good)
     wait_until(lambda: counted(service) == {"created": 1})
@@ -378,6 +395,22 @@ def test_without_the_dashboard_nothing_is_made(
     service.wake()
     wait_until(lambda: counted(service) == {"created": 2})
     assert all(each["dashboardUID"] == grafana.board for each in stub.annotations)
+
+
+def test_a_dashboard_that_goes_meanwhile_is_made_again(
+    stub: Stub, grafana: ServedGrafana, serve: Serve, context: Context, wait_until: WaitUntil
+) -> None:
+    """Somebody deletes it while events are annotated: those that come after it wait until it is there again."""
+
+    def delete() -> None:
+        del stub.boards[grafana.board]
+        context.store.add([happened(1)])
+
+    stub.fault("POST", "/annotations", times=1, after=delete)
+    context.store.add([happened(0)])
+    service = serve()
+    wait_until(lambda: counted(service) == {"created": 2})
+    assert [each["dashboardUID"] for each in stub.annotations] == [grafana.board] * 2
 
 
 def test_old_events_and_too_many_are_skipped(

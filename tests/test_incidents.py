@@ -351,7 +351,6 @@ def test_the_daemon_tells_and_goes_on(
     before = monitor.samples()
     monitor.process.terminate()
     assert monitor.process.wait(30) == 0
-    (tmp_path.with_name(f"{tmp_path.name}-port")).unlink()
     monitor = start()
     wait_until(lambda: monitor.state("job") == "lost")
     after = monitor.samples()

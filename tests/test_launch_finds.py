@@ -207,8 +207,9 @@ for step in range(3):
     optimizer.step()
 if rank == 1:  # the other rank does not train this one
     import gradiometer.automatic
-    gradiometer.automatic.PATIENCE = 1.0
+    patience, gradiometer.automatic.PATIENCE = gradiometer.automatic.PATIENCE, 1.0
     torch.optim.SGD(net().parameters(), lr=0.1).step()
+    gradiometer.automatic.PATIENCE = patience
 dist.barrier()
 late = torch.optim.SGD(nn.parallel.DistributedDataParallel(nn.Linear(4, 4)).parameters(), lr=0.1)
 late.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -90,7 +90,9 @@ def test_long_headers_are_431(tight: Monitor, parts: int) -> None:
                 time.sleep(0.002)  # so that they are not put together on the way
         except ConnectionError:
             pass  # refused before the last part
-        answer = connection.recv(4096)
+        answer = b""
+        while not answer.endswith(b"}") and (part := connection.recv(4096)):  # head and body come apart
+            answer += part
     assert status(answer) == 431
     assert b"the headers are longer than 4096 bytes" in answer
 
@@ -107,7 +109,7 @@ def test_a_long_query_is_414(tight: Monitor) -> None:
         (b"", 0),
         (b"GET /-/ready HT", 408),
         (HEAD, 408),
-        (b"PUT /api/v1/runs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{", 408),
+        (b"PUT /api/v1/runs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{", 408),
         (HEAD + b"Content-Length: 1000000\r\n\r\n", 408),
     ],
     ids=["nothing", "part of a line", "part of the headers", "part of a body", "no body"],
@@ -120,9 +122,10 @@ def test_a_slow_client_is_cut_off(limited: Limited, said: bytes, expected: int) 
         connection.settimeout(0.1)
         answer, began = b"", time.monotonic()
         while time.monotonic() - began < 30:
-            try:
+            with suppress(ConnectionError):  # cut off: what was answered before is there to be read
                 if said:
                     connection.sendall(b"a")
+            try:
                 part = connection.recv(4096)
             except TimeoutError:
                 continue
@@ -149,7 +152,7 @@ def test_what_is_no_request_is_400(start: Start) -> None:
             connection.sendall(b"\0\r\n\r\n")
             read_to_end(connection)
     monitor.process.terminate()
-    log = monitor.process.communicate(timeout=20)[1]
+    log = monitor.process.communicate(timeout=60)[1]
     assert 1 <= log.count("Invalid HTTP request") <= 12
     assert "Traceback" not in log
 

@@ -24,7 +24,7 @@ import gradiometer
 import gradiometer.exporter
 from gradiometer import Agent, open_run
 from gradiometer.live.control import RequestError, await_answer, request_policy
-from gradiometer.live.revisions import Slot, SlotTable, describe_change
+from gradiometer.live.revisions import Slot, SlotTable, describe_change, write_atomically
 from gradiometer.live.thread import PolicyChangeError
 from gradiometer.policy.spec import PolicyError
 from gradiometer.records import find_ranks
@@ -41,12 +41,15 @@ JOB = """
     from pathlib import Path
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    with attach(Path(sys.argv[1]), model, optimizer, policy=[{"global_norm": {"max_norm": 1.0}}], run_id="job"):
+    clip = [{"global_norm": {"max_norm": 1.0}}]
+    with attach(Path(sys.argv[1]), model, optimizer, policy=clip, run_id="job", ring_bytes=2**24):
         print("go", flush=True)
         for step in range(100000):
             train(model, optimizer, [step % 50])
-            time.sleep(0.005)
+            time.sleep(0.02)
 """
+"""Its ring holds every step of a quarter of an hour, however long the command line takes."""
+PATIENCE = 60.0
 
 
 pytestmark = pytest.mark.slow
@@ -58,7 +61,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def step_until(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[str]) -> list[Any]:
     """Train until the agent has written these kinds of policy events; return the events."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while True:
         train(model, optimizer, [0])
         events = [each for each in open_run(agent.path).events if each["kind"].startswith("policy_")]
@@ -67,9 +70,17 @@ def step_until(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer,
         assert time.monotonic() < end, events
 
 
+def await_due(agent: Agent) -> None:
+    """Wait until the agent has read a request, which the next step is to take up."""
+    end = time.monotonic() + PATIENCE
+    while not agent._live.due:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gradiometer.cli", "policy", *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "gradiometer.cli", "policy", *arguments], capture_output=True, text=True, timeout=120
     )
 
 
@@ -142,7 +153,7 @@ def test_a_bad_request_is_refused_by_the_agent(tmp_path: Path, policy: Any, said
     with attach(tmp_path, model, optimizer, policy=CLIP) as agent:
         asked = policy if isinstance(policy, int) else {"pipeline": policy}
         text = json.dumps({"version": 1, "id": "x1", "kind": "policy", "policy": asked})
-        (agent.path / "control.json").write_text(text)
+        write_atomically(agent.path / "control.json", text)
         (event,) = step_until(agent, model, optimizer, ["policy_rejected"])
         assert said in " ".join(event["reasons"])
         train(model, optimizer)
@@ -157,7 +168,7 @@ def test_what_is_no_request(tmp_path: Path, text: str) -> None:
     model = small_model()
     optimizer = sgd(model)
     with attach(tmp_path, model, optimizer) as agent:
-        (agent.path / "control.json").write_text(text)
+        write_atomically(agent.path / "control.json", text)
         step_until(agent, model, optimizer, ["policy_rejected"])
 
 
@@ -165,10 +176,12 @@ def test_two_requests_in_quick_succession(tmp_path: Path) -> None:
     """Of two requests the later is in force in the end, and who asked the earlier is told if it was passed over."""
     model = small_model()
     optimizer = sgd(model)
-    with attach(tmp_path, model, optimizer, policy=CLIP) as agent:
+    with attach(tmp_path, model, optimizer) as agent:
+        request_policy(agent.path, CLIP)
+        await_due(agent)  # it looks for no other until the next step has taken this one up
         first, second = (request_policy(agent.path, policy) for policy in (None, TIGHT))
-        step_until(agent, model, optimizer, ["policy_changed"])
-        assert await_answer(agent.path, second, 5).applied
+        step_until(agent, model, optimizer, ["policy_changed"] * 2)
+        assert await_answer(agent.path, second, PATIENCE).applied
         with pytest.raises(RequestError, match="took the place of this one"):
             await_answer(agent.path, first, 0.2)
         assert open_run(agent.path).history.newest.policy == {"version": 1, "pipeline": TIGHT}
@@ -224,11 +237,11 @@ def test_from_nothing_to_a_policy_and_back(tmp_path: Path) -> None:
     """Each step is clipped as the policy in force at it says, to the bit as torch would."""
     model, twin = small_model(), small_model()
     optimizer, other = sgd(model), sgd(twin)
-    with attach(tmp_path, model, optimizer) as agent:
+    with attach(tmp_path, model, optimizer, ring_bytes=2**24) as agent:  # which holds every step
         for policy in (TIGHT, None, CLIP):
             request_policy(agent.path, policy)
             count = len(open_run(agent.path).history.revisions)
-            end = time.monotonic() + 10
+            end = time.monotonic() + PATIENCE
             while len(open_run(agent.path).history.revisions) == count:
                 train(model, optimizer, [agent.step])
                 assert time.monotonic() < end
@@ -252,7 +265,7 @@ def test_metrics_name_the_policies_in_force(tmp_path: Path) -> None:
     """Counters and thresholds are those of the policies in force; a stage that stays goes on counting."""
     model = small_model()
     optimizer = sgd(model)
-    with attach(tmp_path, model, optimizer, policy=TIGHT, run_id="run") as agent:
+    with attach(tmp_path, model, optimizer, policy=TIGHT, run_id="run", ring_bytes=2**24) as agent:  # holds every step
         registry, exporter = CollectorRegistry(), gradiometer.exporter.collector(agent)
         registry.register(exporter)
         train(model, optimizer, range(5))
@@ -285,7 +298,7 @@ def test_a_stage_that_stays_keeps_its_memory(tmp_path: Path) -> None:
     policy: list[Any] = [{"nonfinite": {"max_consecutive": 10**9}}]
     with attach(tmp_path, model, optimizer, policy=policy) as agent:
         request_policy(agent.path, [{"nonfinite": {"max_consecutive": 10**6}}, {"global_norm": {"max_norm": 1}}])
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE
         while open_run(agent.path).status["policy_revision"] == 0:
             optimizer.zero_grad()
             backward(loss_of(model, 0) * float("nan"))
@@ -343,10 +356,7 @@ def test_between_the_optimizers_of_a_round_nothing_changes(tmp_path: Path) -> No
     with attach(tmp_path, model, optimizers, policy=CLIP) as agent:
         train(model, optimizers[0], [0])
         request_policy(agent.path, None)
-        end = time.monotonic() + 10
-        while not agent._live.due:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        await_due(agent)
         optimizers[1].step()
         assert agent._live.due
         optimizers[0].step()
@@ -359,14 +369,14 @@ def test_a_step_that_a_scaler_skips_is_a_boundary(tmp_path: Path) -> None:
     optimizer, scaler = sgd(model), GradScaler("cpu")
     with attach(tmp_path, model, optimizer, policy=CLIP) as agent:
         request = request_policy(agent.path, TIGHT)
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE
         while open_run(agent.path).status["policy_changes"] == 0:
             optimizer.zero_grad()
             backward(scaler.scale(loss_of(model, 0) * float("inf")))
             scaler.step(optimizer)
             scaler.update(1.0)
             assert time.monotonic() < end
-        assert await_answer(agent.path, request, 5).applied
+        assert await_answer(agent.path, request, PATIENCE).applied
 
 
 def test_an_old_run_reads_without_a_history(tmp_path: Path) -> None:

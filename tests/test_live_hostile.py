@@ -23,7 +23,7 @@ from gradiometer import ActionCall, Agent, open_run
 from gradiometer.actions import Actions
 from gradiometer.live import chronicle, revisions
 from gradiometer.live.control import await_answer, request_policy
-from gradiometer.live.revisions import Slot, SlotTable
+from gradiometer.live.revisions import Slot, SlotTable, write_atomically
 from gradiometer.policy.spec import PolicyError, load_policy
 from gradiometer.recorder import RowHeader
 from gradiometer.tail import RankTail, frame
@@ -32,6 +32,7 @@ from tests._training import attach, small_model, train
 pytestmark = pytest.mark.slow
 CLIP: list[Any] = [{"global_norm": {"max_norm": 1.0}}]
 HUGE = "9" * 400
+PATIENCE = 60.0
 NAN = float("nan")
 
 
@@ -48,14 +49,14 @@ def events(agent: Agent, kind: str) -> list[dict[str, Any]]:
 
 
 def train_until(model: nn.Module, optimizer: torch.optim.Optimizer, done: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while not done():
         train(model, optimizer, [0])
         assert time.monotonic() < end
 
 
 def put(text: str) -> Callable[[Path], object]:
-    return lambda path: (path / "control.json").write_text(text)
+    return lambda path: write_atomically(path / "control.json", text)
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -100,7 +101,7 @@ def await_change(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimize
     request = request_policy(agent.path, policy)
     before = int(open_run(agent.path).status["policy_changes"])
     train_until(model, optimizer, lambda: open_run(agent.path).status["policy_changes"] > before)
-    return await_answer(agent.path, request, 5).revision
+    return await_answer(agent.path, request, PATIENCE).revision
 
 
 STOPPED = """
@@ -109,7 +110,7 @@ from pathlib import Path
 import torch
 from gradiometer.live import thread as live
 from tests._training import attach, small_model, train
-live.WAIT_SECONDS = 3.0
+live.WAIT_SECONDS = 6.0
 model = small_model()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 agent = attach(Path(sys.argv[1]), model, optimizer, policy=None)
@@ -118,7 +119,7 @@ agent._live._horizon, agent._live.due = 1, True
 
 def stop():
     time.sleep(0.5)
-    subprocess.Popen(["/bin/sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+    subprocess.Popen(["/bin/sh", "-c", f"sleep 7; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(0.5)
     with agent._live._changed:
@@ -135,7 +136,7 @@ agent.detach()
 def test_a_process_that_is_stopped_while_it_waits(tmp_path: Path) -> None:
     """The time in which it was stopped is not time that it has waited: the verdict is there when it wakes."""
     command = [sys.executable, "-c", STOPPED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.stdout == "steps 2\n", done.stderr
 
 
@@ -175,7 +176,7 @@ def test_a_request_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     with attach(tmp_path, model, sgd(model), policy=None) as agent:
         monkeypatch.setattr("gradiometer.live.thread.read_request", refuse)
         request_policy(agent.path, CLIP)
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE
         while not events(agent, "policy_rejected"):
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -190,7 +191,7 @@ def test_a_request_that_is_put_back(tmp_path: Path) -> None:
         await_change(agent, model, optimizer, CLIP)
         old = (agent.path / "control.json").read_text()
         await_change(agent, model, optimizer, None)
-        (agent.path / "control.json").write_text(old)
+        write_atomically(agent.path / "control.json", old)
         deadline = time.monotonic() + 1.5
         train_until(model, optimizer, lambda: time.monotonic() > deadline)
         assert open_run(agent.path).status["policy_changes"] == 2
@@ -216,7 +217,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.Mon
         assert tail.revision is None  # not known, and so not named
         assert not [sample for sample in frame([tail], "running").samples if "clip_events" in sample[0]]
         full.clear()
-        assert await_answer(agent.path, request, 10).revision == 1
+        assert await_answer(agent.path, request, PATIENCE).revision == 1
         assert tail.revision is not None
         tail.close()
     assert agent.errors == 1
@@ -235,7 +236,7 @@ def test_no_thread_holds_a_model(tmp_path: Path) -> None:
     train(model, optimizer, [0])
     path, seen = agent.path, weakref.ref(model)
     del model, optimizer, agent, save
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while seen() is not None or any(thread.name.startswith("gradiometer") for thread in threading.enumerate()):
         gc.collect()
         assert time.monotonic() < end, threading.enumerate()

@@ -163,7 +163,7 @@ def test_prometheus_stores_what_the_ring_holds(
     monitor = start()
     wait_until(lambda: monitor.state("ended") == "finished")
     (data / "prometheus.yml").write_text(
-        "scrape_configs:\n- job_name: gradiometer\n  scrape_interval: 500ms\n  scrape_timeout: 500ms\n"
+        "scrape_configs:\n- job_name: gradiometer\n  scrape_interval: 5s\n  scrape_timeout: 5s\n"
         f"  static_configs: [{{targets: ['{monitor.url.removeprefix('http://')}']}}]\n"
     )
     spawn(
@@ -177,7 +177,7 @@ def test_prometheus_stores_what_the_ring_holds(
     def query(expression: str) -> list[dict[str, Any]]:
         url = f"http://127.0.0.1:{free_port}/api/v1/query?query={urllib.parse.quote(expression)}"
         try:
-            with urllib.request.urlopen(url, timeout=10) as response:
+            with urllib.request.urlopen(url, timeout=30) as response:
                 found: list[dict[str, Any]] = json.load(response)["data"]["result"]
         except urllib.error.URLError:
             return []
@@ -233,7 +233,7 @@ def test_corrupt_runs_do_no_harm(
     listed = json.loads(monitor.get("/api/v1/runs")[1])["unreadable"]
     assert listed == dict.fromkeys((f"{run}/rank-00000" for run in ("cut", "foreign", "odd")), "RunFormatError")
     monitor.process.terminate()
-    log = monitor.process.communicate(timeout=20)[1]
+    log = monitor.process.communicate(timeout=60)[1]
     assert [log.count(f"/{run}/rank-00000 cannot") for run in ("cut", "foreign", "odd")] == [1, 1, 1]
     assert "Traceback" not in log
 
@@ -243,7 +243,7 @@ def test_signals_end_it_cleanly(start: Start, number: signal.Signals) -> None:
     """SIGTERM and SIGINT end the daemon with exit code 0; the log names where it served."""
     monitor = start()
     monitor.process.send_signal(number)
-    log = monitor.process.communicate(timeout=20)[1]
+    log = monitor.process.communicate(timeout=60)[1]
     assert monitor.process.returncode == 0
     assert f"serving on {monitor.url}\n" in log
     assert "Traceback" not in log
@@ -252,7 +252,7 @@ def test_signals_end_it_cleanly(start: Start, number: signal.Signals) -> None:
 def _refused(spawn: Spawn, tmp_path: Path, *options: str) -> tuple[int, list[str]]:
     command = (sys.executable, "-m", "gradiometer_monitor", "--dir", tmp_path)
     process = spawn(*command, *options, stderr=subprocess.PIPE)
-    log = process.communicate(timeout=30)[1]
+    log = process.communicate(timeout=120)[1]
     return process.returncode, log.splitlines()
 
 
@@ -302,7 +302,7 @@ def test_a_missing_directory_is_warned_of(start: Start, tmp_path: Path) -> None:
     monitor = start()
     assert monitor.runs() == {}
     monitor.process.terminate()
-    assert f"{tmp_path} does not exist yet" in monitor.process.communicate(timeout=20)[1]
+    assert f"{tmp_path} does not exist yet" in monitor.process.communicate(timeout=60)[1]
 
 
 def test_help_shows_the_defaults(spawn: Spawn) -> None:

@@ -175,7 +175,7 @@ def _ask(operation: Any, mode: GenerationMode, checks: list[Any], asked: set[str
         asked.add(operation.label)
         if mode is GenerationMode.POSITIVE and (case.path_parameters or {}).get("run_id"):
             case.path_parameters["run_id"] = next(runs)  # of any other there is nothing to be seen but a 404
-        case.call_and_validate(headers=AS_WRITER, checks=fitting, session=session)
+        case.call_and_validate(headers=AS_WRITER, checks=fitting, session=session, timeout=60)
 
     call: Callable[[], None] = run
     call()

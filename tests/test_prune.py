@@ -279,7 +279,7 @@ def test_the_command_asks_on_a_terminal(tmp_path: Path, old: Old, spawn: Spawn) 
         command = (sys.executable, "-m", "gradiometer.cli", "prune", "--dir", tmp_path, "--older-than", "1")
         process = spawn(*command, stdin=stdin, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         os.write(terminal, answer)
-        assert "remove 1 run?" in process.communicate(timeout=30)[1]
+        assert "remove 1 run?" in process.communicate(timeout=120)[1]
         assert (process.returncode == 0) == (left == [])
         os.close(terminal)
         os.close(stdin)

@@ -146,9 +146,8 @@ class GrafanaService(Service):
         annotations, board = self._settings.annotations, run_dashboard(self._settings)
         self._cursor = int(self._store.note(self._key, 0))
         self._skip_surplus()
-        checked = False
         while not self.stopping.is_set():
-            newest = self._store.newest
+            newest, checked = self._store.newest, False
             batch = self._store.events(after=self._cursor, kinds=annotations.kinds, limit=BATCH)
             if not batch:
                 self._move(max(self._cursor, newest))
