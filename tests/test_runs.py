@@ -205,6 +205,24 @@ def test_rows_lost_in_a_crash_are_passed_over(
     runs.close()
 
 
+def test_a_look_that_took_long_is_soon_followed_by_another(
+    tmp_path: Path,
+    make_manifest: MakeManifest,
+    write_run: WriteRun,
+    wait_until: WaitUntil,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long one look for new runs took, as of a network that hung, the next is no more than a pause away."""
+    assert module.DISCOVERY_PAUSE <= 60
+    monkeypatch.setattr(module, "DISCOVERY_SHARE", 1e-9)  # as if each look had taken hours
+    monkeypatch.setattr(module, "DISCOVERY_PAUSE", 0.1)
+    runs = Runs(tmp_path, retention_seconds=900)
+    assert _names(runs) == []
+    write_run(make_manifest("new", created_ns=time.time_ns()), np.ones((5, 4)))
+    wait_until(lambda: _names(runs) == ["new"])
+    runs.close()
+
+
 def test_history_is_read_before_it_is_shown(
     tmp_path: Path,
     make_manifest: MakeManifest,

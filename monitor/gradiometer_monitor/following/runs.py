@@ -31,6 +31,8 @@ MAX_RANKS = 512
 ADOPTED_PER_POLL = 16
 DISCOVERY_SHARE = 0.05
 """Share of the time that looking for new directories may take: a root with many old runs is looked at less often."""
+DISCOVERY_PAUSE = 30.0
+"""Seconds until the next look at most: one that hung on a network says little about the next."""
 TURN_SECONDS = 0.25
 """How long a poll stands back at most for those who asked for the lock."""
 RETRY_SECONDS = 30.0
@@ -265,7 +267,8 @@ class Runs:
             self._prune(refused.union(found))
             new = sorted((item for path in found if (item := self._unknown(path)) is not None), reverse=True)
         self._waiting = [path for _, path in new]
-        self._discover_at = started + (time.monotonic() - started) / DISCOVERY_SHARE
+        now = time.monotonic()
+        self._discover_at = now + min((now - started) * (1 / DISCOVERY_SHARE - 1), DISCOVERY_PAUSE)
 
     def _prune(self, found: set[Path]) -> None:
         """Forget the directories that are gone."""
