@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pytest
+from hypothesis import settings
 
 from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.records import Flag, Manifest, ParameterInfo, RingGeometry
@@ -137,8 +138,13 @@ def write_run(tmp_path: Path) -> Iterator[WriteRun]:
 
 
 def pytest_configure() -> None:
-    """Give torch one thread, here and in child processes: small models on two cores wait for each other otherwise."""
+    """Give torch one thread, here and in child processes: small models on two cores wait for each other otherwise.
+
+    Let no example of hypothesis fail for its time: a host that is busy makes any of them slow.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    settings.register_profile("patient", settings(), deadline=None)
+    settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -190,7 +196,7 @@ def free_port() -> int:
 def wait_until() -> WaitUntil:
     """Give a function that calls another until it returns something true, returns that, and fails after a while."""
 
-    def wait(check: Callable[[], Any], seconds: float = 30.0) -> Any:
+    def wait(check: Callable[[], Any], seconds: float = 60.0) -> Any:
         deadline = time.monotonic() + seconds
         while not (found := check()):
             if time.monotonic() > deadline:
@@ -268,7 +274,7 @@ def train(tmp_path: Path, spawn: Spawn) -> Callable[..., subprocess.Popen[str]]:
         assert process.stdout is not None
         assert process.stdout.readline() == "written\n"
         if end == "finish":
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=60) == 0
         return process
 
     return run
