@@ -229,7 +229,7 @@ def test_a_callback_does_not_hold_up_the_step(tmp_path: Path) -> None:
     steps, waited = threading.Semaphore(0), []
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = SGD([parameter], lr=0.0)
-    options, policy = calling(lambda call: waited.append(steps.acquire(timeout=60)), cooldown=100)
+    options, policy = calling(lambda call: waited.append(steps.acquire(timeout=50)), cooldown=100)
     with gradiometer.attach(
         nn.ParameterList([parameter]), optimizer, dir=tmp_path, ring_bytes=RING_BYTES, policy=policy, **options
     ):
