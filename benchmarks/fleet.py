@@ -38,7 +38,7 @@ from gradiometer_dashboards import load, names
 from gradiometer_dashboards.evaluation import QueryError, View
 
 VIEW_SECONDS = 3600.0
-DRY = {"hosts": 3, "ranks": 2, "layers": 5, "minutes": 0.1, "interval": 1.0, "rounds": 1}
+DRY = {"hosts": 3, "ranks": 2, "layers": 5, "minutes": 0.2, "interval": 2.0, "rounds": 1}
 SLOW_SECONDS = 3.0
 """A panel that took longer is not asked again: what was meant to warm up is what it took."""
 RAW, AGAIN = "as scraped", "as scraped, again (A/A)"

@@ -13,8 +13,10 @@ from gradiometer.live.accord import Accord, Verdict
 
 
 @pytest.fixture(params=["hash", "file"])
-def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> list[Accord]:
-    """Make three ranks of one job."""
+def ranks(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Accord]:
+    """Make three ranks of one job, who wait for each other however slow the host is."""
+    monkeypatch.setattr(accord, "GATHER_SECONDS", 600.0)
+    monkeypatch.setattr(accord, "DECIDE_SECONDS", 600.0)
     store: Any = HashStore() if request.param == "hash" else FileStore(str(tmp_path / "store"), 3)
     return [Accord(store, "run/0", [0, 1, 2], rank) for rank in range(3)]
 

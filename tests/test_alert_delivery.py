@@ -39,10 +39,18 @@ SHIPPED = Path(__file__).parent.parent / "deploy" / "alertmanager.yml"
 if not SHIPPED.is_file():
     pytest.skip("the deployment's files are not beside the tests", allow_module_level=True)
 
-SPEED = 50
-"""How many times faster than in earnest rules and Alertmanager go."""
+SPEED = 25
+"""How many times faster than in earnest rules and Alertmanager go. A cause comes some time before what it holds back
+would be told: twice as fast, that were less than a busy host is late by."""
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 GRAFANA = "http://grafana.test:3000"
+HELD_BACK = {
+    ("GradiometerSpike", "explodes"),
+    ("GradiometerNonFinite", "breaks"),
+    ("GradiometerLayerExploding", "breaks"),
+    ("GradiometerLossNonFinite", "breaks"),
+}
+"""Alerts that follow from those that are told, by name and run."""
 JOB = """
     import sys, time
     from pathlib import Path
@@ -197,22 +205,22 @@ def _go_wrong(stack: Stack, root: Path, wait_until: WaitUntil) -> None:
         found = _ask(stack, "query", query="run:gradiometer_steps:min5m >= 1000")
         return len(found.get("result", [])) == 3
 
-    def firing() -> set[tuple[str, str]]:
-        alerts = _ask(stack, "alerts").get("alerts", [])
+    def firing() -> set[tuple[str, str]] | None:
+        alerts = _ask(stack, "alerts").get("alerts")
+        if alerts is None:
+            return None  # which is not known: Prometheus has not answered
         found = {(each["labels"]["alertname"], each["labels"].get("run_id", "")) for each in alerts
                  if each["state"] == "firing"}  # fmt: skip
         stack.fired.update(found)
         return found
 
-    wait_until(warm, 90)
+    wait_until(warm, 180)
     (root / "break").touch()
-    wait_until(lambda: firing() and stack.told("explodes", "firing") and stack.told("breaks", "firing"), 60)
-    wait_until(
-        lambda: firing() >= {("GradiometerLayerExploding", "breaks"), ("GradiometerLossNonFinite", "breaks")}, 60
-    )
+    wait_until(lambda: firing() and stack.told("explodes", "firing") and stack.told("breaks", "firing"), 120)
+    wait_until(lambda: firing() and stack.fired >= HELD_BACK, 120)
     (root / "end").touch()
-    wait_until(lambda: not firing(), 90)
-    wait_until(lambda: stack.told("explodes", "resolved") and stack.told("breaks", "resolved"))
+    wait_until(lambda: firing() == set(), 180)
+    wait_until(lambda: stack.told("explodes", "resolved") and stack.told("breaks", "resolved"), 120)
     time.sleep(float(divided("5m").removesuffix("ms")) / 1000 / 2)  # what is told too often, or late, is told by then
 
 
@@ -220,7 +228,7 @@ def _ask(stack: Stack, path: str, **parameters: str) -> dict[str, Any]:
     """Ask Prometheus; nothing is known while it starts."""
     url = f"{stack.prometheus.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
+        with urllib.request.urlopen(url, timeout=30) as response:
             found: dict[str, Any] = json.load(response)["data"]
             return found
     except OSError:
@@ -238,7 +246,7 @@ def test_one_notification_says_all(stack: Stack, run_id: str, name: str, layer: 
     assert (alert["labels"]["alertname"], alert["labels"]["severity"]) == (name, "critical")
     assert f"Run {run_id}:" in said["summary"]
     assert f"layer {layer}" in said["summary"]
-    with urllib.request.urlopen(said["runbook_url"], timeout=10) as response:
+    with urllib.request.urlopen(said["runbook_url"], timeout=30) as response:
         assert f'<h1 id="{name.lower()}">{name}</h1>' in response.read().decode()
     assert said["dashboard_url"].startswith(f"{GRAFANA}/d/gradiometer-")
     assert f"var-run_id={run_id}" in said["dashboard_url"]
@@ -255,12 +263,7 @@ def test_its_end_is_told_once(stack: Stack, run_id: str) -> None:
 
 def test_what_follows_is_held_back(stack: Stack) -> None:
     """Prometheus had more alerts of both runs; nobody was told of them, at no time, and by no other way."""
-    assert stack.fired >= {
-        ("GradiometerSpike", "explodes"),
-        ("GradiometerNonFinite", "breaks"),
-        ("GradiometerLayerExploding", "breaks"),
-        ("GradiometerLossNonFinite", "breaks"),
-    }
+    assert stack.fired >= HELD_BACK
     told = [(each["status"], len(each["alerts"])) for each in stack.delivered]
     assert sorted(told) == [("firing", 1), ("firing", 1), ("resolved", 1), ("resolved", 1)]
     assert {each["path"] for each in stack.delivered} == {"/on-call"}

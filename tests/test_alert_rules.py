@@ -43,7 +43,7 @@ def simulate(native_binary: Callable[[str], str], tmp_path_factory: pytest.TempP
         (folder / "rules.yml").write_text(rules)
         (folder / "test.yml").write_text(json.dumps(_unit_test(list(chosen))))
         done = subprocess.run(
-            [promtool, "test", "rules", folder / "test.yml"], capture_output=True, text=True, timeout=120, check=False
+            [promtool, "test", "rules", folder / "test.yml"], capture_output=True, text=True, timeout=600, check=False
         )
         assert "Unit Testing" in done.stdout, done.stderr
         return _timeline(done.stdout + done.stderr)
@@ -131,7 +131,7 @@ def test_annotations_name_whom_it_is_about(
     (tmp_path / "rules.yml").write_text(prometheus_rules(Settings()))
     (tmp_path / "test.yml").write_text(json.dumps(unit_test))
     command: list[str | Path] = [native_binary("promtool"), "test", "rules", tmp_path / "test.yml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     found = re.findall(r"^ +(?:Labels|Annotations):(\{.*\})", done.stdout + done.stderr, re.MULTILINE)
     written = [" ".join(re.sub(r'([{ ])(\w+)="', r'\n\1  \2="', text).split(" " * 9)) for text in found]
     assert "error expanding" not in done.stdout + done.stderr

@@ -37,7 +37,8 @@ JOB = """
         print("go", flush=True)
         while not agent.requested("stop"):
             optimizer.zero_grad()
-            backward(loss_of(model, agent.step % 50) * (1000.0 if (root / "spike").exists() else 1.0))
+            spiked = agent.step % 10 == 0 and (root / "spike").exists()  # seldom: its baseline stays what it is
+            backward(loss_of(model, agent.step % 50) * (1000.0 if spiked else 1.0))
             optimizer.step()
             if request := agent.requested("checkpoint"):
                 torch.save({"step": agent.step, "why": request.note}, root / "saved.pt")
@@ -50,7 +51,7 @@ Launch = Callable[..., tuple[Monitor, str]]
 
 @pytest.fixture
 def job(tmp_path: Path, spawn: Spawn) -> subprocess.Popen[str]:
-    """Start a training that goes on until it is asked to stop, and spikes once there is a file 'spike'."""
+    """Start a training that goes on until it is asked to stop, and spikes now and then once there is a file 'spike'."""
     process = spawn(sys.executable, "-c", textwrap.dedent(JOB), tmp_path, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == "go\n"
@@ -120,7 +121,7 @@ def _fire(alertmanager: str, *labels: dict[str, str], over: bool = False) -> Non
         headers={"content-type": "application/json"},
         method="POST",
     )
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=30) as response:
         assert response.status == 200
 
 
@@ -146,8 +147,7 @@ def test_a_policy_while_an_alert_fires(
     ours, others = ({"alertname": "Spike", "run_id": run_id} for run_id in ("job", "of-another-host"))
     _fire(alertmanager, ours, others, {"alertname": "Else", "run_id": "job"})
     wait_until(lambda: _outcomes(monitor, tmp_path) == [("tighten", "asked"), ("tighten", "applied")])
-    wait_until(lambda: _repeated(monitor, tmp_path, "repeated") >= 2)
-    assert _repeated(monitor, tmp_path, "elsewhere") >= 1
+    wait_until(lambda: _repeated(monitor, tmp_path, "repeated") >= 2 and _repeated(monitor, tmp_path, "elsewhere") >= 1)
     _fire(alertmanager, ours, others, over=True)
     wait_until(lambda: _outcomes(monitor, tmp_path)[2:] == [("tighten", "asked"), ("tighten", "applied")])
     policies = [each.policy and each.policy["pipeline"] for each in open_run(tmp_path / "job").history.revisions]
@@ -207,7 +207,7 @@ def test_from_a_rule_of_prometheus_to_a_checkpoint_and_a_stop(
     wait_until(lambda: open_run(tmp_path / "job").status["steps"] > 100)
     assert job.poll() is None
     (tmp_path / "spike").touch()
-    assert job.wait(timeout=90) == 0
+    assert job.wait(timeout=180) == 0
     assert "gradient norm of job" in torch.load(tmp_path / "saved.pt")["why"]
     wait_until(lambda: len(_outcomes(monitor, tmp_path)) == 4)
     assert sorted(_outcomes(monitor, tmp_path)) == [

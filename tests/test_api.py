@@ -64,7 +64,7 @@ def test_runs_are_chosen_sorted_and_paged(
     """State, order, limit and offset do as they say, and the total counts what fits."""
     for run_id, end in (("b", "finish"), ("a", "stay"), ("c", "finish")):
         train(make_manifest(run_id), 3, end)
-    wait_until(lambda: len(ask(served, "/runs?state=finished")["runs"]) == 2)
+    wait_until(lambda: len(ask(served, "/runs?state=finished")["runs"]) == 2 and ask(served, "/runs")["total"] == 3)
 
     def names(query: str) -> list[str]:
         return [run["run_id"] for run in ask(served, f"/runs?{query}")["runs"]]
@@ -85,7 +85,7 @@ def test_one_run_in_detail(
         labels={"team": "vision"}, world_size=1,
     )  # fmt: skip
     write_run(manifest, [[1.0, 2.0, 2.0, 4.0]] * 10)
-    wait_until(lambda: ask(served, "/runs")["runs"])
+    wait_until(lambda: [run["last_step"] for run in ask(served, "/runs")["runs"]] == [9])
     found = ask(served, "/runs/run")
     expected = {
         "run_id": "run", "state": "running", "steps": 10, "last_step": 9, "grad_norm": 5.0, "job": "pretrain",
@@ -101,7 +101,7 @@ def test_one_run_in_detail(
 
 
 def test_windows_are_those_of_the_rows(
-    served: Monitor, make_manifest: MakeManifest, write_run: WriteRun, wait_until: WaitUntil
+    start: Start, make_manifest: MakeManifest, write_run: WriteRun, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Baseline, deviation, clip ratio and what vanishes are as NumPy has them; null before there is enough to say."""
     norms = np.random.default_rng(0).random((300, 4)) + 0.5
@@ -109,7 +109,7 @@ def test_windows_are_those_of_the_rows(
     flags = [int(Flag.CLIPPED) * (step % 4 == 0) for step in range(300)]
     write_run(make_manifest("run", capacity=200, created_ns=time.time_ns()), norms, flags=flags)
     write_run(make_manifest("short", created_ns=time.time_ns()), norms[:20])
-    wait_until(lambda: len(ask(served, "/runs")["runs"]) == 2)
+    served = start(*with_tokens(tmp_path_factory.mktemp("config")))  # once all is written: what it counts begins there
     totals = np.sqrt(np.square(norms[100:].astype(np.float32).astype(np.float64)).sum(axis=1))
     found = ask(served, "/runs/run")
     windows = found["windows"]

@@ -189,11 +189,12 @@ def test_failures_are_bounded_by_address(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_who_fails_too_often_is_told_to_wait(guarded: tuple[Monitor, Path]) -> None:
     """After ten failures it is 429 with Retry-After, but never for a valid token from the same address."""
     monitor, _ = guarded
-    statuses = [status_of(monitor, "/metrics", "wrong" * 8) for _ in range(12)]
-    assert statuses == [401] * 10 + [429] * 2
-    status, _, headers = monitor.get("/metrics", Authorization="Bearer wrong")
-    assert status == 429
-    assert 1 <= int(headers["retry-after"]) <= 6
+    began, failed = time.monotonic(), 0
+    while (answer := monitor.get("/metrics", Authorization=f"Bearer {'wrong' * 8}"))[0] == 401 and failed < 100:
+        failed += 1
+    assert answer[0] == 429
+    assert 10 <= failed <= 10 + (time.monotonic() - began) // auth.REFILL_SECONDS
+    assert 1 <= int(answer[2]["retry-after"]) <= 6
     assert status_of(monitor, "/metrics", READ) == 200
 
 
@@ -217,7 +218,7 @@ def test_secrets_are_never_logged(
     write_tokens(path, f"read a {wrong}", f"nonsense {WRITE}")
     monitor.get("/metrics", Authorization=f"Bearer {READ}, {WRITE}")
     monitor.process.terminate()
-    log = monitor.process.communicate(timeout=20)[1]
+    log = monitor.process.communicate(timeout=60)[1]
     assert "is not one of auth.tokens_file" in log
     for token in (READ, WRITE, wrong):
         assert token not in log

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from gradiometer.records import Flag
 from gradiometer.report import summarize
 from gradiometer_monitor.exposition.exposition import Exposition
 from gradiometer_monitor.following.runs import Runs
+from tests._ports import free_ports
 from tests.test_insight import SCALE
 
 pytestmark = pytest.mark.slow
@@ -93,9 +93,7 @@ with gradiometer.attach(model, optimizer, dir=root, backward="off") as agent:
 
 def launch(tmp_path: Path, body: str, world: int) -> Path:
     """Run a script on ranks of their own, wait for them, and return the directory of their run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     script = PREAMBLE + body + EPILOGUE
     root = Path(__file__).parent.parent
     commands = [
@@ -103,7 +101,7 @@ def launch(tmp_path: Path, body: str, world: int) -> Path:
     ]
     workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root) for command in commands]
     try:
-        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

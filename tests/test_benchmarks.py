@@ -25,7 +25,7 @@ from benchmarks.__main__ import NAMES, read_options  # noqa: E402 - it is there 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a benchmark's module from the repository's root."""
     command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
 
 
 Quick = Callable[[str], tuple[str, Path]]

@@ -60,5 +60,4 @@ def test_a_monitor_sets_all_that_is_declared_of_it(
         lines = monitor.get("/metrics", **AS_READER)[1].decode().splitlines()
         return {line.split()[2] for line in lines if line.startswith("# TYPE ")}
 
-    wait_until(lambda: "gradiometer_run_directories_bytes" in served())  # the last: it is measured first
-    assert declared - served() - of_gpus == set()
+    wait_until(lambda: declared <= served() | of_gpus)  # some are measured first

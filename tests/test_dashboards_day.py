@@ -103,7 +103,7 @@ def database(
         side / "day.txt",
         side / "tsdb",
     ]
-    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, timeout=600, stdout=subprocess.DEVNULL)
     made = prometheus(native_binary("prometheus"), side, free_ports(1)[0], shared_spawn, wait_until)
     made.command.append("--storage.tsdb.retention.time=100y")
     made.start()

@@ -162,7 +162,7 @@ def _check(binary: Binary, file: Path, series: list[Json], expected: Mapping[str
     test = {"interval": "15s", "input_series": series, "promql_expr_test": checks}
     file.write_text(yaml.safe_dump({"tests": [test]}))
     command = [str(binary("promtool")), "test", "rules", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -79,6 +79,19 @@ QUIET = {
 """Panels of what did not happen here, by title, and what shows that it did not: they are empty, or draw zero."""
 ONE_OF = {"Comparison"}
 """Panels whose queries exclude each other, by title: one has data."""
+SETTLED = (
+    f'count(gradiometer_steps_total{{run_id="{job.RUN}"}} > {LAST_STEP}) == 2',
+    'ALERTS{run_id="gone"} and on () ALERTS{alertname="GradiometerMonitorDown"}',
+    'gradiometer_layer_state{state="vanishing"}',
+    'gradiometer_layer_state{state="exploding"}',
+    f'gradiometer_gpu_run_info{{run_id="{job.RUN}"}}',
+    "rate(gradiometer_remote_write_rows_sent_total[4s]) > 0",
+    'gradiometer_run_state{run_id="done",state="finished"} == 1',
+    'increase(gradiometer_agent_errors_total{run_id="unlucky"}[4s]) > 0',
+    'increase(gradiometer_rows_dropped_total{run_id="unlucky"}[4s]) > 0',
+    "count(sum_over_time(up[6s]) >= 5) == 2",
+)
+"""What shows that all has happened, that both monitors know it, and that they were scraped in time."""
 RULES = """
 groups:
 - name: gradiometer
@@ -100,6 +113,10 @@ class World:
     database: Database
     root: Path
     began: float
+    ended: float
+    """When the dashboards are looked at: an instant at which all of it was there."""
+    spike: float
+    """Norm of the job's largest spike, as it was recorded."""
 
     def view(self, name: str, **chosen: str) -> View:
         """Open a dashboard over all that has happened; the run is the job's unless told otherwise."""
@@ -107,14 +124,19 @@ class World:
             dashboard=load(name),
             prometheus=Prometheus(url=self.database.url),
             start=self.began,
-            end=time.time(),
+            end=self.ended,
             chosen={"run_id": job.RUN, **chosen},
             scrape_interval=SCRAPE_SECONDS,
         )
 
-    def has(self, selector: str) -> bool:
-        """Tell whether Prometheus knows a series now."""
-        return bool(Prometheus(url=self.database.url).ask("query", query=selector)["result"])
+    def values(self, selector: str) -> list[float]:
+        """Return the values of the series that Prometheus knew then."""
+        return _values(self.database, selector, self.ended)
+
+
+def _values(database: Database, selector: str, at: float) -> list[float]:
+    found = Prometheus(url=database.url).ask("query", query=selector, time=f"{at:.3f}")["result"]
+    return [float(each["value"][1]) for each in found]
 
 
 def _written(spawn: Spawn, root: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
@@ -213,26 +235,34 @@ def world(
         other = launch(shared_spawn, wait_until, same, "--state-dir", str(side / "other"), stderr=subprocess.DEVNULL)
         _scrape(side, monitor.url, other.url)
         database.start()
-        made = World(database=database, root=root, began=began)
+
+        def has(selector: str) -> bool:
+            return bool(_values(database, selector, time.time()))
+
+        def settled() -> float:
+            """Return an instant at which all was there, and all scrapes before it are over; 0 for none."""
+            at = time.time() - 2 * SCRAPE_SECONDS
+            return at if all(_values(database, selector, at) for selector in SETTLED) else 0.0
+
         assert post(monitor.url, notification(alert(job.RUN, "GradiometerSpike")), WRITE)[0] in (200, 202)
-        wait_until(lambda: made.has("gradiometer_grafana_up == 0"))
-        wait_until(lambda: made.has(f'gradiometer_nonfinite_steps_total{{run_id="{job.RUN}"}}'), 60)
+        wait_until(lambda: has("gradiometer_grafana_up == 0"), 60)
+        wait_until(lambda: has(f'count(gradiometer_nonfinite_steps_total{{run_id="{job.RUN}"}}) == 2'), 120)
         job.go(root)
         grafana.stub.faults.remove(outage)
-        wait_until(lambda: made.has(f'gradiometer_steps_total{{run_id="{job.RUN}"}} > {LAST_STEP}'), 60)
-        for selector in (
-            'ALERTS{run_id="gone"} and on () ALERTS{alertname="GradiometerMonitorDown"}',
-            'gradiometer_layer_state{state="vanishing"}',
-            'gradiometer_layer_state{state="exploding"}',
-            f'gradiometer_gpu_run_info{{run_id="{job.RUN}"}}',
-            "rate(gradiometer_remote_write_rows_sent_total[4s]) > 0",
-            'gradiometer_run_state{run_id="done",state="finished"} == 1',
-            'increase(gradiometer_agent_errors_total{run_id="unlucky"}[4s]) > 0',
-            'increase(gradiometer_rows_dropped_total{run_id="unlucky"}[4s]) > 0',
-        ):
-            wait_until(partial(made.has, selector), 30)
-        yield made
+        spike = _spike(root, wait_until)
+        for selector in SETTLED:
+            wait_until(partial(has, selector), 120)
+        yield World(database=database, root=root, began=began, ended=wait_until(settled, 120), spike=spike)
     grafana.down()
+
+
+def _spike(root: Path, wait_until: WaitUntil) -> float:
+    """Return the largest norm of the job's spikes once they are over; later its ring holds them no longer."""
+    run = wait_until(lambda: (found := open_run(root / job.RUN)).status["steps"] > job.SICK_FROM and found, 180)
+    found = run.grad_norm_preclip[np.isin(run.steps, job.SPIKES)]
+    assert len(found) == len(job.SPIKES)
+    assert found.max() > 1000 * np.nanmedian(run.grad_norm_preclip)
+    return float(found.max())
 
 
 def _absent(expr: str) -> bool:
@@ -303,7 +333,7 @@ def test_every_target_has_data(panel: Json, world: World, request: pytest.Fixtur
             assert not answer.series, f"{answer.expr} is said to be absent"
         elif panel["title"] in QUIET:
             assert all(value == 0 for series in answer.series for value in series.values)
-            assert world.has(QUIET[panel["title"]])
+            assert world.values(QUIET[panel["title"]])
         else:
             _check_shape(panel, answer)
     if panel["type"] == "table":
@@ -337,9 +367,6 @@ def _peaks_of(target: Target) -> bool:
 
 def test_known_spikes_are_seen(world: World) -> None:
     """The peak of the job's largest spike is on the Run dashboard, to the last digit of the norm that was recorded."""
-    run = open_run(world.root / job.RUN)
-    norms = run.grad_norm_preclip
-    largest = float(np.nanmax(norms[list(job.SPIKES)]))
     view = world.view("run")
     drawn = [
         value
@@ -349,12 +376,10 @@ def test_known_spikes_are_seen(world: World) -> None:
         for series in answer.series
         for value in series.values
     ]
-    assert max(drawn) == pytest.approx(largest, rel=1e-6)
-    assert largest > 1000 * float(np.nanmedian(norms))
+    assert max(drawn) == pytest.approx(world.spike, rel=1e-6)
 
 
 def test_known_incidents_are_counted(world: World) -> None:
     """The one non-finite step is one non-finite step of both monitors, and it was skipped."""
     for name in ("nonfinite", "skipped"):
-        asked = Prometheus(url=world.database.url).ask("query", query=f'gradiometer_{name}_steps_total{{run_id="job"}}')
-        assert [each["value"][1] for each in asked["result"]] == ["1", "1"]
+        assert world.values(f'gradiometer_{name}_steps_total{{run_id="job"}}') == [1.0, 1.0]

@@ -58,7 +58,7 @@ def _filled(expr: str, filling: Mapping[str, str]) -> str:
 def _promtool(binary: Callable[[str], Any], command: str, file: Path, content: Json) -> None:
     file.write_text(yaml.safe_dump(content))
     done = subprocess.run(
-        [str(binary("promtool")), *command.split(), str(file)], capture_output=True, text=True, check=False, timeout=60
+        [str(binary("promtool")), *command.split(), str(file)], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

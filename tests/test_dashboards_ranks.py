@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from gradiometer.records import Flag
 from gradiometer_dashboards import load
 from gradiometer_dashboards.evaluation import Answer, Prometheus, QueryError, View
 from gradiometer_dashboards.queries.ranks import IN_GRAPH, IN_MAP
+from tests._ports import free_ports
 
 if TYPE_CHECKING:
     from tests._monitor import Monitor
@@ -28,16 +29,30 @@ FINE, BAD = int(Flag.HOOKED | Flag.OWN_WATCHED), int(Flag.HOOKED | Flag.OWN_WATC
 HOSTS, RANKS_A_HOST = 200, 8
 """Of the large run."""
 Ask = Callable[..., list[Answer]]
+Scraped = tuple[Prometheus, float]
+"""A Prometheus, and the instant at which it is asked."""
+SETTLED = (
+    'gradiometer_rank_nonfinite_total{run_id="three"} offset 1500ms == 4',
+    'count(gradiometer_rank_steps_behind{run_id="three"}) == 3',
+    'gradiometer_steps_total{run_id="single"}',
+    'count(count_over_time(gradiometer_rank_lag_seconds{run_id="large"}[1m] offset 1500ms) > 1) == 1600',
+    'count(gradiometer_rank_lag_seconds{run_id="large"}) == 1600',
+)
 
 
+NOW = "the time"
+"""In the place of the time of a scrape, in what was written once: a scrape must be answered in half a second."""
+
+
+@cache
 def _large_run() -> str:
     """Write what the monitors of all hosts would say: rank 777 differs, host 5 has another baseline, 1599 is behind."""
     lines = []
 
-    def add(name: str, value: float, host: int, **labels: Any) -> None:
+    def add(name: str, value: float | str, host: int, **labels: Any) -> None:
         pairs = {"run_id": "large", "instance": f"host{host}:9477"} | labels
         text = ",".join(f'{label}="{each}"' for label, each in pairs.items())
-        lines.append(f"gradiometer_{name}{{{text}}} {value!r}\n")
+        lines.append(f"gradiometer_{name}{{{text}}} {value}\n")
 
     for host in range(HOSTS):
         add("run_info", 1, host, world_size=HOSTS * RANKS_A_HOST)
@@ -46,7 +61,7 @@ def _large_run() -> str:
         for name in ("nonfinite_steps", "skipped_steps", "nonfinite_updates", "rows_dropped"):
             add(f"{name}_total", 0, host)
         for rank in range(host * RANKS_A_HOST, (host + 1) * RANKS_A_HOST):
-            add("last_step_timestamp_seconds", time.time(), host, rank=rank)
+            add("last_step_timestamp_seconds", NOW, host, rank=rank)
             add("grad_norm_last", 1.0, host, rank=rank)
             add("rank_microbatch_norm_last", 1.0 + rank / 1000, host, rank=rank)
             add("rank_nonfinite_total", 0, host, rank=rank)
@@ -58,7 +73,7 @@ def _large_run() -> str:
 
 class _Exporter(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        body = _large_run().encode()
+        body = _large_run().replace(NOW, repr(time.time())).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; version=0.0.4")
         self.send_header("Content-Length", str(len(body)))
@@ -72,6 +87,7 @@ class _Exporter(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def large() -> Iterator[str]:
     """Serve the large run, and give the address."""
+    _large_run()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Exporter)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -112,7 +128,7 @@ def prometheus(
     wait_until: WaitUntil,
     large: str,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Prometheus]:
+) -> Iterator[Scraped]:
     """Scrape a monitor and the large run until both were seen, then let ranks of the small run go apart."""
     binary, root, own = native_binary("prometheus"), tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("own")
     written = _Written(root, make_manifest, append)
@@ -125,39 +141,40 @@ def prometheus(
         for name, target in (("gradiometer", monitor.url.removeprefix("http://")), ("large", large))
     ]
     (own / "p.yml").write_text(json.dumps({"global": {"scrape_interval": "500ms"}, "scrape_configs": jobs}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     options = (f"--config.file={own / 'p.yml'}", f"--storage.tsdb.path={own / 'tsdb'}")
     with (own / "log").open("w") as log:
         shared_spawn(binary, *options, f"--web.listen-address={address}", stderr=log)
     found = Prometheus(url=f"http://{address}")
 
-    def known(query: str) -> bool:
+    def known(query: str, at: float | None = None) -> bool:
         try:
-            return bool(found.ask("query", query=query)["result"])
+            return bool(found.ask("query", query=query, time=f"{at or time.time():.3f}")["result"])
         except QueryError:
             return False
 
-    wait_until(lambda: known('gradiometer_rank_nonfinite_total{run_id="three"}'))
+    def settled() -> float:
+        """Return an instant at which both runs were scraped, and all scrapes before it are over; 0 for none."""
+        at = time.time() - 1.5
+        return at if all(known(query, at) for query in SETTLED) else 0.0
+
+    wait_until(lambda: known('gradiometer_rank_nonfinite_total{run_id="three"}'), 60)
     written.write(written.ranks[0], [1.0] * 4)
     written.write(written.ranks[1], [2.0] * 4, BAD, late=0.25)
     written.write(written.ranks[2], [1.0], late=0.5)
-    wait_until(lambda: known('gradiometer_rank_nonfinite_total{run_id="three"} offset 1500ms == 4'))
-    wait_until(lambda: known('count_over_time(gradiometer_rank_lag_seconds{run_id="large"}[1m]) > 1'))
-    yield found
+    yield found, wait_until(settled, 120)
     written.close()
 
 
 @pytest.fixture
-def ask(prometheus: Prometheus) -> Ask:
+def ask(prometheus: Scraped) -> Ask:
     """Give a function that opens the dashboard for a run and answers one of its panels, by id."""
 
     def asked(run_id: str, panel: int, **chosen: Any) -> list[Answer]:
-        now = time.time()
+        database, now = prometheus
         view = View(
             dashboard=load("ranks"),
-            prometheus=prometheus,
+            prometheus=database,
             start=now - 300,
             end=now,
             chosen={"run_id": run_id, **chosen},

@@ -67,7 +67,7 @@ def _check(binary: Binary, folder: Path, series: list[Json], *checks: tuple[str,
     content = {"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": tests}]}
     (folder / "tests.yml").write_text(yaml.safe_dump(content, width=10_000))
     command = [str(binary("promtool")), "test", "rules", str(folder / "tests.yml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

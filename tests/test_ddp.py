@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import gradiometer
+from tests._ports import free_ports
 
 WORKER = """
 import os, sys, torch, gradiometer
@@ -40,16 +41,12 @@ os._exit(0)  # gloo's threads abort one Python of some forty that ends by itself
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[gradiometer.Run]:
     """Train on two ranks, with NaN in one rank's third batch, and read both records."""
-    import socket
-
     root = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     commands = [[sys.executable, "-c", WORKER, str(rank), str(port), str(root)] for rank in range(2)]
     workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
-        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -228,7 +228,9 @@ while True:
         break
     except OSError:
         time.sleep(0.05)
-Path(sys.argv[1]).write_text(json.dumps([files[0].name, found, os.environ["GRADIOMETER_DIR"]]))
+told = Path(sys.argv[1])
+told.with_name("telling").write_text(json.dumps([files[0].name, found, os.environ["GRADIOMETER_DIR"]]))
+told.with_name("telling").replace(told)
 time.sleep(600 if sys.argv[2] == "stay" else 0)
 sys.exit(7)
 """
@@ -262,10 +264,10 @@ def test_the_job_has_a_monitor_as_long_as_it_lasts(
 ) -> None:
     """While it trains its monitor serves and is registered; in the end both are gone, with the training's status."""
     process = job(end)
-    wait_until((tmp_path / "told").exists, 60)
+    wait_until((tmp_path / "told").exists, 120)
     if end == "stay":
         process.send_signal(signal.SIGTERM)
-    log = process.communicate(timeout=60)[1]
+    log = process.communicate(timeout=120)[1]
     assert process.returncode == status, log
     name, target, directory = json.loads((tmp_path / "told").read_text())
     assert name == "gradiometer-42-node1.json"

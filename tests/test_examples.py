@@ -31,7 +31,7 @@ def run_example(root: Path, *command: str) -> Path:
     for attempt in range(3):
         environment["GRADIOMETER_DIR"] = str(root := root / str(attempt))
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
         )
         if ABORTED not in done.stderr:
             break

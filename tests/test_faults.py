@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import sqlite3
@@ -153,7 +154,7 @@ def test_a_replaced_service_is_let_go(
     gone = weakref.ref(old)
     if "not" not in kind:
         old.start()
-        old.stop()
+        old.stop(60.0)
     new.start()
     try:
         del old
@@ -237,12 +238,21 @@ def test_a_store_that_breaks_is_503(
     monitor = start("--state-dir", str(state))
     write_run(make_manifest("run"), np.ones((5, 4)))
     wait_until(lambda: b"run_started" in monitor.get("/api/v1/events")[1])
-    with sqlite3.connect(state / DATABASE) as base:
-        base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    base.close()
-    with (state / DATABASE).open("r+b") as file:
-        file.seek(4096)
-        file.write(b"\xff" * 2**16)
+    with contextlib.closing(sqlite3.connect(state / DATABASE, timeout=30, isolation_level=None)) as base:
+
+        def held() -> bool:
+            """Keep the monitor from writing while all is in the file: a newer page beside it would hide the damage."""
+            base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            base.execute("BEGIN IMMEDIATE")
+            if (state / f"{DATABASE}-wal").stat().st_size:
+                base.execute("ROLLBACK")
+                return False
+            return True
+
+        wait_until(held)
+        with (state / DATABASE).open("r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * 2**16)
     wait_until(lambda: monitor.get("/api/v1/events")[0] == 503)
     assert b"its log says why" in monitor.get("/api/v1/events")[1]
     assert monitor.get("/api/v1/runs")[0] == monitor.get("/metrics")[0] == 200
@@ -255,6 +265,6 @@ def test_an_end_after_requests_warns_of_nothing(start: Start, number: int) -> No
     for _ in range(number):
         assert monitor.get("/api/v1/runs")[0] == 200
     monitor.process.terminate()
-    assert monitor.process.wait(timeout=30) == 0
+    assert monitor.process.wait(timeout=60) == 0
     assert monitor.process.stderr is not None
     assert "WARNING" not in monitor.process.stderr.read()

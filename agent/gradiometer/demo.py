@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -40,8 +40,10 @@ DEFAULT_POLICY: PolicySource = {"pipeline": [{"nonfinite": {"action": "skip"}}, 
 TEXT_BYTES = 8 * 2**20
 LEARNING_RATE = 20.0
 BATCH, LENGTH = 32, 64
-MONITOR_SECONDS = 20.0
+MONITOR_SECONDS = 60.0
 """How long the monitor may take to start."""
+SCRAPE_SECONDS = 20.0
+"""How long it may take to have read the last step; it is scraped then, or as it is."""
 
 
 class DemoError(RuntimeError):
@@ -320,11 +322,13 @@ def _await_port(process: subprocess.Popen[bytes], port_file: Path, log: Path) ->
 
 
 def _show_scrape(url: str, agent: Agent, console: Console) -> None:
-    """Scrape the monitor as Prometheus would, and say what it found of this run."""
-    time.sleep(2.0)  # a poll of the monitor
+    """Scrape the monitor as Prometheus would, once it has read the last step, and say what it found of this run."""
+    steps, deadline = int(open_run(agent.path).status["steps"]), time.monotonic() + SCRAPE_SECONDS
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:  # noqa: S310 - our own http URL
-            lines = response.read().decode().splitlines()
+        lines = _scrape(url)
+        while _steps_told(lines, agent.run_id) < steps and time.monotonic() < deadline:
+            time.sleep(0.1)
+            lines = _scrape(url)
     except OSError as error:
         console.print(f"[yellow]the monitor could not be scraped: {error}[/yellow]")
         return
@@ -334,3 +338,15 @@ def _show_scrape(url: str, agent: Agent, console: Console) -> None:
         for line in mine:
             if line.startswith(f"gradiometer_{wanted}{{"):
                 console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _scrape(url: str) -> list[str]:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:  # noqa: S310 - our own http URL
+        text: str = response.read().decode()
+        return text.splitlines()
+
+
+def _steps_told(lines: Sequence[str], run_id: str) -> float:
+    """Return the steps that a scrape has of a run; -1 where it does not know the run."""
+    name = f'gradiometer_steps_total{{run_id="{run_id}"}} '
+    return next((float(line.removeprefix(name)) for line in lines if line.startswith(name)), -1.0)

@@ -198,20 +198,21 @@ class Daemon:
 
     def _reload(self) -> None:
         notify("RELOADING=1")
-        succeeded = False
+        reloaded_at = None
         try:
             if self._reread is not None:
                 resolved = self._reread()
                 for warning in resolved.warnings:
                     log.warning("%s", warning)
                 self.apply(resolved.settings)
-            succeeded, self._reloaded_at = True, time.time()
+            reloaded_at = time.time()
         except SettingsError as error:
             said = "; ".join(str(error).splitlines())
             log.error("reload refused, all settings stay as they were: %s", said)  # noqa: TRY400 - as in serve()
         except Exception:  # whatever a wrong setting leads to, the monitor goes on with the old ones
             log.exception("reload failed, all settings stay as they were")
-        self._reloaded = succeeded
+        self._reloaded = reloaded_at is not None  # before its time: who sees that sees that it succeeded
+        self._reloaded_at = reloaded_at or self._reloaded_at
         notify("READY=1")
 
     def _poll(self) -> None:
