@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from gradiometer.recorder import Recorder, RowHeader
 from gradiometer.records import Flag, Manifest, ParameterInfo, RingGeometry
@@ -140,10 +140,12 @@ def write_run(tmp_path: Path) -> Iterator[WriteRun]:
 def pytest_configure() -> None:
     """Give torch one thread, here and in child processes: small models on two cores wait for each other otherwise.
 
-    Let no example of hypothesis fail for its time: a host that is busy makes any of them slow.
+    Let no example of hypothesis fail for its time, as a host that is busy makes any of them slow, nor for the fixtures
+    that it shares with the others.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    settings.register_profile("patient", settings(), deadline=None)
+    fit = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("patient", settings(), deadline=None, suppress_health_check=fit)
     settings.load_profile("patient")
 
 

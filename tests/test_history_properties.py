@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradiometer.recorder import Recorder
@@ -82,7 +82,7 @@ def _assert_bucket(window: Window, place: int, held: dict[int, tuple[float, floa
         assert window.buckets.bad[place, layer] == any(not math.isfinite(value) for value in norms)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batches=batches,
     asked=st.lists(questions, min_size=5, max_size=5),

@@ -160,7 +160,7 @@ def test_a_gradient_that_turns_sparse() -> None:
 FINITE = st.floats(-(2.0**50), 2.0**50, allow_subnormal=False, width=32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(FINITE, max_size=20), min_size=1, max_size=5))
 def test_any_gradients_agree_with_float64(gradients: list[Numbers]) -> None:
     """Whatever the values, each norm and their composition agree with float64."""
@@ -171,7 +171,7 @@ def test_any_gradients_agree_with_float64(gradients: list[Numbers]) -> None:
     assert total_norm(norms).item() == pytest.approx(whole, rel=1e-6, abs=1e-20)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(FINITE, min_size=1, max_size=20), st.sampled_from(["float32", "float64"]))
 def test_one_tensor_agrees_with_float64(values: Numbers, dtype: str) -> None:
     """The norm used in backward hooks agrees with float64, in the dtype asked for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 import gradiometer
+from tests._ports import free_ports
 
 WORKER = """
 import json, os, sys, torch, gradiometer
@@ -63,14 +63,12 @@ os._exit(0)  # gloo's threads abort one Python of some forty that ends by itself
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Train on two ranks and return what each said, with the run that it recorded."""
     root: Path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     commands = [[sys.executable, "-c", WORKER, str(rank), str(port), str(root)] for rank in range(2)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     workers = [subprocess.Popen(command, **pipes) for command in commands]
     try:
-        said = [worker.communicate(timeout=120) for worker in workers]
+        said = [worker.communicate(timeout=240) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

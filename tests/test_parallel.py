@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import gradiometer
 from gradiometer import Run
 from tests import _ranks as cases
 from tests._parallel import CASES, build_experts
+from tests._ports import free_ports
 from tests._training import Floats, backward, check_run, hand_norms
 
 pytestmark = pytest.mark.slow
@@ -49,9 +49,7 @@ class Ranks:
 
     def __init__(self, root: Path, world: int, names: Sequence[str], **environment: str) -> None:
         self.root, self.world = root, world
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         workers = [
             subprocess.Popen(

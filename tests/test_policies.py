@@ -298,7 +298,7 @@ STAGES = [
 ANY = st.floats(min_value=0, width=32, allow_subnormal=False) | st.just(math.nan)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(ANY, min_size=3, max_size=3), st.sampled_from([torch.float32, torch.float64]))
 def test_coefficients_are_factors(norms: list[float], dtype: torch.dtype) -> None:
     """Whatever the norms, NaN and Inf among them, every coefficient and strength is in [0, 1] and never NaN."""
@@ -310,7 +310,7 @@ def test_coefficients_are_factors(norms: list[float], dtype: torch.dtype) -> Non
             assert bool(((part >= 0) & (part <= 1)).all())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1e6), min_size=3, max_size=3))
 def test_the_norm_is_bounded_afterwards(norms: list[float]) -> None:
     """After ``global_norm`` the norm of all is at most the threshold."""

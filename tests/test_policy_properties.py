@@ -101,7 +101,7 @@ def test_every_learning_kind_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", LEARNING)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stream=STREAM, scope=st.sampled_from(SCOPES), dtype=DTYPE)
 def test_coefficients_are_factors(name: str, stream: Any, scope: str, dtype: torch.dtype) -> None:
     """Coefficients and strengths are in [0, 1] and never NaN, of the gradients' dtype; thresholds are never NaN."""
@@ -114,7 +114,7 @@ def test_coefficients_are_factors(name: str, stream: Any, scope: str, dtype: tor
 
 
 @pytest.mark.parametrize("name", LEARNING)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stream=STREAM, scope=st.sampled_from(SCOPES), dtype=DTYPE)
 def test_only_finite_norms_enter_a_statistic(name: str, stream: Any, scope: str, dtype: torch.dtype) -> None:
     """State is finite where something was learned; scales are positive; what taught nothing is counted."""
@@ -135,7 +135,7 @@ def test_only_finite_norms_enter_a_statistic(name: str, stream: Any, scope: str,
 
 
 @pytest.mark.parametrize("name", BOUNDING)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stream=STREAM, scope=st.sampled_from(["model", "parameter"]), dtype=DTYPE)
 def test_the_norm_is_bounded_afterwards(name: str, stream: Any, scope: str, dtype: torch.dtype) -> None:
     """The unit that is scaled the most has, after it, at most the norm that the threshold says."""
@@ -151,7 +151,7 @@ def test_the_norm_is_bounded_afterwards(name: str, stream: Any, scope: str, dtyp
 
 
 @pytest.mark.parametrize("name", LEARNING)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(stream=STREAM, cut=st.integers(0, 13), scope=st.sampled_from(SCOPES))
 def test_a_resumed_run_decides_the_same(name: str, stream: Any, cut: int, scope: str) -> None:
     """A state saved at any step, and loaded into a new pipeline, gives the same bits for ever after."""
@@ -171,7 +171,7 @@ def test_a_resumed_run_decides_the_same(name: str, stream: Any, cut: int, scope:
 
 
 @pytest.mark.parametrize("name", LEARNING)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(stream=STREAM, scope=st.sampled_from(SCOPES))
 def test_ranks_with_the_same_numbers_decide_the_same(name: str, stream: Any, scope: str) -> None:
     """Two pipelines bound apart give the same bits, and deciding twice changes nothing: it is pure."""

@@ -43,7 +43,7 @@ def _prepare(folder: Path, *options: str, **variables: str) -> subprocess.Comple
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GRAFANA_")}
     command = ["sh", str(PREPARE), *options]
     return subprocess.run(
-        command, env=environment | own | variables, capture_output=True, text=True, check=False, timeout=30
+        command, env=environment | own | variables, capture_output=True, text=True, check=False, timeout=120
     )
 
 
@@ -253,11 +253,11 @@ def test_what_containers_cannot_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "deploy" / "prometheus.yml").chmod(0o600)
     environment = os.environ | {"GRADIOMETER_DIR": str(tmp_path / "runs")}
     command = ["sh", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert f"cannot read {tmp_path}/deploy/prometheus.yml: chmod -R o+rX deploy dashboards" in done.stderr
     (tmp_path / "deploy" / "prometheus.yml").chmod(0o644)
-    assert subprocess.run(command, env=environment, capture_output=True, check=False, timeout=30).returncode == 0
+    assert subprocess.run(command, env=environment, capture_output=True, check=False, timeout=120).returncode == 0
     assert (tmp_path / ".env").exists()
 
 

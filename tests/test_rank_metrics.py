@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -249,7 +249,6 @@ def test_updates_of_a_real_training(monitored: Monitored, tmp_path: Path, policy
     assert all(bool(p.isfinite().all()) for p in model.parameters()) == (used == 0)
 
 
-@settings(deadline=None)
 @given(
     steps=st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.integers(0, 2)), min_size=1, max_size=60),
     cut=st.integers(0, 60),

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gradiometer.process import pid_namespace, process_alive
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from tests.conftest import MakeManifest, Spawn, WaitUntil, WriteRun
 
 NAN = float("nan")
-shared_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 WRITER = """
 import os, sys, time
@@ -96,7 +95,6 @@ headers = st.builds(
 )
 
 
-@shared_fixtures
 @given(header=headers, seed=st.integers(0, 2**32 - 1), layers=st.integers(1, 9))
 def test_round_trip(
     tmp_path_factory: pytest.TempPathFactory, make_manifest: MakeManifest, header: RowHeader, seed: int, layers: int

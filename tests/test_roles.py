@@ -63,7 +63,7 @@ def monitor(shared_start: Start, tmp_path_factory: pytest.TempPathFactory) -> Mo
 
 def ask(monitor: Monitor, method: str, path: str, role: str | None) -> tuple[int, str, str]:
     """Ask with the token of a role, or with none: status, what is told of a refusal, and the challenge."""
-    connection = http.client.HTTPConnection(monitor.url.removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(monitor.url.removeprefix("http://"), timeout=60)
     headers = {} if role is None else {"authorization": f"Bearer {TOKENS[role]}"}
     if method in ("PUT", "POST"):
         headers["content-type"] = "application/json"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS, WINDOW_SECONDS
@@ -102,7 +102,6 @@ def test_window_of_nothing_is_unknown() -> None:
     assert np.isnan(WindowMax(3).max()).all()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=Steps, cut=st.integers(0, 60))
 def test_finite_window_max_is_the_largest_finite_norm(
     make_manifest: MakeManifest, steps: list[tuple[int, float]], cut: int
@@ -127,7 +126,6 @@ def test_finite_window_max_is_the_largest_finite_norm(
         assert summary.grad_norm_window_max == INF
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.lists(st.integers(-1, 4), min_size=1, max_size=40), cut=st.integers(0, 40))
 def test_origins_like_a_loop(make_manifest: MakeManifest, first: list[int], cut: int) -> None:
     """A step counts for the layer of its first non-finite parameter; with none, or one that is not there, for none."""
@@ -150,7 +148,6 @@ norms_lists = st.lists(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(norms=norms_lists, cut=st.integers(0, 30))
 def test_layers_like_a_loop(make_manifest: MakeManifest, norms: list[list[float]], cut: int) -> None:
     """Norms, maxima and non-finite counts of layers are those of a walk over rows and parameters."""
@@ -203,7 +200,7 @@ def test_anomaly_is_how_far_the_peak_is_above_the_usual(make_manifest: MakeManif
 
 
 @given(norms=st.lists(st.floats(0, 1e6) | st.just(NAN) | st.just(INF), max_size=700), cut=st.integers(0, 700))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(max_examples=30)
 def test_baseline_is_the_median_of_the_last_finite_steps(
     make_manifest: MakeManifest, norms: list[float], cut: int
 ) -> None:

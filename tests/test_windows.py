@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradiometer.records import STATUS, Flag, Manifest
@@ -70,7 +70,7 @@ def _noise(steps: int, seed: int = 0, deviation: float = 0.3) -> Floats:
     return np.exp(np.random.default_rng(seed).normal(np.log([1.0, 10.0, 100.0]), deviation, (steps, 3)))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     values=st.lists(st.lists(st.floats(-50, 50, width=32) | st.just(NAN), min_size=40, max_size=40), min_size=1),
 )
@@ -99,7 +99,7 @@ def test_the_sample_is_near_the_whole(feed: Feed, drift: float) -> None:
     assert layers.mad == pytest.approx(mad, rel=0.35)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cuts=st.lists(st.integers(0, 400), max_size=6), seed=st.integers(0, 100))
 def test_batches_do_not_matter(make_manifest: MakeManifest, cuts: list[int], seed: int) -> None:
     """Wherever the rows were cut, baselines, flags and ratios are the same."""
@@ -136,7 +136,7 @@ def _usual_of(norms: list[float]) -> tuple[float, float] | None:
 values = st.floats(0.5, 4.0, width=32) | st.sampled_from([NAN, INF, 0.0, -0.0])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     start=st.lists(values, max_size=60), seed=st.integers(0, 100), steps=st.integers(0, 900), broken=st.floats(0, 0.9)
 )
@@ -251,7 +251,6 @@ def test_a_spike_scores_by_its_own_deviation(feed: Feed) -> None:
     assert silent.columns()["gradiometer_layer_anomaly_score"][1].tolist() == [False, False, True]
 
 
-@settings(deadline=None)
 @given(
     steps=st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=MINIMUM_SAMPLES, max_size=100),
     cut=st.integers(0, 100),
@@ -273,7 +272,6 @@ def test_clip_ratio_is_that_of_the_last_minute(steps: list[tuple[int, bool]], cu
 jumps = st.sampled_from([0, 1, 1, 2, 5, 30, 61, -1, -5, -30, -70, 500, -500])
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.tuples(jumps, st.floats(0, 100)), min_size=1, max_size=40), cut=st.integers(0, 40))
 def test_a_clock_that_jumps_depends_on_no_batch(rows: list[tuple[int, float]], cut: int) -> None:
     """Wherever the clock is set to, the window's end is the newest row, and batches make no difference."""
@@ -333,7 +331,6 @@ def test_many_layers_are_refreshed_in_turns() -> None:
     assert np.isclose(whole.median[::97], newest, atol=1e-6).any(axis=0).all()
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=2), min_size=1, max_size=30),
     cut=st.integers(0, 30),
