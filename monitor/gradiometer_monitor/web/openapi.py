@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gradiometer.records import installed_version
-from gradiometer_monitor.web.roles import PERMISSIONS, ROLES, WITHOUT_TOKENS, Role, needed_by, needs, one_of, roles_for
+from gradiometer_monitor.web.roles import WITHOUT_TOKENS, Role, describe_roles, needed_by, needs, one_of, roles_for
 from gradiometer_monitor.web.schemas import Error
 from gradiometer_monitor.web.settings import LimitSettings
 
@@ -40,9 +40,8 @@ SECURITY_SCHEMES = {
     SCHEME: {
         "type": "http",
         "scheme": "bearer",
-        "description": "A line of `auth.tokens_file`. What its role may do: "
-        + "; ".join(f"`{role}`: {', '.join(PERMISSIONS[each] for each in may)}" for role, may in ROLES.items())
-        + ". Each operation names the roles of which it needs one.",
+        "description": f"A line of `auth.tokens_file`. What its role may do: {describe_roles('`')}. "
+        "Each operation names the roles of which it needs one.",
     }
 }
 ANSWERS = {

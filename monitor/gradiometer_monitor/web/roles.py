@@ -13,8 +13,8 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope
 
 __all__ = [
-    "PERMISSIONS", "ROLES", "WITHOUT_TOKENS", "Need", "Needs", "Permission", "Role", "needed_by", "needs", "one_of",
-    "roles_for",
+    "PERMISSIONS", "ROLES", "WITHOUT_TOKENS", "Need", "Needs", "Permission", "Role", "describe_roles", "needed_by",
+    "needs", "one_of", "roles_for",
 ]  # fmt: skip
 
 Role = Literal["metrics", "alerts", "read", "write"]
@@ -50,6 +50,13 @@ def one_of(roles: Iterable[Role], quote: str = "'") -> str:
     """Write roles as one may be chosen: ``'metrics', 'read' or 'write'``."""
     *others, last = (f"{quote}{role}{quote}" for role in roles)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def describe_roles(quote: str = "") -> str:
+    """Write what each role may do: ``metrics: scrape /metrics; alerts: …``."""
+    return "; ".join(
+        f"{quote}{role}{quote}: {', '.join(PERMISSIONS[each] for each in may)}" for role, may in ROLES.items()
+    )
 
 
 def needs(need: Need) -> Callable[[Handler], Handler]:

@@ -10,19 +10,16 @@ from typing import Annotated
 import typer
 
 from gradiometer_monitor.config.settings import SettingsError
-from gradiometer_monitor.web.roles import PERMISSIONS, ROLES, Role
+from gradiometer_monitor.web.roles import Role, describe_roles
 from gradiometer_monitor.web.tokens import NAME, read_tokens
 
 __all__ = ["token"]
 
 TOKEN_BYTES = 32
-ROLE_HELP = "What the client may do; " + "; ".join(
-    f"{role}: {', '.join(PERMISSIONS[each] for each in may)}" for role, may in ROLES.items()
-)
 
 
 def token(
-    role: Annotated[Role, typer.Argument(help=f"{ROLE_HELP}.")],
+    role: Annotated[Role, typer.Argument(help=f"What the client may do; {describe_roles()}.")],
     name: Annotated[str, typer.Argument(help="What the client is called in events and logs.")],
     file: Annotated[
         Path | None, typer.Option("--file", help="Add the line to this file, and print the token alone.")
