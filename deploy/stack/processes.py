@@ -57,7 +57,7 @@ class Processes:
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
-            signal.signal(number, self._stop_asked)
+            signal.signal(number, self._signalled)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,16 +122,16 @@ class Processes:
         while line := process.stdout.readline(LINE_BYTES):
             self.say(line.decode(errors="replace").rstrip(), part.name)
 
-    def _stop_asked(self, *_: object) -> None:
+    def _signalled(self, *_: object) -> None:
         if self.stopping:  # asked again: at once
             self._signal(signal.SIGKILL)
-        self._stopping = True
+        self._ask_to_stop()
 
     def _ask_to_stop(self) -> None:
         self._stopping = True
 
     def _stop(self) -> None:
-        self._stopping = True
+        self._ask_to_stop()
         self._signal(signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
         for _, process, _ in self._started:
