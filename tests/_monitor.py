@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -46,6 +47,13 @@ class Monitor:
     def state(self, run_id: str) -> str | None:
         """Ask the API for the state of one run."""
         return self.runs().get(run_id, {}).get("state")
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> str:
+        """End it by a signal, in good order, and return its log, which is empty unless its errors go to a pipe."""
+        self.process.send_signal(number)
+        _, log = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, log
+        return log or ""
 
 
 def launch(

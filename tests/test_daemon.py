@@ -42,13 +42,6 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def _ended(monitor: Monitor) -> str:
-    monitor.process.terminate()
-    log: str = monitor.process.communicate(timeout=60)[1]
-    assert monitor.process.returncode == 0
-    return log
-
-
 def _reload(monitor: Monitor, wait_until: WaitUntil, *, succeeds: bool = True) -> None:
     """Have the monitor reload, and wait until that succeeded, or was refused."""
     name = "gradiometer_config_last_reload_success_timestamp_seconds"
@@ -74,7 +67,7 @@ def test_a_reload_takes_effect(
     assert samples[RELOADED, ()] == 1
     assert sum(1 for name, _ in samples if name == "gradiometer_layer_grad_norm_last") < 200
     assert monitor.get("/-/healthy")[0] == 200
-    log = _ended(monitor)
+    log = monitor.end()
     assert "only a restart changes state_dir: stays as it was" in log
     assert "the settings were read again" not in log
 
@@ -88,7 +81,7 @@ def test_a_reload_of_what_is_wrong_changes_nothing(start: Start, config: Path, w
     config.write_text("log: {level: debug}\n")
     _reload(monitor, wait_until)
     assert monitor.samples()[RELOADED, ()] == 1
-    log = _ended(monitor)
+    log = monitor.end()
     (line,) = (line for line in log.splitlines() if " ERROR " in line)
     assert "reload refused" in line
     assert f"{config}:1:7: prot: no such setting" in line
@@ -108,7 +101,7 @@ def test_a_storm_of_reloads_among_scrapes(start: Start, config: Path, wait_until
         if turn % 10 == 0:
             assert monitor.get("/metrics")[0] == 200
     _reload(monitor, wait_until)
-    log = _ended(monitor)
+    log = monitor.end()
     assert "changed retention_seconds, series_budget" in log
     assert "Traceback" not in log
     assert "ERROR" not in log

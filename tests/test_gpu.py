@@ -327,8 +327,7 @@ def test_a_daemon_over_a_library(
     assert _gpu(found, "0", "GPU-good", "hardware_thermal") == {"throttled": 1}
     assert _gpu(found, "0", "GPU-good", "NVIDIA X", "560.35.03") == {"info": 1}
     assert _gpu(found, "1", "GPU-lost") == {"up": 0}
-    monitor.process.terminate()
-    assert "GPU 1 cannot be read: GPU is lost" in monitor.process.communicate(timeout=60)[1]
+    assert "GPU 1 cannot be read: GPU is lost" in monitor.end()
 
 
 def _has_nvml() -> bool:

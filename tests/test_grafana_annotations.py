@@ -491,10 +491,7 @@ def test_the_monitor_annotates_what_a_job_tells(
     samples = monitor.samples()
     assert samples["gradiometer_annotations_waiting", ()] == 0
     assert samples["gradiometer_grafana_up", ()] == 1
-    monitor.process.terminate()
-    assert monitor.process.wait(timeout=30) == 0
-    assert monitor.process.stderr is not None
-    logged = monitor.process.stderr.read()
+    logged = monitor.end()
     assert f"dashboard {grafana.board} created" in logged
     if grafana.token_file:
         assert grafana.token_file.read_text().strip() not in logged

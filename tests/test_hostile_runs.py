@@ -62,8 +62,7 @@ def test_a_link_out_of_the_root_is_not_followed(
     monitor = start()
     wait_until(lambda: monitor.state("good"))
     shown = told(monitor)
-    monitor.process.terminate()
-    log = monitor.process.communicate(timeout=60)[1]
+    log = monitor.end()
     assert "secret" not in shown + log
     assert "somebody" not in shown + log
 
@@ -183,8 +182,7 @@ def test_text_of_a_run_forges_no_line_of_the_log(
     events.write_text(json.dumps({"kind": forged, "message": forged, "step": 0}) + "\n")
     monitor = start()
     wait_until(lambda: {"run_started", forged} <= {event["kind"] for event in _events(monitor)})
-    monitor.process.terminate()
-    log = monitor.process.communicate(timeout=60)[1]
+    log = monitor.end()
     assert not [line for line in log.splitlines() if line.startswith("2026-01-01")]
     assert "\x1b" not in log
     assert r"on \n2026-01-01T00:00:00Z ERROR all tokens were revoked\x1b[2J" in log  # it is there, and escaped

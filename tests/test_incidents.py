@@ -349,16 +349,14 @@ def test_the_daemon_tells_and_goes_on(
     job.kill()
     wait_until(lambda: monitor.state("job") == "lost")
     before = monitor.samples()
-    monitor.process.terminate()
-    assert monitor.process.wait(30) == 0
+    monitor.end()
     monitor = start()
     wait_until(lambda: monitor.state("job") == "lost")
     after = monitor.samples()
     counters = ("gradiometer_grad_norm_count", "gradiometer_uncounted_steps", "gradiometer_rows_dropped_total")
     for name in counters:
         assert before[name, ("job",)] == after[name, ("job",)]
-    monitor.process.terminate()
-    assert monitor.process.wait(30) == 0
+    monitor.end()
     store = Store(tmp_path / ".monitor")
     told = [event.kind for event in store.events(run_id="job", after=0) if event.rank is None]
     store.close()

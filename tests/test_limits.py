@@ -151,8 +151,7 @@ def test_what_is_no_request_is_400(start: Start) -> None:
         with connect(monitor) as connection:
             connection.sendall(b"\0\r\n\r\n")
             read_to_end(connection)
-    monitor.process.terminate()
-    log = monitor.process.communicate(timeout=60)[1]
+    log = monitor.end()
     assert 1 <= log.count("Invalid HTTP request") <= 12
     assert "Traceback" not in log
 
