@@ -20,15 +20,13 @@ import gradiometer
 from gradiometer.live import thread as live
 from gradiometer.live.control import Answer, await_answer, request_policy
 from tests._parallel import sharded
-from tests._ranks import Case, all_ranks, attach, build_model, loss_of, mine, run_cases, sgd
+from tests._ranks import PATIENCE_STEPS, Case, all_ranks, attach, build_model, loss_of, mine, run_cases, sgd
 from tests._training import backward
 
 __all__ = ["CASES", "OTHER"]
 
 PATIENCE_SECONDS = 120.0
 """How long ranks train on, at most, until each has been told what became of the request: a busy host is slow."""
-PATIENCE_STEPS = 20_000
-"""As many steps, where the ranks must end after the same one."""
 OTHER: list[dict[str, Any]] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 0.05}}, {"value": {"max_abs": 0.01}}]
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 
 import gradiometer
 from tests._ranks import (
+    PATIENCE_STEPS,
     STEPS,
     Case,
     all_ranks,
@@ -192,7 +193,7 @@ def callbacks(rank: int, world: int) -> dict[str, Any]:
 
     policy = {"actions": [{"when": {"norm_above": 1e-9}, "do": {"callback": "save"}, "cooldown": 1000}]}
     with attach(model, optimizer, policy=policy, callbacks={"save": save}) as agent:
-        for step in range(20_000):
+        for step in range(PATIENCE_STEPS):
             train(agent, model, optimizer, lambda step: mine(step % 40, rank, world), steps=[step])
             flag = torch.tensor(float(wanted.is_set()))
             dist.all_reduce(flag, dist.ReduceOp.MAX)

@@ -24,6 +24,7 @@ __all__ = [
     "BATCH",
     "FEATURES",
     "OUTPUTS",
+    "PATIENCE_STEPS",
     "POLICY",
     "STEPS",
     "WIDTH",
@@ -43,6 +44,8 @@ __all__ = [
 Case = Callable[[int, int], dict[str, Any]]
 """What one rank does, given its rank and the number of ranks; the result goes into a file for the tests."""
 BATCH, FEATURES, WIDTH, OUTPUTS, STEPS = 8, 6, 12, 3, 4
+PATIENCE_STEPS = 20_000
+"""For how many steps ranks train on, at most, until something has happened, and all end after the same one."""
 POLICY: list[dict[str, Any]] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 0.5}}]
 RING_BYTES = 2**20
 

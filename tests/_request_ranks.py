@@ -16,7 +16,7 @@ import gradiometer
 from gradiometer.live import thread
 from gradiometer.live.requests import Kind, request_loop
 from tests._parallel import sharded
-from tests._ranks import Case, all_ranks, attach, build_model, loss_of, mine, run_cases, sgd
+from tests._ranks import PATIENCE_STEPS, Case, all_ranks, attach, build_model, loss_of, mine, run_cases, sgd
 from tests._training import backward
 
 __all__ = ["CASES"]
@@ -72,7 +72,7 @@ def deaf(rank: int, world: int) -> dict[str, Any]:
     model = nn.parallel.DistributedDataParallel(build_model())
     optimizer = sgd(model)
     with attach(model, optimizer) as agent:
-        for step in range(20_000):
+        for step in range(PATIENCE_STEPS):
             optimizer.zero_grad()
             backward(loss_of(model(mine(step % 7, rank, world))))
             optimizer.step()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gradiometer import Agent, Run
 
 __all__ = [
     "ABORTED",
+    "PATIENCE_SECONDS",
     "ROWS",
     "assert_same",
     "attach",
@@ -30,6 +32,7 @@ __all__ = [
     "small_model",
     "train",
     "train_by_hand",
+    "train_until",
 ]
 
 Floats = npt.NDArray[np.float64]
@@ -37,6 +40,8 @@ RING_BYTES = 2**20
 """A small ring: hundreds of tests make one each."""
 ABORTED = "terminate called without an active exception"
 """What gloo's threads say when they abort a Python that ends: one of some forty, with or without an agent."""
+PATIENCE_SECONDS = 60.0
+"""How long training goes on, at most, until what it waits for has happened: a busy host is slow."""
 ROWS = 16
 """Rows of a batch."""
 
@@ -75,6 +80,16 @@ def train(model: nn.Module, optimizer: Optimizer, steps: Iterable[int] = range(5
         optimizer.zero_grad()
         backward(loss_of(model, step))
         optimizer.step()
+
+
+def train_until(model: nn.Module, optimizer: Optimizer, check: Callable[[], Any]) -> Any:
+    """Train until a check finds something after a step, for ``PATIENCE_SECONDS`` at most; return what it found."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        train(model, optimizer, [0])
+        if found := check():
+            return found
+        assert time.monotonic() < end, f"still {found!r}"
 
 
 def train_by_hand(

@@ -30,7 +30,7 @@ from gradiometer.policy.spec import PolicyError
 from gradiometer.records import find_ranks
 from gradiometer.replay.history import recorded
 from gradiometer.report import summarize
-from tests._training import assert_same, attach, backward, loss_of, small_model, train
+from tests._training import PATIENCE_SECONDS, assert_same, attach, backward, loss_of, small_model, train
 
 CLIP: list[Any] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 1.0}}]
 TIGHT: list[Any] = [{"nonfinite": {}}, {"global_norm": {"max_norm": 0.01}}]
@@ -49,7 +49,6 @@ JOB = """
             time.sleep(0.02)
 """
 """Its ring holds every step of a quarter of an hour, however long the command line takes."""
-PATIENCE = 60.0
 
 
 pytestmark = pytest.mark.slow
@@ -61,7 +60,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def step_until(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer, kinds: list[str]) -> list[Any]:
     """Train until the agent has written these kinds of policy events; return the events."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + PATIENCE_SECONDS
     while True:
         train(model, optimizer, [0])
         events = [each for each in open_run(agent.path).events if each["kind"].startswith("policy_")]
@@ -72,7 +71,7 @@ def step_until(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 def await_due(agent: Agent) -> None:
     """Wait until the agent has read a request, which the next step is to take up."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + PATIENCE_SECONDS
     while not agent._live.due:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -181,7 +180,7 @@ def test_two_requests_in_quick_succession(tmp_path: Path) -> None:
         await_due(agent)  # it looks for no other until the next step has taken this one up
         first, second = (request_policy(agent.path, policy) for policy in (None, TIGHT))
         step_until(agent, model, optimizer, ["policy_changed"] * 2)
-        assert await_answer(agent.path, second, PATIENCE).applied
+        assert await_answer(agent.path, second, PATIENCE_SECONDS).applied
         with pytest.raises(RequestError, match="took the place of this one"):
             await_answer(agent.path, first, 0.2)
         assert open_run(agent.path).history.newest.policy == {"version": 1, "pipeline": TIGHT}
@@ -241,7 +240,7 @@ def test_from_nothing_to_a_policy_and_back(tmp_path: Path) -> None:
         for policy in (TIGHT, None, CLIP):
             request_policy(agent.path, policy)
             count = len(open_run(agent.path).history.revisions)
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + PATIENCE_SECONDS
             while len(open_run(agent.path).history.revisions) == count:
                 train(model, optimizer, [agent.step])
                 assert time.monotonic() < end
@@ -298,7 +297,7 @@ def test_a_stage_that_stays_keeps_its_memory(tmp_path: Path) -> None:
     policy: list[Any] = [{"nonfinite": {"max_consecutive": 10**9}}]
     with attach(tmp_path, model, optimizer, policy=policy) as agent:
         request_policy(agent.path, [{"nonfinite": {"max_consecutive": 10**6}}, {"global_norm": {"max_norm": 1}}])
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + PATIENCE_SECONDS
         while open_run(agent.path).status["policy_revision"] == 0:
             optimizer.zero_grad()
             backward(loss_of(model, 0) * float("nan"))
@@ -369,14 +368,14 @@ def test_a_step_that_a_scaler_skips_is_a_boundary(tmp_path: Path) -> None:
     optimizer, scaler = sgd(model), GradScaler("cpu")
     with attach(tmp_path, model, optimizer, policy=CLIP) as agent:
         request = request_policy(agent.path, TIGHT)
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + PATIENCE_SECONDS
         while open_run(agent.path).status["policy_changes"] == 0:
             optimizer.zero_grad()
             backward(scaler.scale(loss_of(model, 0) * float("inf")))
             scaler.step(optimizer)
             scaler.update(1.0)
             assert time.monotonic() < end
-        assert await_answer(agent.path, request, PATIENCE).applied
+        assert await_answer(agent.path, request, PATIENCE_SECONDS).applied
 
 
 def test_an_old_run_reads_without_a_history(tmp_path: Path) -> None:

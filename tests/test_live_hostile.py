@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -27,12 +27,14 @@ from gradiometer.live.revisions import Slot, SlotTable, write_atomically
 from gradiometer.policy.spec import PolicyError, load_policy
 from gradiometer.recorder import RowHeader
 from gradiometer.tail import RankTail, frame
-from tests._training import attach, small_model, train
+from tests._training import PATIENCE_SECONDS, attach, small_model, train, train_until
+
+if TYPE_CHECKING:
+    from tests.conftest import WaitUntil
 
 pytestmark = pytest.mark.slow
 CLIP: list[Any] = [{"global_norm": {"max_norm": 1.0}}]
 HUGE = "9" * 400
-PATIENCE = 60.0
 NAN = float("nan")
 
 
@@ -46,13 +48,6 @@ def written(policy: str, request: str = "a") -> str:
 
 def events(agent: Agent, kind: str) -> list[dict[str, Any]]:
     return [event for event in open_run(agent.path).events if event["kind"] == kind]
-
-
-def train_until(model: nn.Module, optimizer: torch.optim.Optimizer, done: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not done():
-        train(model, optimizer, [0])
-        assert time.monotonic() < end
 
 
 def put(text: str) -> Callable[[Path], object]:
@@ -101,7 +96,7 @@ def await_change(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimize
     request = request_policy(agent.path, policy)
     before = int(open_run(agent.path).status["policy_changes"])
     train_until(model, optimizer, lambda: open_run(agent.path).status["policy_changes"] > before)
-    return await_answer(agent.path, request, PATIENCE).revision
+    return await_answer(agent.path, request, PATIENCE_SECONDS).revision
 
 
 STOPPED = """
@@ -166,7 +161,7 @@ def test_a_request_of_another_users_file(tmp_path: Path) -> None:
         assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (12345, 12345, 0o600)
 
 
-def test_a_request_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil) -> None:
     """A file that this user may not read is refused, rather than passed over."""
 
     def refuse(path: Path) -> None:
@@ -176,11 +171,8 @@ def test_a_request_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     with attach(tmp_path, model, sgd(model), policy=None) as agent:
         monkeypatch.setattr("gradiometer.live.thread.read_request", refuse)
         request_policy(agent.path, CLIP)
-        end = time.monotonic() + PATIENCE
-        while not events(agent, "policy_rejected"):
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        assert "ask as the user who trains" in str(events(agent, "policy_rejected")[0]["reasons"])
+        (event,) = wait_until(lambda: events(agent, "policy_rejected"))
+        assert "ask as the user who trains" in str(event["reasons"])
 
 
 def test_a_request_that_is_put_back(tmp_path: Path) -> None:
@@ -217,7 +209,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.Mon
         assert tail.revision is None  # not known, and so not named
         assert not [sample for sample in frame([tail], "running").samples if "clip_events" in sample[0]]
         full.clear()
-        assert await_answer(agent.path, request, PATIENCE).revision == 1
+        assert await_answer(agent.path, request, PATIENCE_SECONDS).revision == 1
         assert tail.revision is not None
         tail.close()
     assert agent.errors == 1
@@ -236,7 +228,7 @@ def test_no_thread_holds_a_model(tmp_path: Path) -> None:
     train(model, optimizer, [0])
     path, seen = agent.path, weakref.ref(model)
     del model, optimizer, agent, save
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + PATIENCE_SECONDS
     while seen() is not None or any(thread.name.startswith("gradiometer") for thread in threading.enumerate()):
         gc.collect()
         assert time.monotonic() < end, threading.enumerate()

@@ -6,8 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from gradiometer.live import loop, thread
 from gradiometer.live.control import RequestError, await_answer, request_policy
 from gradiometer.live.requests import MAX_WAITING, request_loop, waiting
 from gradiometer.live.revisions import write_atomically
-from tests._training import attach, backward, loss_of, small_model, train
+from tests._training import attach, backward, loss_of, small_model, train, train_until
 
 pytestmark = pytest.mark.slow
 
@@ -52,18 +51,6 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def told(agent: Agent) -> list[dict[str, Any]]:
     return [event for event in open_run(agent.path).events if event["kind"].startswith("request_")]
-
-
-def step_until(
-    agent: Agent, optimizer: torch.optim.Optimizer, model: nn.Module, check: Callable[[], Any], seconds: float = 60.0
-) -> Any:
-    """Train until a check finds something after a step; return that."""
-    end = time.monotonic() + seconds
-    while True:
-        train(model, optimizer, [0])
-        if found := check():
-            return found
-        assert time.monotonic() < end, told(agent)
 
 
 def train_scaled(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler) -> None:
@@ -115,13 +102,13 @@ def test_a_checkpoint_is_shown_once_and_a_stop_stays(tmp_path: Path) -> None:
     with attach(tmp_path, model, optimizer) as agent:
         assert (agent.requested("checkpoint"), agent.requested("stop")) == (None, None)
         first = request_loop(agent.path, "checkpoint", by="me", note="why")
-        request = step_until(agent, optimizer, model, lambda: agent.requested("checkpoint"))
+        request = train_until(model, optimizer, lambda: agent.requested("checkpoint"))
         assert isinstance(request, LoopRequest)
         assert (request.id, request.by, request.note) == (first, "me", "why")
         train(model, optimizer)
         assert agent.requested("checkpoint") is None
         second = request_loop(agent.path, "stop")
-        step_until(agent, optimizer, model, lambda: agent.requested("stop"))
+        train_until(model, optimizer, lambda: agent.requested("stop"))
         assert agent.requested("stop")
         assert waiting(agent.path) == {}
     assert agent.requested("stop")
@@ -149,7 +136,7 @@ def test_functions_are_called_as_the_last_act_of_the_step(tmp_path: Path) -> Non
     with attach(tmp_path, model, optimizer, on_request={"checkpoint": save}) as agent:
         for count in (1, 2, 3):
             asked = request_loop(agent.path, "checkpoint")
-            step_until(agent, optimizer, model, lambda: len(seen) >= count)  # noqa: B023
+            train_until(model, optimizer, lambda: len(seen) >= count)  # noqa: B023
             assert seen[-1][0] == asked
             assert all(torch.equal(a, b) for a, b in zip(seen[-1][1], model.parameters(), strict=True))
     kinds = [event["kind"] for event in told(agent)]
@@ -179,11 +166,11 @@ def test_a_loop_that_does_not_listen_is_asked_nothing(tmp_path: Path, monkeypatc
     with attach(tmp_path, model, optimizer) as agent:
         asked = request_loop(agent.path, "stop")
         write_atomically(agent.path / "request-z.json", "{")
-        (other,) = step_until(agent, optimizer, model, lambda: told(agent))
+        (other,) = train_until(model, optimizer, lambda: told(agent))
         assert (other["kind"], other["request"]) == ("request_refused", "z")
         assert list(waiting(agent.path)) == [asked], "which was looked at before the other"
         monkeypatch.setattr(thread, "LISTEN_SECONDS", 0.0)
-        _, event = step_until(agent, optimizer, model, lambda: len(found := told(agent)) == 2 and found)
+        _, event = train_until(model, optimizer, lambda: len(found := told(agent)) == 2 and found)
         assert event["kind"] == "request_refused"
         assert "agent.requested('stop')" in event["reasons"][0]
         assert waiting(agent.path) == {}
@@ -217,7 +204,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     with attach(tmp_path, model, optimizer) as agent:
         agent.requested("checkpoint")
         first, second = (request_loop(agent.path, "checkpoint", by="me") for _ in range(2))
-        step_until(agent, optimizer, model, lambda: len(told(agent)) == 2)
+        train_until(model, optimizer, lambda: len(told(agent)) == 2)
         taken, refused = told(agent)
         assert (taken["kind"], taken["request"]) == ("request_taken", first)
         assert (refused["kind"], refused["request"]) == ("request_refused", second)
@@ -242,7 +229,7 @@ def test_what_is_no_request(tmp_path: Path, text: str, said: str) -> None:
     with attach(tmp_path, model, optimizer) as agent:
         (agent.path / "request-no name.json").write_text(text)
         write_atomically(agent.path / "request-a.json", text)
-        (event,) = step_until(agent, optimizer, model, lambda: told(agent))
+        (event,) = train_until(model, optimizer, lambda: told(agent))
         assert (event["kind"], event["request"]) == ("request_refused", "a")
         assert said in " ".join(event["reasons"])
         assert waiting(agent.path) == {}
@@ -255,10 +242,10 @@ def test_a_request_that_is_put_back_is_passed_over(tmp_path: Path) -> None:
     with attach(tmp_path, model, optimizer) as agent:
         agent.requested("checkpoint")
         asked = request_loop(agent.path, "checkpoint")
-        request = step_until(agent, optimizer, model, lambda: agent.requested("checkpoint"))
+        request = train_until(model, optimizer, lambda: agent.requested("checkpoint"))
         agent.done("checkpoint")
         write_atomically(agent.path / f"request-{asked}.json", request.model_dump_json())
-        step_until(agent, optimizer, model, lambda: not waiting(agent.path))
+        train_until(model, optimizer, lambda: not waiting(agent.path))
         train(model, optimizer)
         assert agent.requested("checkpoint") is None
     assert [event["kind"] for event in told(agent)] == ["request_taken", "request_done"]
@@ -272,12 +259,12 @@ def test_a_loop_that_does_not_answer_is_told_of(tmp_path: Path, monkeypatch: pyt
     with attach(tmp_path, model, optimizer) as agent:
         agent.requested("checkpoint")
         request_loop(agent.path, "checkpoint")
-        step_until(agent, optimizer, model, lambda: len(told(agent)) == 2)
+        train_until(model, optimizer, lambda: len(told(agent)) == 2)
         assert told(agent)[1]["kind"] == "request_unanswered"
         assert agent.requested("checkpoint")
         agent.done("checkpoint", "late")
         request_loop(agent.path, "checkpoint")
-        step_until(agent, optimizer, model, lambda: len(told(agent)) >= 4)
+        train_until(model, optimizer, lambda: len(told(agent)) >= 4)
     assert [event["kind"] for event in told(agent)][2:] in (
         ["request_done", "request_taken", "request_failed"],
         ["request_done", "request_taken", "request_unanswered", "request_failed"],
