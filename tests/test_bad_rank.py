@@ -16,7 +16,7 @@ from gradiometer.records import Flag
 from gradiometer.report import summarize
 from gradiometer_monitor.exposition.exposition import Exposition
 from gradiometer_monitor.following.runs import Runs
-from tests._ports import free_ports
+from tests._job import run_ranks
 from tests.test_insight import SCALE
 
 pytestmark = pytest.mark.slow
@@ -93,19 +93,7 @@ with gradiometer.attach(model, optimizer, dir=root, backward="off") as agent:
 
 def launch(tmp_path: Path, body: str, world: int) -> Path:
     """Run a script on ranks of their own, wait for them, and return the directory of their run."""
-    (port,) = free_ports(1)
-    script = PREAMBLE + body + EPILOGUE
-    root = Path(__file__).parent.parent
-    commands = [
-        [sys.executable, "-c", script, str(rank), str(world), str(port), str(tmp_path)] for rank in range(world)
-    ]
-    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root) for command in commands]
-    try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(errors)
+    run_ranks(["-c", PREAMBLE + body + EPILOGUE], world, tmp_path)
     (run,) = tmp_path.iterdir()
     return run
 

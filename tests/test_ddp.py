@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import gradiometer
-from tests._ports import free_ports
+from tests._job import run_ranks
 
 WORKER = """
 import os, sys, torch, gradiometer
 from torch import nn
-rank, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, port, root = int(sys.argv[1]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 torch.manual_seed(0)
@@ -42,15 +39,7 @@ os._exit(0)  # gloo's threads abort one Python of some forty that ends by itself
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[gradiometer.Run]:
     """Train on two ranks, with NaN in one rank's third batch, and read both records."""
     root = tmp_path_factory.mktemp("ddp")
-    (port,) = free_ports(1)
-    commands = [[sys.executable, "-c", WORKER, str(rank), str(port), str(root)] for rank in range(2)]
-    workers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    run_ranks(["-c", WORKER], 2, root)
     (run,) = root.iterdir()
     return [gradiometer.open_run(run, rank) for rank in range(2)]
 

@@ -10,9 +10,9 @@ import pytest
 from gradiometer import open_run
 from gradiometer.policy import KINDS
 from gradiometer.policy.spec import load_policy
+from tests._job import Ranks
 from tests._kind_ranks import BAD, CASES, POLICIES, STEPS, take_steps
 from tests._ranks import build_model
-from tests.test_parallel import Ranks
 
 pytestmark = pytest.mark.slow
 DECIDED = ("policy_threshold", "policy_coefficient", "clipped", "coefficient", "grad_norm_postclip")

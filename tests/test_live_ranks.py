@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.test_parallel import Ranks, check_same
+from tests._job import Ranks, check_same
 
 pytestmark = pytest.mark.slow
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 import gradiometer
-from tests._ports import free_ports
+from tests._job import run_ranks
 
 WORKER = """
 import json, os, sys, torch, gradiometer
@@ -21,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.utils import clip_grad_norm_
-rank, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, port, root = int(sys.argv[1]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 
@@ -63,18 +61,9 @@ os._exit(0)  # gloo's threads abort one Python of some forty that ends by itself
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Train on two ranks and return what each said, with the run that it recorded."""
     root: Path = tmp_path_factory.mktemp("ranks")
-    (port,) = free_ports(1)
-    commands = [[sys.executable, "-c", WORKER, str(rank), str(port), str(root)] for rank in range(2)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen(command, **pipes) for command in commands]
-    try:
-        said = [worker.communicate(timeout=240) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors for _, errors in said)
+    said = run_ranks(["-c", WORKER], 2, root)
     (run,) = root.iterdir()
-    return [json.loads(out) | {"run": gradiometer.open_run(run, rank)} for rank, (out, _) in enumerate(said)]
+    return [json.loads(each) | {"run": gradiometer.open_run(run, rank)} for rank, each in enumerate(said)]
 
 
 def test_replicated_parameters(ranks: list[dict[str, Any]]) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,9 @@ from torch import nn
 import gradiometer
 from gradiometer import Run
 from tests import _ranks as cases
+from tests._job import Ranks, check_same, globally, one_process
 from tests._parallel import CASES, build_experts
-from tests._ports import free_ports
-from tests._training import Floats, backward, check_run, hand_norms
+from tests._training import check_run
 
 pytestmark = pytest.mark.slow
 """All of them together take long: the wheel's tests leave them out."""
@@ -42,43 +38,6 @@ SAME_AS_ONE_PROCESS = [
 COLLECTIVES = {"ddp": 0, "groups_of_their_own": 0, "fsdp2": 1, "fsdp2_fused": 1, "tp": 1, "hsdp": 1, "fsdp_tp": 1}
 
 
-class Ranks:
-    """What the ranks of one job left behind."""
-
-    module = "tests._parallel"
-
-    def __init__(self, root: Path, world: int, names: Sequence[str], **environment: str) -> None:
-        self.root, self.world = root, world
-        (port,) = free_ports(1)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-        workers = [
-            subprocess.Popen(
-                [sys.executable, "-m", self.module, str(rank), str(world), str(port), str(root), *names],
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for rank in range(world)
-        ]
-        try:
-            self.errors = [worker.communicate(timeout=240)[1] for worker in workers]
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
-
-    def results(self, case: str) -> list[dict[str, Any]]:
-        paths = [self.root / f"{case}-{rank}.json" for rank in range(self.world)]
-        assert all(path.exists() for path in paths), "\n".join(self.errors)[-3000:]
-        found = [json.loads(path.read_text()) for path in paths]
-        assert not any("failed" in result for result in found), "\n".join(r.get("failed", "") for r in found)
-        return found
-
-    def runs(self, case: str) -> list[Run]:
-        self.results(case)
-        return [gradiometer.open_run(self.root / case / "run", rank) for rank in range(self.world)]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return Ranks(tmp_path_factory.mktemp("two"), 2, ON_TWO)
@@ -87,36 +46,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return Ranks(tmp_path_factory.mktemp("four"), 4, ON_FOUR)
-
-
-def one_process(
-    model: nn.Module,
-    clip: Callable[[nn.Module], object],
-    make: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-) -> Floats:
-    """Train on the whole batch without an agent; return the norms before clipping, float64[T, P]."""
-    optimizer = (make or cases.sgd)(model)
-    norms = []
-    for step in range(cases.STEPS):
-        optimizer.zero_grad()
-        backward(cases.loss_of(model(cases.inputs(step))))
-        norms.append(hand_norms(model))
-        clip(model)
-        optimizer.step()
-    return np.stack(norms)
-
-
-def globally(model: nn.Module) -> None:
-    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-
-
-def check_same(runs: Sequence[Run]) -> None:
-    """Assert that every rank recorded, and so decided, the same to the bit."""
-    for run in runs[1:]:
-        assert run.parameters == runs[0].parameters
-        np.testing.assert_array_equal(run.parameter_norms, runs[0].parameter_norms)
-        np.testing.assert_array_equal(run.coefficient, runs[0].coefficient)
-        np.testing.assert_array_equal(run.stat("grad_norm_postclip"), runs[0].stat("grad_norm_postclip"))
 
 
 @pytest.mark.parametrize("case", SAME_AS_ONE_PROCESS)

@@ -11,9 +11,9 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch d
 
 from gradiometer.rendezvous import AbsentError, meet
 from tests import _ranks as cases
+from tests._job import Ranks, check_same, globally, one_process
 from tests._parallel_faults import CASES
 from tests._training import check_run
-from tests.test_parallel import Ranks, check_same, globally, one_process
 
 pytestmark = pytest.mark.slow
 """All of them together take long: the wheel's tests leave them out."""

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from tests import _ranks
+from tests._job import Ranks, check_same
 from tests._policy_ranks import CASES, MEANS
 from tests._training import backward
 from tests.test_agc import by_hand
-from tests.test_parallel import Ranks, check_same
 
 pytestmark = pytest.mark.slow
 

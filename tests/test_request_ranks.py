@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.test_parallel import Ranks
+from tests._job import Ranks
 
 pytestmark = pytest.mark.slow
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 
 import gradiometer
-from tests._ports import free_ports
+from tests._job import run_ranks
 from tests._shadow_ranks import CASES
 
 pytestmark = pytest.mark.slow
@@ -24,24 +21,7 @@ WORLD = 2
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every case on two ranks, and give the directory of what they left."""
     root = tmp_path_factory.mktemp("ranks")
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "tests._shadow_ranks"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(WORLD), str(port), str(root), *CASES],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    run_ranks(["-m", "tests._shadow_ranks"], WORLD, root, *CASES)
     return root
 
 
