@@ -42,7 +42,7 @@ class Database:
     def start(self) -> None:
         """Start it over the data it has, and wait until it answers."""
         self.process = self.spawn(*self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.wait_until(lambda: self.get("/-/ready" if "prometheus" in self.command[0] else "/health") is not None, 60)
+        self.wait_until(lambda: self.get("/-/ready" if "prometheus" in self.command[0] else "/health") is not None)
 
     def kill(self) -> None:
         """End it as a power cut would."""

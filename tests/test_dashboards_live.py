@@ -245,7 +245,7 @@ def world(
             return at if all(_values(database, selector, at) for selector in SETTLED) else 0.0
 
         assert post(monitor.url, notification(alert(job.RUN, "GradiometerSpike")), WRITE)[0] in (200, 202)
-        wait_until(lambda: has("gradiometer_grafana_up == 0"), 60)
+        wait_until(lambda: has("gradiometer_grafana_up == 0"))
         wait_until(lambda: has(f'count(gradiometer_nonfinite_steps_total{{run_id="{job.RUN}"}}) == 2'), 120)
         job.go(root)
         grafana.stub.faults.remove(outage)

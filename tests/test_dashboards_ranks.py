@@ -158,7 +158,7 @@ def prometheus(
         at = time.time() - 1.5
         return at if all(known(query, at) for query in SETTLED) else 0.0
 
-    wait_until(lambda: known('gradiometer_rank_nonfinite_total{run_id="three"}'), 60)
+    wait_until(lambda: known('gradiometer_rank_nonfinite_total{run_id="three"}'))
     written.write(written.ranks[0], [1.0] * 4)
     written.write(written.ranks[1], [2.0] * 4, BAD, late=0.25)
     written.write(written.ranks[2], [1.0], late=0.5)

@@ -222,7 +222,7 @@ def test_a_store_that_cannot_be_written_is_told(
     wait_until(logged(monitor, "make room there"))
     wait_until(lambda: "during" in monitor.runs())
     process.rlimit(psutil.RLIMIT_FSIZE, (hard, hard))
-    wait_until(lambda: monitor.samples()[PERSISTENT] == 1, 60)
+    wait_until(lambda: monitor.samples()[PERSISTENT] == 1)
     wait_until(lambda: b"during" in monitor.get("/api/v1/events")[1])
 
 

@@ -267,7 +267,7 @@ def test_killed_while_grafana_is_busy(
 
     stub.fault("POST", "/annotations", times=1, before=hold, after=done.set)
     first = spawn(*line)
-    wait_until(arrived.is_set, 60)
+    wait_until(arrived.is_set)
     first.kill()
     first.wait()
     board = ("GET", f"/api/dashboards/uid/{grafana.board}")

@@ -183,7 +183,7 @@ def test_prometheus_stores_what_the_ring_holds(
             return []
         return found
 
-    wait_until(lambda: len(query("gradiometer_steps_total")) == 2, 60)
+    wait_until(lambda: len(query("gradiometer_steps_total")) == 2)
     assert [float(found["value"][1]) for found in query("up")] == [1.0]
     for run_id, state in (("live", "running"), ("ended", "finished")):
         run = open_run(tmp_path / run_id)

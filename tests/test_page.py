@@ -142,7 +142,7 @@ def shown_step(page: Page) -> int:
 def test_a_training_run_is_live(start: Start, spawn: Spawn, visit: Open, tmp_path: Path, wait_until: WaitUntil) -> None:
     """A step that a real loop takes is on the page within two seconds, in the list and as a point of the chart."""
     spawn(sys.executable, "-c", TRAINING, tmp_path)
-    wait_until(lambda: (tmp_path / "live" / "rank-00000" / "manifest.json").exists(), 60)
+    wait_until(lambda: (tmp_path / "live" / "rank-00000" / "manifest.json").exists())
     monitor = start()
     page = visit(monitor)
     page.wait_for_selector("text=running")

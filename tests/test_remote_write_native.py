@@ -142,12 +142,12 @@ def test_every_step_arrives_though_the_receiver_dies(
     manifest = make_manifest("live", capacity=20_000)
     writer = spawn(sys.executable, "-c", PACED, tmp_path, manifest.model_dump_json(), "10000")
     for after in (2000, 5000):
-        wait_until(partial(reached, monitor, after), 60)
+        wait_until(partial(reached, monitor, after))
         receiver.kill()
         time.sleep(0.5)  # an outage, in which steps are written
         receiver.start()
     assert writer.wait(timeout=120) == 0
-    wait_until(lambda: metric(monitor, "pending_rows") == 0 and metric(monitor, "rows_sent_total") >= 10_000, 60)
+    wait_until(lambda: metric(monitor, "pending_rows") == 0 and metric(monitor, "rows_sent_total") >= 10_000)
     wait_until(lambda: len(receiver.points('gradiometer_step_number{run_id="live"}')) == 10_000)
     compare(receiver, open_run(tmp_path / "live"), exact=name == "prometheus")
 
@@ -165,13 +165,13 @@ def test_a_killed_monitor_loses_and_spoils_nothing(
     manifest = make_manifest("live", capacity=20_000)
     writer = spawn(sys.executable, "-c", PACED, tmp_path, manifest.model_dump_json(), "3000")
     for after in (500, 1200):
-        wait_until(partial(reached, monitor, after), 60)
+        wait_until(partial(reached, monitor, after))
         monitor.process.kill()
         monitor.process.wait()
         tmp_path.with_name(f"{tmp_path.name}-port").unlink()
         monitor = start(*options)
     assert writer.wait(timeout=60) == 0
-    wait_until(lambda: len(receiver.points('gradiometer_step_number{run_id="live"}')) == 3000, 60)
+    wait_until(lambda: len(receiver.points('gradiometer_step_number{run_id="live"}')) == 3000)
     wait_until(lambda: metric(monitor, "pending_rows") == 0)  # the other series of the last rows are there too
     compare(receiver, open_run(tmp_path / "live"), exact=True)
     assert metric(monitor, "samples_failed_total", "rejected") == 0
@@ -199,7 +199,7 @@ def test_two_ranks_in_bursts_are_there_exactly(
         manifest = make_manifest("live", capacity=20_000, rank=rank, world_size=2)
         spawn(sys.executable, "-c", BURSTS, tmp_path, manifest.model_dump_json(), "4000")
         wait_until(partial(followed, monitor, rank))  # of a rank that came alone, the layers would be sent
-    wait_until(partial(reached, monitor, 1000), 60)
+    wait_until(partial(reached, monitor, 1000))
     receiver.kill()
     monitor.process.kill()
     monitor.process.wait()
@@ -208,7 +208,7 @@ def test_two_ranks_in_bursts_are_there_exactly(
     time.sleep(0.5)  # it comes up while nobody takes anything
     receiver.start()
     number = 'gradiometer_step_number{run_id="live"}'
-    wait_until(lambda: [len(points) for _, points in receiver.series(number)] == [4000, 4000], 60)
+    wait_until(lambda: [len(points) for _, points in receiver.series(number)] == [4000, 4000])
     wait_until(lambda: metric(monitor, "pending_rows") == 0)
     for rank in range(2):
         run = open_run(tmp_path / "live", rank)
@@ -247,7 +247,7 @@ def test_a_poisoned_batch_in_prometheus(
     times = [(first + place * 1000) * 10**6 for place in range(30)]
     write_run(make_manifest("run"), np.ones((30, 4)), time_ns=times, loss=1.5, close=True)
     monitor = start(*config(tmp_path, receiver.write_url, ", labels: {instance: here}"))
-    wait_until(lambda: metric(monitor, "rows_sent_total") == 30, 60)
+    wait_until(lambda: metric(monitor, "rows_sent_total") == 30)
     # Older than what is there: the loss of 0 to 10, the learning rate of 0 to 20.
     assert metric(monitor, "samples_failed_total", "rejected") == 11 + 21
     loss = receiver.points('gradiometer_step_loss{run_id="run"}')
@@ -273,7 +273,7 @@ def test_samples_beyond_the_window_of_prometheus(
     times += [(now - 60_000 + place * 1000) * 10**6 for place in range(5)]
     write_run(make_manifest("run", created_ns=time.time_ns()), np.ones((10, 4)), time_ns=times, close=True)
     monitor = start(*config(tmp_path, receiver.write_url, ", max_age_seconds: 86400"))
-    wait_until(lambda: metric(monitor, "rows_sent_total") == 10, 60)
+    wait_until(lambda: metric(monitor, "rows_sent_total") == 10)
     assert metric(monitor, "samples_failed_total", "rejected") > 0
     found = receiver.points('gradiometer_step_number{run_id="run"}')
     assert found == {time_ns // 10**6: float(step) for step, time_ns in enumerate(times) if step >= 5}
@@ -295,7 +295,7 @@ def test_nan_and_staleness_in_both(
     norms[2] = np.nan
     write_run(make_manifest("run"), norms, time_ns=times, close=True)
     monitor = start(*config(tmp_path, receiver.write_url))
-    wait_until(lambda: metric(monitor, "rows_sent_total") == 5, 60)
+    wait_until(lambda: metric(monitor, "rows_sent_total") == 5)
     found = receiver.points('gradiometer_step_grad_norm{run_id="run"}')
     assert [value != value for _, value in sorted(found.items())] == [False, False, True, False, False]
     wait_until(

@@ -44,7 +44,7 @@ class _Job:
             self._write(manifest, norms, close=True, time_ns=now)
             if place % 4 == 0:
                 self._change(place)
-        wait_until(lambda: set(names) <= self.monitor.runs().keys(), 60)
+        wait_until(lambda: set(names) <= self.monitor.runs().keys())
         for name in names:
             shutil.rmtree(self.root / name)
 
@@ -78,12 +78,12 @@ def test_it_holds_no_more_after_two_hundred_runs(
         return monitor.runs() == {} and monitor.get("/metrics")[0] == 200
 
     job.wave(wait_until)
-    wait_until(settled, 60)
+    wait_until(settled)
     files, threads, memory = process.num_fds(), process.num_threads(), process.memory_info().rss
     for _ in range(WAVES):
         job.wave(wait_until)
-        wait_until(lambda: len(monitor.runs()) < WAVE, 60)
-    wait_until(settled, 60)
+        wait_until(lambda: len(monitor.runs()) < WAVE)
+    wait_until(settled)
     assert job.written == WAVE * (WAVES + 1)
     wait_until(lambda: process.num_fds() <= files)
     wait_until(lambda: process.num_threads() <= threads + 2)  # the pool of the server's handlers grows on demand

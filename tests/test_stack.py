@@ -342,7 +342,7 @@ def test_it_works_and_ends_though_nobody_reads(
     assert stack.process.poll() is None  # its programs are there
     made = _start(tmp_path, _ports(), "--no-demo", "--no-grafana", stdout=full_pipe[1])
     try:
-        wait_until(lambda: all(made.get(part, "/-/ready")[0] == 200 for part in PARTS[:3]), 60)
+        wait_until(lambda: all(made.get(part, "/-/ready")[0] == 200 for part in PARTS[:3]))
         children = made.children()
         assert len(children) == 3
         made.process.send_signal(signal.SIGTERM)
