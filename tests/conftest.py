@@ -45,6 +45,7 @@ PACKAGES = {
 
 
 Golden = Callable[[str, str], None]
+Promtool = Callable[..., "subprocess.CompletedProcess[str]"]
 Spawn = Callable[..., "subprocess.Popen[str]"]
 Train = Callable[..., "subprocess.Popen[str]"]
 Start = Callable[..., Monitor]
@@ -185,6 +186,17 @@ def native_binary() -> Callable[[str], str]:
         return path or pytest.skip(remedy)
 
     return find
+
+
+@pytest.fixture(scope="session")
+def promtool(native_binary: Callable[[str], str]) -> Promtool:
+    """Give a function that runs promtool with these words and this input to its end, which takes it minutes at most."""
+
+    def run(*words: str | Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
+        command = [native_binary("promtool"), *map(str, words)]
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=600, check=False)
+
+    return run
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -20,6 +19,9 @@ from gradiometer_dashboards.rules.of_gradients import NONFINITE_LAYERS
 from gradiometer_dashboards.thresholds import THRESHOLDS
 from tests._alert_cases import Case, cases
 from tests._alert_series import MINUTES, samples
+
+if TYPE_CHECKING:
+    from tests.conftest import Promtool
 
 pytestmark = pytest.mark.native
 
@@ -34,17 +36,14 @@ Simulate = Callable[..., Timeline]
 
 
 @pytest.fixture(scope="module")
-def simulate(native_binary: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Simulate:
+def simulate(promtool: Promtool, tmp_path_factory: pytest.TempPathFactory) -> Simulate:
     """Give a function that lets promtool evaluate rules over cases, all at once, and returns what fires when."""
-    promtool = native_binary("promtool")
 
     def run(rules: str, chosen: Iterable[Case]) -> Timeline:
         folder = tmp_path_factory.mktemp("rules")
         (folder / "rules.yml").write_text(rules)
         (folder / "test.yml").write_text(json.dumps(_unit_test(list(chosen))))
-        done = subprocess.run(
-            [promtool, "test", "rules", folder / "test.yml"], capture_output=True, text=True, timeout=600, check=False
-        )
+        done = promtool("test", "rules", folder / "test.yml")
         assert "Unit Testing" in done.stdout, done.stderr
         return _timeline(done.stdout + done.stderr)
 
@@ -117,7 +116,7 @@ def _instances(alert: str) -> int:
 
 
 def test_annotations_name_whom_it_is_about(
-    native_binary: Callable[[str], str], tmp_path: Path, golden: Callable[[str, str], None]
+    promtool: Promtool, tmp_path: Path, golden: Callable[[str, str], None]
 ) -> None:
     """Labels, texts and links of each alert are as in the golden file: layers, ranks and policies by name."""
     first = {alert.name: CASES[f"{alert.name}-alone"] for alert in ALERTS}
@@ -130,8 +129,7 @@ def test_annotations_name_whom_it_is_about(
     ]
     (tmp_path / "rules.yml").write_text(prometheus_rules(Settings()))
     (tmp_path / "test.yml").write_text(json.dumps(unit_test))
-    command: list[str | Path] = [native_binary("promtool"), "test", "rules", tmp_path / "test.yml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = promtool("test", "rules", tmp_path / "test.yml")
     found = re.findall(r"^ +(?:Labels|Annotations):(\{.*\})", done.stdout + done.stderr, re.MULTILINE)
     written = [" ".join(re.sub(r'([{ ])(\w+)="', r'\n\1  \2="', text).split(" " * 9)) for text in found]
     assert "error expanding" not in done.stdout + done.stderr
@@ -152,7 +150,7 @@ ORIGINS = [
 
 @pytest.mark.parametrize(("values", "named"), [case[1:] for case in ORIGINS], ids=[case[0] for case in ORIGINS])
 def test_where_it_began_is_named_while_it_is_news(
-    native_binary: Callable[[str], str], tmp_path: Path, values: str, named: dict[int, dict[str, float]]
+    promtool: Promtool, tmp_path: Path, values: str, named: dict[int, dict[str, float]]
 ) -> None:
     """A counter that is born with what it counted is named for ten minutes, like one that gains; not again after."""
     of = 'job="J", run_id="r"'
@@ -168,8 +166,7 @@ def test_where_it_began_is_named_while_it_is_news(
     ]
     group = {"interval": "30s", "input_series": series, "promql_expr_test": tests}
     (tmp_path / "test.yml").write_text(json.dumps({"tests": [group]}))
-    command: list[str | Path] = [native_binary("promtool"), "test", "rules", tmp_path / "test.yml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = promtool("test", "rules", tmp_path / "test.yml")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -15,8 +14,10 @@ from gradiometer_dashboards import load
 from gradiometer_dashboards.interpolation import replaced
 from tests._dashboards import panel_titled, panels, strings_under
 
+if TYPE_CHECKING:
+    from tests.conftest import Promtool
+
 Json = dict[str, Any]
-Binary = Callable[[str], Any]
 HANDED_OVER = ["${__url_time_range}", "${datasource:queryparam}", "${job:queryparam}", "${instance:queryparam}"]
 EVERYTHING = {"job": ".+", "instance": ".+", "__rate_interval": "1m", "__interval": "15s", "__range": "10m"}
 NOW = "10m"
@@ -149,7 +150,7 @@ def _alert(name: str, severity: str, run_id: str) -> Json:
     return _sample("ALERTS", "1x80", alertname=name, severity=severity, run_id=run_id, alertstate="firing")
 
 
-def _check(binary: Binary, file: Path, series: list[Json], expected: Mapping[str, Mapping[str, float]]) -> None:
+def _check(promtool: Promtool, file: Path, series: list[Json], expected: Mapping[str, Mapping[str, float]]) -> None:
     """Have promtool evaluate each expression, which must return these series with these values and no other."""
     checks = [
         {
@@ -161,8 +162,7 @@ def _check(binary: Binary, file: Path, series: list[Json], expected: Mapping[str
     ]
     test = {"interval": "15s", "input_series": series, "promql_expr_test": checks}
     file.write_text(yaml.safe_dump({"tests": [test]}))
-    command = [str(binary("promtool")), "test", "rules", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = promtool("test", "rules", file)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -171,7 +171,7 @@ def _by_run(**values: float) -> dict[str, float]:
 
 
 @pytest.mark.native
-def test_table_has_one_row_a_run(tmp_path: Path, native_binary: Binary) -> None:
+def test_table_has_one_row_a_run(tmp_path: Path, promtool: Promtool) -> None:
     """Each column has one value a run, also of the run on two hosts, and nothing of runs that left."""
     jobs = {f'{{run_id="{run}", job_name="job of {run}"}}': 1.0 for run in ("wide", "gone", "done")}
     expected = {
@@ -191,37 +191,37 @@ def test_table_has_one_row_a_run(tmp_path: Path, native_binary: Binary) -> None:
     }
     columns = _columns()
     assert set(expected) == set(columns)
-    _check(native_binary, tmp_path / "t.yml", _fleet(), {columns[name]: rows for name, rows in expected.items()})
+    _check(promtool, tmp_path / "t.yml", _fleet(), {columns[name]: rows for name, rows in expected.items()})
 
 
 @pytest.mark.native
-def test_first_screen_counts_each_run_once(tmp_path: Path, native_binary: Binary) -> None:
+def test_first_screen_counts_each_run_once(tmp_path: Path, promtool: Promtool) -> None:
     """A run on two hosts is one, another exporter's target is none of ours, and an empty fleet is all zeros."""
     counts = {
         "Running": 1, "Finished": 1, "Lost": 1, "Critical alerts": 2, "Other alerts": 1, "Monitors up": 2,
         "Monitors down": 1,
     }  # fmt: skip
     exprs = {title: panel_titled("fleet", title)["targets"][0]["expr"] for title in counts}
-    _check(native_binary, tmp_path / "t.yml", _fleet(), {exprs[title]: {"{}": n} for title, n in counts.items()})
+    _check(promtool, tmp_path / "t.yml", _fleet(), {exprs[title]: {"{}": n} for title, n in counts.items()})
     nothing = [_sample("something_else", "1x80")]
-    _check(native_binary, tmp_path / "n.yml", nothing, {expr: {"{}": 0} for expr in exprs.values()})
+    _check(promtool, tmp_path / "n.yml", nothing, {expr: {"{}": 0} for expr in exprs.values()})
 
 
 @pytest.mark.native
-def test_alerts_are_listed_by_severity(tmp_path: Path, native_binary: Binary) -> None:
+def test_alerts_are_listed_by_severity(tmp_path: Path, promtool: Promtool) -> None:
     """Critical is 3 and warning 2, which the table sorts by; what is not ours is not listed."""
     (target,) = panel_titled("fleet", "Firing alerts")["targets"]
     rows = {("GradiometerNonFiniteUpdate", "wide"): 3, ("GradiometerNonFiniteUpdate", "left-long-ago"): 3}
     rows |= {("GradiometerSpike", "wide"): 2}
     samples = {f'{{alertname="{name}", run_id="{run}"}}': value for (name, run), value in rows.items()}
-    _check(native_binary, tmp_path / "t.yml", _fleet(), {target["expr"]: samples})
+    _check(promtool, tmp_path / "t.yml", _fleet(), {target["expr"]: samples})
 
 
 @pytest.mark.native
 @pytest.mark.parametrize(
     ("title", "last"), [("Norm / baseline", 29.0), ("Non-finite steps", 4 * 29.0), ("Speed", 0.0), ("Data age", 29.0)]
 )
-def test_graphs_keep_the_twenty_that_matter(title: str, last: float, tmp_path: Path, native_binary: Binary) -> None:
+def test_graphs_keep_the_twenty_that_matter(title: str, last: float, tmp_path: Path, promtool: Promtool) -> None:
     """Of thirty runs each graph keeps twenty, among them the worst."""
     series: list[Json] = []
     for place in range(30):
@@ -234,11 +234,11 @@ def test_graphs_keep_the_twenty_that_matter(title: str, last: float, tmp_path: P
     (target,) = panel_titled("fleet", title)["targets"]
     expected = {f"count({target['expr']})": {"{}": 20.0}, f"sum({target['expr']} and on (run_id) X)": {"{}": last}}
     worst = [_sample("X", "1x80", run_id="r29")]
-    _check(native_binary, tmp_path / "t.yml", series + worst, expected)
+    _check(promtool, tmp_path / "t.yml", series + worst, expected)
 
 
 @pytest.mark.native
-def test_overhead_is_of_one_rank(tmp_path: Path, native_binary: Binary) -> None:
+def test_overhead_is_of_one_rank(tmp_path: Path, promtool: Promtool) -> None:
     """What two ranks of a host spend in their hooks together is halved, and hosts are not added up."""
     series = [line for host in ("h1", "h2") for rank in "01" for line in _rank("wide", host, host + rank, "1x80")]
     series += [
@@ -248,11 +248,11 @@ def test_overhead_is_of_one_rank(tmp_path: Path, native_binary: Binary) -> None:
     of_run = panel_titled("run", "Agent overhead")["targets"][0]["expr"].replace("$run_id", "wide")
     hosts = {f'{{instance="{host}"}}': 0.1 for host in ("h1", "h2")}
     expected = {exprs[0]: {"{}": 0.1}, exprs[1]: _by_run(wide=0.1), of_run: hosts}
-    _check(native_binary, tmp_path / "t.yml", series, expected)
+    _check(promtool, tmp_path / "t.yml", series, expected)
 
 
 @pytest.mark.native
-def test_monitor_shows_only_what_failed(tmp_path: Path, native_binary: Binary) -> None:
+def test_monitor_shows_only_what_failed(tmp_path: Path, promtool: Promtool) -> None:
     """Bands of time are of the hosts that were down and the collectors that failed in view, not of the hundreds."""
     hosts = {"h1": "1x80", "h2": "1x20 0x5 1x55"}
     series = [_sample("up", values, instance=host) for host, values in hosts.items()]
@@ -264,11 +264,11 @@ def test_monitor_shows_only_what_failed(tmp_path: Path, native_binary: Binary) -
     titles = ("Monitors that were down", "Collectors that failed")
     down, failed = (panel_titled("monitor", title)["targets"][0]["expr"] for title in titles)
     expected = {down: {'{instance="h2"}': 1.0}, failed: {'{instance="h1", collector="gpu"}': 1.0}}
-    _check(native_binary, tmp_path / "t.yml", series, expected)
+    _check(promtool, tmp_path / "t.yml", series, expected)
 
 
 @pytest.mark.native
-def test_one_infinite_norm_takes_no_axis(tmp_path: Path, native_binary: Binary) -> None:
+def test_one_infinite_norm_takes_no_axis(tmp_path: Path, promtool: Promtool) -> None:
     """Graphs have finite norms alone; the table has Inf of a run that is to have none, and of a GradScaler's not."""
     norms = {"bad": "+Inf+0x80", "scaled": "+Inf+0x80", "none": "+Inf+0x80", "good": "2+0x80"}
     finite = {"bad": "4+0x80", "scaled": "30+0x80", "good": "2+0x80"}
@@ -284,4 +284,4 @@ def test_one_infinite_norm_takes_no_axis(tmp_path: Path, native_binary: Binary) 
     cells = _columns()["Norm / baseline"]
     rows = f"sum by (run_id) (clamp_max({cells}, 1e9))"
     expected = {graph: _by_run(bad=4, scaled=30, good=2), rows: _by_run(bad=1e9, scaled=30, good=2)}
-    _check(native_binary, tmp_path / "t.yml", series, expected)
+    _check(promtool, tmp_path / "t.yml", series, expected)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -14,6 +13,9 @@ import yaml
 from gradiometer.metrics import CATALOGUE
 from gradiometer_dashboards.interpolation import replaced
 from tests._dashboards import NAMES, Target, targets
+
+if TYPE_CHECKING:
+    from tests.conftest import Promtool
 
 pytestmark = pytest.mark.native
 
@@ -55,11 +57,9 @@ def _filled(expr: str, filling: Mapping[str, str]) -> str:
     return replaced(expr, {"run_id": RUN, **spans, **filling})
 
 
-def _promtool(binary: Callable[[str], Any], command: str, file: Path, content: Json) -> None:
+def _check(promtool: Promtool, command: str, file: Path, content: Json) -> None:
     file.write_text(yaml.safe_dump(content))
-    done = subprocess.run(
-        [str(binary("promtool")), *command.split(), str(file)], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = promtool(*command.split(), file)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -91,34 +91,32 @@ def _alert() -> Json:
     return _series("ALERTS", labels | {"alertstate": "firing"}, "1+0x80")
 
 
-def _run_tests(
-    binary: Callable[[str], Any], file: Path, hosts: tuple[str, ...], checks: list[tuple[str, float]]
-) -> None:
+def _run_tests(promtool: Promtool, file: Path, hosts: tuple[str, ...], checks: list[tuple[str, float]]) -> None:
     tests = [
         {"expr": expr, "eval_time": "10m", "exp_samples": [{"labels": "{}", "value": value}]} for expr, value in checks
     ]
     series = [_alert(), *(line for host in hosts for line in _exported(host))]
     content = {"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": tests}]}
-    _promtool(binary, "test rules", file, content)
+    _check(promtool, "test rules", file, content)
 
 
 @pytest.mark.parametrize("filling", FILLINGS.values(), ids=FILLINGS)
-def test_target_promql(filling: dict[str, str], tmp_path: Path, native_binary: Callable[[str], Any]) -> None:
+def test_target_promql(filling: dict[str, str], tmp_path: Path, promtool: Promtool) -> None:
     """Prometheus parses every query, whatever is chosen in the variables."""
     exprs = [_filled(target.expr, filling) for name in NAMES for target in targets(name)]
     rules = [{"record": f"q{place}", "expr": expr} for place, expr in enumerate(exprs)]
-    _promtool(native_binary, "check rules", tmp_path / "rules.yml", {"groups": [{"name": "boards", "rules": rules}]})
+    _check(promtool, "check rules", tmp_path / "rules.yml", {"groups": [{"name": "boards", "rules": rules}]})
 
 
 @pytest.mark.parametrize("hosts", [("h1:9477",), ("h1:9477", "h2:9477")], ids=["one host", "two hosts"])
-def test_no_query_is_ambiguous(hosts: tuple[str, ...], tmp_path: Path, native_binary: Callable[[str], Any]) -> None:
+def test_no_query_is_ambiguous(hosts: tuple[str, ...], tmp_path: Path, promtool: Promtool) -> None:
     """With every catalogue metric exported, by one host or by two, no query matches many with many."""
     exprs = [_filled(target.expr, FILLINGS["all"]) for name in NAMES for target in targets(name)]
     checks = [(f"(count({expr}) or vector(0)) >= bool 0", 1.0) for expr in exprs]
-    _run_tests(native_binary, tmp_path / "tests.yml", hosts, checks)
+    _run_tests(promtool, tmp_path / "tests.yml", hosts, checks)
 
 
-def test_a_second_host_doubles_nothing(tmp_path: Path, native_binary: Callable[[str], Any]) -> None:
+def test_a_second_host_doubles_nothing(tmp_path: Path, promtool: Promtool) -> None:
     """What all hosts of a run say alike is the same whether one of them is looked at or both."""
     found = [target for name in NAMES for target in targets(name) if _of_a_run(target)]
     assert len(found) > 20
@@ -128,10 +126,10 @@ def test_a_second_host_doubles_nothing(tmp_path: Path, native_binary: Callable[[
         one = _filled(target.expr, FILLINGS["all"] | {"instance": "h1:9477"})
         checks += [(f"count(({both}) != ({one})) or vector(0)", 0.0)]
         checks += [(f"(count({both}) or vector(0)) - (count({one}) or vector(0))", 0.0)]
-    _run_tests(native_binary, tmp_path / "tests.yml", ("h1:9477", "h2:9477"), checks)
+    _run_tests(promtool, tmp_path / "tests.yml", ("h1:9477", "h2:9477"), checks)
 
 
-def test_clip_ratio_counts_a_step_once(tmp_path: Path, native_binary: Callable[[str], Any]) -> None:
+def test_clip_ratio_counts_a_step_once(tmp_path: Path, promtool: Promtool) -> None:
     """A run seen by two hosts that clips every fourth step has a clip ratio of a quarter, whatever is in shadow."""
     expr = next(t.expr for t in targets("run") if t.panel["title"] == "Clip ratio")
     labels = {"job": "gradiometer", "run_id": RUN}
@@ -147,4 +145,4 @@ def test_clip_ratio_counts_a_step_once(tmp_path: Path, native_binary: Callable[[
     quarter = {"labels": '{policy="clip"}', "value": 0.25}
     check = {"expr": _filled(expr, FILLINGS["all"]), "eval_time": "10m", "exp_samples": [quarter]}
     content = {"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": [check]}]}
-    _promtool(native_binary, "test rules", tmp_path / "tests.yml", content)
+    _check(promtool, "test rules", tmp_path / "tests.yml", content)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -17,8 +16,10 @@ from gradiometer_dashboards.evaluation import Prometheus, View
 from gradiometer_dashboards.interpolation import replaced
 from tests._dashboards import panel_titled, panels, strings_under
 
+if TYPE_CHECKING:
+    from tests.conftest import Promtool
+
 Json = dict[str, Any]
-Binary = Callable[[str], Any]
 RUN = "gpt"
 ALL = {"run_id": RUN, "job": ".+", "instance": ".+", "rank": ".+", "layer": ".+"}
 SPANS = {"__rate_interval": "1m", "__interval": "15s", "__range": "10m"}
@@ -54,7 +55,7 @@ def _run_of(hosts: tuple[str, ...], omitted: int = 0, norm: float = 13.0) -> Ite
             yield _layer("nonfinite_total", layer, "0x80", host)
 
 
-def _check(binary: Binary, folder: Path, series: list[Json], *checks: tuple[str, dict[str, float]]) -> None:
+def _check(promtool: Promtool, folder: Path, series: list[Json], *checks: tuple[str, dict[str, float]]) -> None:
     """Evaluate at the tenth minute: each expression to the values by labels that it must have."""
     tests = [
         {
@@ -66,8 +67,7 @@ def _check(binary: Binary, folder: Path, series: list[Json], *checks: tuple[str,
     ]
     content = {"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": tests}]}
     (folder / "tests.yml").write_text(yaml.safe_dump(content, width=10_000))
-    command = [str(binary("promtool")), "test", "rules", str(folder / "tests.yml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = promtool("test", "rules", folder / "tests.yml")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -77,7 +77,7 @@ def _rounded(expr: str) -> str:
 
 @pytest.mark.native
 @pytest.mark.parametrize("hosts", [("h1",), ("h1", "h2")], ids=["one host", "two hosts"])
-def test_shares_sum_to_one(hosts: tuple[str, ...], tmp_path: Path, native_binary: Binary) -> None:
+def test_shares_sum_to_one(hosts: tuple[str, ...], tmp_path: Path, promtool: Promtool) -> None:
     """Shares are squares over their sum, also where two hosts were scraped at steps of different norms."""
     shares, others = (_expr("layers", "Share of the squared norm", place) for place in (0, 1))
     first, second = list(NORMS.values()), list(NORMS.values())[::-1]
@@ -86,7 +86,7 @@ def test_shares_sum_to_one(hosts: tuple[str, ...], tmp_path: Path, native_binary
     each = {f'{{layer="{layer}"}}': round(value, 4) for layer, value in mean.items()}
     chosen = _expr("layers", "Share of the squared norm", layer="embed")
     _check(
-        native_binary,
+        promtool,
         tmp_path,
         list(_run_of(hosts)),
         (_rounded(shares), each),
@@ -96,11 +96,11 @@ def test_shares_sum_to_one(hosts: tuple[str, ...], tmp_path: Path, native_binary
 
 
 @pytest.mark.native
-def test_shares_know_what_a_budget_leaves_out(tmp_path: Path, native_binary: Binary) -> None:
+def test_shares_know_what_a_budget_leaves_out(tmp_path: Path, promtool: Promtool) -> None:
     """Layers that have no series are in the whole all the same, and among all others."""
     shares, others = (_expr("layers", "Share of the squared norm", place) for place in (0, 1))
     _check(
-        native_binary,
+        promtool,
         tmp_path,
         list(_run_of(("h1",), omitted=70, norm=26.0)),
         (_rounded(f"sum({shares})"), {"{}": 0.25}),
@@ -109,7 +109,7 @@ def test_shares_know_what_a_budget_leaves_out(tmp_path: Path, native_binary: Bin
 
 
 @pytest.mark.native
-def test_tables_have_one_row_a_layer(tmp_path: Path, native_binary: Binary) -> None:
+def test_tables_have_one_row_a_layer(tmp_path: Path, promtool: Promtool) -> None:
     """Each column of each table of layers is one series a layer, with no other label, on two hosts too."""
     series = list(_run_of(("h1", "h2")))
     series += [
@@ -122,13 +122,13 @@ def test_tables_have_one_row_a_layer(tmp_path: Path, native_binary: Binary) -> N
     exprs = [_expr(*table, place) for table in tables for place in range(len(panel_titled(*table)["targets"]))]
     checks = [(f"count({expr}) - count(count by (layer) ({expr}))", {"{}": 0.0}) for expr in exprs]
     worse = {'{layer="embed"}': 2.0, '{layer="blocks.2.up"}': 1.0}
-    _check(native_binary, tmp_path, series, *checks, (_expr("layers", "Vanishing or exploding now", 1), worse))
+    _check(promtool, tmp_path, series, *checks, (_expr("layers", "Vanishing or exploding now", 1), worse))
     for expr in exprs:
         assert not re.search(r"\bby \((?!layer\)|job, instance\))", expr), expr
 
 
 @pytest.mark.native
-def test_bad_layers_do_not_wipe_the_map(tmp_path: Path, native_binary: Binary) -> None:
+def test_bad_layers_do_not_wipe_the_map(tmp_path: Path, promtool: Promtool) -> None:
     """NaN is a gap, Inf and 0 stop at the ends of the scale, and the others keep their colours."""
     values = {"good": "10", "inf": "+Inf", "nan": "NaN", "none": "0"}
     series = [_layer("grad_norm_window_max", layer, " ".join([value] * 80)) for layer, value in values.items()]
@@ -137,7 +137,7 @@ def test_bad_layers_do_not_wipe_the_map(tmp_path: Path, native_binary: Binary) -
     expected = {'{layer="good"}': 1.0, '{layer="inf"}': 4.0, '{layer="none"}': -8.0}
     lines = f"sum by (layer) ({_expr('layers', 'Norms of chosen layers')})"
     _check(
-        native_binary,
+        promtool,
         tmp_path,
         series,
         (shown, expected),
@@ -146,7 +146,7 @@ def test_bad_layers_do_not_wipe_the_map(tmp_path: Path, native_binary: Binary) -
 
 
 @pytest.mark.native
-def test_rows_of_the_map_are_in_natural_order(tmp_path: Path, native_binary: Binary) -> None:
+def test_rows_of_the_map_are_in_natural_order(tmp_path: Path, promtool: Promtool) -> None:
     """Sorted as Prometheus sorts, by label, the layers come as a person would list them."""
     natural = [
         *("blocks.0.mlp", "blocks.2.experts.3.up", "blocks.2.experts.10.up", "blocks.2.mlp", "blocks.10.mlp"),
@@ -158,11 +158,11 @@ def test_rows_of_the_map_are_in_natural_order(tmp_path: Path, native_binary: Bin
     assert keys == sorted(keys)
     assert natural != sorted(natural)
     expected = {f'{{by_number="{key}", layer="{layer}"}}': 0.0 for key, layer in zip(keys, natural, strict=True)}
-    _check(native_binary, tmp_path, series, (_expr("layers", "Gradient norm by layer"), expected))
+    _check(promtool, tmp_path, series, (_expr("layers", "Gradient norm by layer"), expected))
 
 
 @pytest.mark.native
-def test_many_layers_stay_few(tmp_path: Path, native_binary: Binary) -> None:
+def test_many_layers_stay_few(tmp_path: Path, promtool: Promtool) -> None:
     """Of many layers each panel shows a bounded number: those in trouble, then those that stand out most."""
     names = [f"blocks.{number}" for number in range(400)]
     series = [_layer("nonfinite_total", layer, "0x80") for layer in names]
@@ -185,7 +185,7 @@ def test_many_layers_stay_few(tmp_path: Path, native_binary: Binary) -> None:
     ill = f'count(({_expr("layers", "Gradient norm by layer")}) and on (layer) {{layer="blocks.3"}})'
     assert len(checks) > 10
     _check(
-        native_binary,
+        promtool,
         tmp_path,
         series,
         *checks,
@@ -195,7 +195,7 @@ def test_many_layers_stay_few(tmp_path: Path, native_binary: Binary) -> None:
 
 
 @pytest.mark.native
-def test_a_spike_survives_a_day(tmp_path: Path, native_binary: Binary) -> None:
+def test_a_spike_survives_a_day(tmp_path: Path, promtool: Promtool) -> None:
     """A maximum that a single scrape saw is at its height in every peak panel, a day wide: a point is minutes there."""
     spike = "1x13 50 1x66"
     series = [_layer(name, "embed", spike) for name in ("grad_norm_window_max", "anomaly_score")]
@@ -213,7 +213,7 @@ def test_a_spike_survives_a_day(tmp_path: Path, native_binary: Binary) -> None:
         (f"max(max_over_time(round({_expr(*key, __interval='5m')}, 0.001)[10m:5m]))", {"{}": height})
         for key, height in shown.items()
     ]
-    _check(native_binary, tmp_path, series, *checks)
+    _check(promtool, tmp_path, series, *checks)
 
 
 def _state(state: str) -> Iterator[Json]:
@@ -233,7 +233,7 @@ def _alert(name: str, severity: str, run_id: str = RUN) -> Json:
     ids=["without a scaler", "with one", "none finite"],
 )
 def test_overflows_of_a_scaler_hide_no_norm(
-    scale: str, finite: str, shown: float | None, tmp_path: Path, native_binary: Binary
+    scale: str, finite: str, shown: float | None, tmp_path: Path, promtool: Promtool
 ) -> None:
     """Beside a GradScaler's overflows the largest finite norm is what is told; without one an Inf is."""
     norms = {"grad_norm_window_max": "+Inf+0x80", "grad_norm_finite_window_max": finite, "grad_norm_baseline": "2x80"}
@@ -242,11 +242,11 @@ def test_overflows_of_a_scaler_hide_no_norm(
     expr = f"clamp_max({_expr('run', 'Norm / baseline')}, 1e9)"
     peak = _expr("run", "Global gradient norm", 1)
     told = {} if shown is None else {'{state="running"}': shown}
-    _check(native_binary, tmp_path, series, (expr, told), (peak, {} if finite == "_x80" else {"{}": 6.0}))
+    _check(promtool, tmp_path, series, (expr, told), (peak, {} if finite == "_x80" else {"{}": 6.0}))
 
 
 @pytest.mark.native
-def test_where_nan_began_is_counted_from_the_first_scrape(tmp_path: Path, native_binary: Binary) -> None:
+def test_where_nan_began_is_counted_from_the_first_scrape(tmp_path: Path, promtool: Promtool) -> None:
     """Of the layers whose counter was born, gained or left in view, and of no other; those with most steps alone."""
     counters = {
         "born": "_x30 2x60", "gains": "3x29 4x60", "left": "_x30 5x4 stale", "before": "3x100", "both": "_x28 1x4 2x60",
@@ -263,11 +263,11 @@ def test_where_nan_began_is_counted_from_the_first_scrape(tmp_path: Path, native
             for host in ("h1", "h2")
         ]
         found = {f'{{layer="{layer}"}}': value for layer, value in expected.items()}
-        _check(native_binary, tmp_path, series, (expr, found))
+        _check(promtool, tmp_path, series, (expr, found))
 
 
 @pytest.mark.native
-def test_alerts_of_the_run_are_named(tmp_path: Path, native_binary: Binary) -> None:
+def test_alerts_of_the_run_are_named(tmp_path: Path, promtool: Promtool) -> None:
     """Those of this run, by name: 2 for critical, 1 for the others; the word none, and only where there is a run."""
     expr = _expr("run", "Firing alerts")
     firing = [
@@ -275,17 +275,17 @@ def test_alerts_of_the_run_are_named(tmp_path: Path, native_binary: Binary) -> N
         *(_alert("GradiometerStalled", "critical", "another"), _alert("SomebodyElses", "critical")),
     ]
     _check(
-        native_binary,
+        promtool,
         tmp_path,
         [*_state("running"), *firing],
         (expr, {'{alert="Spike"}': 1, '{alert="LayerExploding"}': 2}),
     )
-    _check(native_binary, tmp_path, list(_state("running")), (expr, {'{alert="none"}': 0}))
-    _check(native_binary, tmp_path, [_alert("GradiometerSpike", "warning", "another")], (expr, {}))
+    _check(promtool, tmp_path, list(_state("running")), (expr, {'{alert="none"}': 0}))
+    _check(promtool, tmp_path, [_alert("GradiometerSpike", "warning", "another")], (expr, {}))
 
 
 @pytest.mark.native
-def test_data_age_is_of_a_state(tmp_path: Path, native_binary: Binary) -> None:
+def test_data_age_is_of_a_state(tmp_path: Path, promtool: Promtool) -> None:
     """The age is the slowest rank's, under the name of the run's state, of which only one has a colour of concern."""
     stamps = [
         _sample("gradiometer_last_step_timestamp_seconds", f"{newest}x80", rank=rank, instance="h1")
@@ -293,7 +293,7 @@ def test_data_age_is_of_a_state(tmp_path: Path, native_binary: Binary) -> None:
     ]
     for state in ("running", "finished"):
         _check(
-            native_binary,
+            promtool,
             tmp_path,
             [*stamps, *_state(state)],
             (_expr("run", "Data age"), {f'{{state="{state}"}}': 40.0}),
@@ -303,7 +303,7 @@ def test_data_age_is_of_a_state(tmp_path: Path, native_binary: Binary) -> None:
 
 
 @pytest.mark.native
-def test_gpus_are_those_of_the_run(tmp_path: Path, native_binary: Binary) -> None:
+def test_gpus_are_those_of_the_run(tmp_path: Path, promtool: Promtool) -> None:
     """Each rank has its GPU's values, also two ranks that share one; GPUs of other runs and idle ones are not shown."""
     series = []
     for gpu, used in (("0", 30), ("1", 60), ("2", 90)):
@@ -316,7 +316,7 @@ def test_gpus_are_those_of_the_run(tmp_path: Path, native_binary: Binary) -> Non
         series += [_sample("gradiometer_gpu_run_info", "1x80", **at)]
     memory = {("0", "0"): 0.25, ("1", "1"): 0.5, ("1", "2"): 0.5}
     _check(
-        native_binary,
+        promtool,
         tmp_path,
         series,
         (
@@ -381,12 +381,12 @@ def test_run_is_not_narrowed_by_a_layer_that_was_chosen() -> None:
     ids=["born with it", "and gains", "before the view", "in view"],
 )
 def test_incidents_that_a_counter_was_born_with(
-    values: str, expected: float, tmp_path: Path, native_binary: Binary
+    values: str, expected: float, tmp_path: Path, promtool: Promtool
 ) -> None:
     """What a run counted before its first scrape is counted where that scrape is in view, and nowhere else."""
     harm = f"round({_expr('run', 'Incidents in view', 2, __range='5m')})"
     series = [_sample("gradiometer_nonfinite_updates_total", values, instance="h1")]
-    _check(native_binary, tmp_path, series, (harm, {"{}": expected}))
+    _check(promtool, tmp_path, series, (harm, {"{}": expected}))
 
 
 @pytest.mark.parametrize("board", ["run", "layers"])

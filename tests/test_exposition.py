@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
@@ -29,7 +28,7 @@ from gradiometer_monitor.exposition.layer_lines import share
 from gradiometer_monitor.following.runs import Run, Runs
 
 if TYPE_CHECKING:
-    from tests.conftest import Append, Golden, MakeManifest, WriteRun
+    from tests.conftest import Append, Golden, MakeManifest, Promtool, WriteRun
 
 INF, NAN = float("inf"), float("nan")
 PARSERS: dict[str, Callable[[str], Iterable[Family]]] = {TEXT: parse_text, OPENMETRICS: parse_openmetrics}
@@ -145,11 +144,10 @@ def test_openmetrics_says_the_same_and_ends(expose: Expose, small_runs: Path) ->
 
 
 @pytest.mark.native
-def test_promtool_finds_nothing_to_say(expose: Expose, small_runs: Path, native_binary: Callable[[str], str]) -> None:
+def test_promtool_finds_nothing_to_say(expose: Expose, small_runs: Path, promtool: Promtool) -> None:
     """Prometheus' own linter accepts what is ours."""
     text = _stable(expose(small_runs).render().decode())
-    command = [native_binary("promtool"), "check", "metrics"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    done = promtool("check", "metrics", text=text)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
@@ -162,7 +160,7 @@ def _whole_catalogue() -> Iterator[Sample]:
 
 
 @pytest.mark.native
-def test_the_whole_catalogue_is_valid(expose: Expose, tmp_path: Path, native_binary: Callable[[str], str]) -> None:
+def test_the_whole_catalogue_is_valid(expose: Expose, tmp_path: Path, promtool: Promtool) -> None:
     """Both parsers and promtool take every metric there is, those too that these runs do not have."""
     exposition = expose(tmp_path)
     exposition.watch("catalogue", _whole_catalogue)
@@ -171,9 +169,8 @@ def test_the_whole_catalogue_is_valid(expose: Expose, tmp_path: Path, native_bin
         assert {
             metric.name.removesuffix("_total") for metric in CATALOGUE.values() if metric.kind != "histogram"
         } <= found
-    command = [native_binary("promtool"), "check", "metrics"]
     text = _stable(exposition.render().decode())
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    done = promtool("check", "metrics", text=text)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
@@ -183,14 +180,13 @@ def test_promtool_takes_hostile_labels(
     tmp_path: Path,
     make_manifest: MakeManifest,
     write_run: WriteRun,
-    native_binary: Callable[[str], str],
+    promtool: Promtool,
 ) -> None:
     """Prometheus' own parser reads any name of a layer, however long, and values that are not finite."""
     names = ['a"b', "c\\d", "e\nf", "%s} 1", "\u00e9\u4e2d", "\0\r\t", "g" * 10_000]
     write_run(make_manifest(layers=names, job="\n\n#"), [[NAN, INF, 0.0, -0.0, 1e-45, 3e38, 1.0]])
     text = _stable(expose(tmp_path).render().decode())
-    command = [native_binary("promtool"), "check", "metrics"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    done = promtool("check", "metrics", text=text)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from tests._ports import free_ports
 from tests._receivers import Database, prometheus, victoria
 
 if TYPE_CHECKING:
-    from tests.conftest import Append, MakeManifest, Spawn, WaitUntil
+    from tests.conftest import Append, MakeManifest, Promtool, Spawn, WaitUntil
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "deploy" / "fleet"
@@ -140,13 +139,11 @@ def test_the_monitor_takes_its_example(tmp_path: Path) -> None:
 
 
 @pytest.mark.native
-def test_promtool_accepts_the_examples(native_binary: Callable[[str], str]) -> None:
+def test_promtool_accepts_the_examples(promtool: Promtool) -> None:
     """Prometheus finds no fault in the rules and in the configuration of a shard."""
     files = [str(RULES / name) for name in FILES]
     for command in (["rules", *files], ["config", "--syntax-only", str(EXAMPLES / "prometheus-shard.yml")]):
-        done = subprocess.run(
-            [native_binary("promtool"), "check", *command], capture_output=True, text=True, check=False, timeout=60
-        )
+        done = promtool("check", *command)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -217,13 +214,11 @@ CASES = [
 
 
 @pytest.mark.native
-def test_recorded_counters_fall_only_with_their_run(tmp_path: Path, native_binary: Callable[[str], str]) -> None:
+def test_recorded_counters_fall_only_with_their_run(tmp_path: Path, promtool: Promtool) -> None:
     """Promtool evaluates the rules over hosts that leave, runs that begin anew, and runs that end."""
     file = tmp_path / "cases.yml"
     file.write_text(json.dumps({"rule_files": [str(RULES / RUNS)], "evaluation_interval": "15s", "tests": CASES}))
-    done = subprocess.run(
-        [native_binary("promtool"), "test", "rules", file], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = promtool("test", "rules", file)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -31,6 +31,9 @@ from gradiometer_dashboards.rules.command import rules
 from gradiometer_dashboards.rules.concerns import CONCERNS
 from gradiometer_dashboards.rules.grafana import groups
 from gradiometer_dashboards.thresholds import THRESHOLDS
+
+if TYPE_CHECKING:
+    from tests.conftest import Promtool
 
 Json = dict[str, Any]
 DASHBOARDS = {"fleet", "run", "layers", "ranks", "monitor"}
@@ -115,15 +118,14 @@ def test_what_an_alert_says_is_whole(alert: Alert) -> None:
 
 @pytest.mark.native
 @pytest.mark.parametrize("by", [(), ("cluster", "namespace")], ids=["usual", "more-labels"])
-def test_promtool_finds_nothing_wrong(by: tuple[str, ...], native_binary: Callable[[str], str], tmp_path: Path) -> None:
+def test_promtool_finds_nothing_wrong(by: tuple[str, ...], promtool: Promtool, tmp_path: Path) -> None:
     """``promtool check rules`` takes the rules, and the queries of Grafana's as if they were rules, with no warning."""
     settings = Settings(by=by)
     queries = [expr for rule in _rules(yaml.safe_load(grafana_rules(settings))) for expr in _queries(rule).values()]
     recorded = [{"record": f"check:of_grafana:{place}", "expr": expr} for place, expr in enumerate(queries)]
     (tmp_path / "rules.yml").write_text(prometheus_rules(settings))
     (tmp_path / "grafana.yml").write_text(yaml.safe_dump({"groups": [{"name": "grafana", "rules": recorded}]}))
-    command: list[str | Path] = [native_binary("promtool"), "check", "rules", "--lint-fatal", *tmp_path.glob("*.yml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = promtool("check", "rules", "--lint-fatal", *tmp_path.glob("*.yml"))
     assert (done.returncode, done.stderr) == (0, "")
 
 

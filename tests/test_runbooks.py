@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from tests._monitor import Monitor
 from tests._runbooks import blocks, commands, heredocs, inline, panels, urls
 
 if TYPE_CHECKING:
-    from tests.conftest import Append, MakeManifest, Start
+    from tests.conftest import Append, MakeManifest, Promtool, Start
 
 HEADINGS = (
     "What it means", "How bad it is", "See it", "Likely causes", "What to do now", "How to prevent it",
@@ -160,7 +159,7 @@ def test_addresses_answer(monitor: Monitor) -> None:
 
 
 @pytest.mark.native
-def test_queries_are_valid(native_binary: Callable[[str], str], tmp_path: Path) -> None:
+def test_queries_are_valid(promtool: Promtool, tmp_path: Path) -> None:
     """Prometheus understands every query, and each asks for metrics that there are."""
     rules = []
     for name, page in runbooks().items():
@@ -170,7 +169,5 @@ def test_queries_are_valid(native_binary: Callable[[str], str], tmp_path: Path) 
     assert len(rules) >= len(PAGES)
     path = tmp_path / "rules.yml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "runbooks", "rules": rules}]}))
-    done = subprocess.run(
-        [native_binary("promtool"), "check", "rules", path], capture_output=True, text=True, timeout=60
-    )
+    done = promtool("check", "rules", path)
     assert done.returncode == 0, done.stdout + done.stderr
