@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from gradiometer_monitor.following.events import Events
 from gradiometer_monitor.following.runs import Runs
@@ -58,6 +61,24 @@ class Pusher:
         self.service.stopping.set()
         self.service.close()
         self.runs.close()
+
+
+@contextmanager
+def pushing(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Push]:
+    """Give a function that makes a service for a receiver's URL, over the runs of a directory, and close them all.
+
+    It holds a run's newest row back for as long as a slow host may need.
+    """
+    monkeypatch.setattr("gradiometer_monitor.remote_write.feed.SETTLE_SECONDS", 600.0)
+    made: list[Pusher] = []
+
+    def make(url: str, *, store: Store | None = None, **settings: Any) -> Pusher:
+        made.append(Pusher(root, store or Store(None), url, **settings))
+        return made[-1]
+
+    yield make
+    for pusher in made:
+        pusher.close()
 
 
 def recent(count: int, *, apart_ns: int = 10**9, ago: float = 600.0) -> list[int]:

@@ -44,6 +44,13 @@ def write_config(path: Path, **settings: Any) -> str:
     return str(path)
 
 
+def replace_config(path: Path, text: str) -> None:
+    """Put another config in the place of one that a monitor may be reading: it is there whole, or not at all."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
+
+
 def with_tokens(directory: Path) -> tuple[str, str]:
     """Write tokens of a reader and a writer, and a config that names them; return the option that names the config."""
     tokens = write_tokens(directory / "tokens")

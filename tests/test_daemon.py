@@ -27,6 +27,7 @@ from gradiometer_monitor.notify import notify, watchdog_seconds
 from gradiometer_monitor.services import Service
 from gradiometer_monitor.web.settings import AuthSettings
 from tests._monitor import Monitor
+from tests._web import replace_config
 
 if TYPE_CHECKING:
     from tests.conftest import MakeManifest, Spawn, Start, WaitUntil, WriteRun
@@ -93,10 +94,8 @@ def test_a_storm_of_reloads_among_scrapes(start: Start, config: Path, wait_until
     """Two hundred SIGHUPs with changing settings among scrapes: each is answered, and none harms the other."""
     monitor = start("--config", str(config))
     for turn in range(200):
-        if turn % 20 == 0:  # whole or not at all: the monitor may be reading it
-            changed = config.with_name(f"{config.name}.new")
-            changed.write_text(f"series_budget: {1000 + turn}\nretention_seconds: {900 + turn}\n")
-            changed.replace(config)
+        if turn % 20 == 0:
+            replace_config(config, f"series_budget: {1000 + turn}\nretention_seconds: {900 + turn}\n")
         monitor.process.send_signal(signal.SIGHUP)
         if turn % 10 == 0:
             assert monitor.get("/metrics")[0] == 200

@@ -23,7 +23,7 @@ from gradiometer_monitor.config.settings import SettingsError, resolve
 from gradiometer_monitor.remote_write.clock import MAX_SHIFT_MS, place
 from gradiometer_monitor.remote_write.protocol import MAX_VALUE_BYTES, LabelError, make_series
 from gradiometer_monitor.store import Store
-from tests._push import NAN, OK, STALE, Push, Pusher, is_stale, recent, values
+from tests._push import NAN, OK, STALE, Push, is_stale, pushing, recent, values
 from tests._receivers import Stub, serve
 
 if TYPE_CHECKING:
@@ -32,20 +32,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Push]:
-    """Give a function that makes a service for a receiver's URL.
-
-    It holds a run's newest row back for as long as a slow host may need.
-    """
-    monkeypatch.setattr("gradiometer_monitor.remote_write.feed.SETTLE_SECONDS", 600.0)
-    made: list[Pusher] = []
-
-    def make(url: str, *, store: Store | None = None, **settings: Any) -> Pusher:
-        made.append(Pusher(tmp_path, store or Store(None), url, **settings))
-        return made[-1]
-
-    yield make
-    for pusher in made:
-        pusher.close()
+    """Give a function that makes a service for a receiver's URL."""
+    with pushing(tmp_path, monkeypatch) as make:
+        yield make
 
 
 @pytest.fixture

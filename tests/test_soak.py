@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests._monitor import Monitor
+from tests._web import replace_config
 
 if TYPE_CHECKING:
     from tests.conftest import MakeManifest, Start, WaitUntil, WriteRun
@@ -56,10 +57,8 @@ class _Job:
         assert self.monitor.get("/api/v1/runs")[0] == 200
 
     def _configure(self, text: str) -> None:
-        """Replace the config by another, which is there whole or not at all, and reload."""
-        new = self.config.with_suffix(".new")
-        new.write_text(text)
-        new.replace(self.config)
+        """Replace the config by another, and reload."""
+        replace_config(self.config, text)
         self.monitor.process.send_signal(signal.SIGHUP)
 
 
