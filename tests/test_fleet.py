@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -328,16 +329,7 @@ def fleets(
         for layers, (hosts, _, stores) in started.items()
         for name, store in stores.items()
     ]
-
-    def settled() -> float | None:
-        """Return a time until which, for an interval of the dashboards, every store had what the hosts expose now."""
-        at = time.time() - 1
-        times = [at - back for back in range(INTERVAL + 1)]
-        quiet = times[-1] - INTERVAL > stood + 2  # what is scraped is evaluated a second later
-        return at if quiet and all(_holds(store, each, when) for store, each in newest for when in times) else None
-
-    stood = time.time()
-    end = wait_until(settled, 90)
+    end = wait_until(partial(_settled, newest, time.time()), 90)
     start = min(moving - 5, end - 30)
     yield {
         layers: _Fleet(hosts=hosts, start=start, end=end, **stores) for layers, (hosts, _, stores) in started.items()
@@ -409,6 +401,17 @@ def _scraped(hosts: dict[str, Exposition]) -> dict[Key, float]:
 def _still(expected: dict[Key, float]) -> dict[Key, float]:
     """Leave out what monitors tell of themselves, which differs from scrape to scrape."""
     return {key: value for key, value in expected.items() if key[0] in CATALOGUE.keys() - OWN}
+
+
+def _settled(newest: list[tuple[Database, dict[Key, float]]], stood: float) -> float | None:
+    """Return a time until which, for an interval of the dashboards, every store had the newest that it should have.
+
+    The runs have stood still since ``stood``; there is none before two intervals are over.
+    """
+    at = time.time() - 1
+    times = [at - back for back in range(INTERVAL + 1)]
+    quiet = times[-1] - INTERVAL > stood + 2  # what is scraped is evaluated a second later
+    return at if quiet and all(_holds(store, each, when) for store, each in newest for when in times) else None
 
 
 def _holds(store: Database, expected: dict[Key, float], at: float) -> bool:
