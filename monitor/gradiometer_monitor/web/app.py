@@ -39,16 +39,19 @@ def app(context: Context, exposition: Exposition, settings: Settings, cache: His
     """
     tokens = None if settings.auth.tokens_file is None else Tokens(settings.auth.tokens_file)
     made = documented(settings.limits)
-    made.routes.extend(api.router(context).routes)
-    made.routes.extend(policy.router(context).routes)
-    made.routes.extend(alerts.router(context, enabled=settings.alerts is not None).routes)
     cache, streams = cache or HistoryCache(), stream.Streams()
     made.state.streams = streams
-    made.routes.extend(rows.router(context, cache).routes)
-    made.routes.extend(stream.router(context, cache, streams).routes)
-    made.routes.extend(scrape.routes(context, exposition, settings))
-    made.routes.extend(page.routes())
-    made.routes.extend(runbooks.routes())
+    for routes in (
+        api.router(context).routes,
+        policy.router(context).routes,
+        alerts.router(context, enabled=settings.alerts is not None).routes,
+        rows.router(context, cache).routes,
+        stream.router(context, cache, streams).routes,
+        scrape.routes(context, exposition, settings),
+        page.routes(),
+        runbooks.routes(),
+    ):
+        made.routes.extend(routes)
     exposition.watch("store", partial(store_samples, context.store))
     handle_errors(made)
     made.add_middleware(TimeGuard, limits=settings.limits)
