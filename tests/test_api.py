@@ -249,6 +249,15 @@ def test_a_dry_run_tells_what_is_covered(working: Working) -> None:
     assert ask(served, "/runs/over/events?kind=policy_requested")["events"] == []
 
 
+def test_a_misspelt_dry_run_is_422_and_reaches_no_job(working: Working) -> None:
+    """A parameter that the operation has not is told with the one that was meant, and changes nothing."""
+    served, _ = working
+    status, body, _ = send(served, "PUT", "/api/v1/runs/still/policy?dryrun=true", {"policy": CLIP}, **AS_WRITER)
+    assert (status, [each["loc"] for each in body["detail"]]) == (422, [["query", "dryrun"]])
+    assert body["detail"][0]["msg"] == "no such parameter; there are wait, dry_run, did you mean 'dry_run'?"
+    assert not (served.root / "still" / "rank-00000" / "control.json").exists()
+
+
 def test_a_run_that_is_over_is_409(working: Working) -> None:
     """A finished run takes up no policy, which is said without a path of the disk."""
     served, _ = working

@@ -253,6 +253,9 @@ WRONG = [
     ("run/rows?layers=nothing", 404, "layers 'nothing': the run has 3 layers: embed, blocks.0, head"),
     ("run/rows?points=0", 422, "greater than or equal to 1"),
     ("run/rows?from_step=99999999999999999999", 422, "less than or equal to"),
+    ("run/rows?from=1&to=2", 422, "no such parameter; there are rank, from_step, to_step"),
+    ("run/rows?pionts=5", 422, "did you mean 'points'?"),
+    ("run?rank=0", 422, "no such parameter; this operation has none"),
     ("run/layers?rank=5", 404, "rank 5 of run 'run' is not followed"),
     ("..%2F..%2Fetc/rows", 404, ""),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from starlette.requests import Request
@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gradiometer.records import installed_version
+from gradiometer_monitor.web.parameters import refuse_others
 from gradiometer_monitor.web.roles import WITHOUT_TOKENS, Role, describe_roles, needed_by, needs, one_of, roles_for
 from gradiometer_monitor.web.schemas import Error
 from gradiometer_monitor.web.settings import LimitSettings
@@ -63,8 +64,16 @@ READS = ("get", "head", "options")
 
 
 def api_router(*tags: str) -> APIRouter:
-    """Make a router for what is below ``/api/v1``; its routes, which become the application's own, have these tags."""
-    return APIRouter(prefix=PREFIX, tags=list(tags), generate_unique_id_function=lambda route: route.name)
+    """Make a router for what is below ``/api/v1``; its routes, which become the application's own, have these tags.
+
+    A parameter that an operation does not declare is refused.
+    """
+    return APIRouter(
+        prefix=PREFIX,
+        tags=list(tags),
+        dependencies=[Depends(refuse_others)],
+        generate_unique_id_function=lambda route: route.name,
+    )
 
 
 def documented(limits: LimitSettings) -> FastAPI:
