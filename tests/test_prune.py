@@ -256,6 +256,20 @@ def test_the_command_says_what_it_does(tmp_path: Path, old: Old) -> None:
     assert _names(tmp_path) == ["b"]
 
 
+def test_a_bound_that_is_not_met_is_told(
+    tmp_path: Path, old: Old, make_manifest: MakeManifest, write_run: WriteRun
+) -> None:
+    """The command says what takes the room where what may not be removed is larger than the bound."""
+    old("a", 30)
+    old("b", 30)
+    write_run(make_manifest("live"), np.ones((3, 4)))
+    code, said = _run("--dir", tmp_path, "--max-bytes", "1", "--keep", "a", "--dry-run")
+    assert code == 0
+    assert "1 run of 3" in said
+    assert "more than --max-bytes 1 byte: 1 kept as asked, 1 may still be running" in said
+    assert "more than" not in _run("--dir", tmp_path, "--max-bytes", "1G", "--dry-run")[1]
+
+
 def test_the_command_refuses_what_is_not_clear(tmp_path: Path, old: Old) -> None:
     """Without a bound, a terminal to ask on, or a run of that name, nothing is removed and the remedy is said."""
     old("a", 30)

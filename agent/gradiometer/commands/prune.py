@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,15 +54,17 @@ def prune(
     root = default_root(directory)
     stored = find_stored(root)
     _check_names(keep or [], stored, root)
+    bound = None if max_bytes is None else parse_bytes(max_bytes)
     chosen = choose(
         stored,
         max_age_seconds=None if older_than is None else older_than * DAY_SECONDS,
-        max_bytes=None if max_bytes is None else parse_bytes(max_bytes),
+        max_bytes=bound,
         keep=keep or [],
         keep_newest=keep_newest,
     )
     if not as_json:
         _print_plan(chosen, stored, root)
+        _print_excess(chosen, stored, bound)
     removes = bool(chosen) and not dry_run
     if removes and not yes:
         _ask(len(chosen))
@@ -96,6 +99,20 @@ def _print_plan(chosen: Sequence[Stored], stored: Sequence[Stored], root: Path) 
     for each in stored:
         if each.problem:
             typer.echo(f"left alone: {each.name}: {each.problem}", err=True)
+
+
+def _print_excess(chosen: Sequence[Stored], stored: Sequence[Stored], bound: int | None) -> None:
+    """Say that a bound of bytes is not met, and what takes the room."""
+    staying = [each for each in stored if each not in chosen]
+    taken = sum(each.bytes for each in staying)
+    if bound is None or taken <= bound:
+        return
+    kinds = Counter(
+        "may still be running" if each.running else "cannot be told" if each.problem else "kept as asked"
+        for each in staying
+    )
+    why = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    typer.echo(f"what stays takes {decimal(taken)}, more than --max-bytes {decimal(bound)}: {why}", err=True)
 
 
 def _print_result(pruned: Pruned) -> None:
