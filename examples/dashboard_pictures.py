@@ -4,7 +4,7 @@
     python examples/dashboard_pictures.py [FOLDER] [MINUTES]   # default: docs/images, 8 minutes
 
 What is shown is real: the model learns the source text of Python's standard library; the monitor, Prometheus and the
-alert rules are those that we ship. Some batches have a loss that is scaled up, and one a loss of NaN, so that there is
+alert rules are those that we ship. Some batches have a loss that is scaled up, and some a loss of NaN, so that there is
 something to see. The panels are drawn by matplotlib from what their own queries return: Grafana's drawing differs.
 """
 
@@ -36,8 +36,9 @@ from gradiometer_dashboards.evaluation import Prometheus, View
 RUN, RANKS, WIDTH = "2026-11-23-transformer", 2, 48
 SCRAPE_SECONDS, STEP_SECONDS = 5, 0.12
 SPIKES = {500: 40.0, 1100: 15.0, 1500: 25.0, 2300: 80.0}
-"""By which factor the loss of a step is scaled; it goes on like this after twice as many steps."""
+"""By which factor the loss of a step is scaled, by its place in a cycle."""
 BAD, CYCLE = 1900, 2600
+"""Place of the step whose loss is NaN on one rank, and after how many steps all begins anew."""
 POLICY = {
     "pipeline": [{"nonfinite": {"action": "skip"}}, {"global_norm": {"max_norm": 1.0}}],
     "shadow": [{"zclip": {}}],
