@@ -228,6 +228,17 @@ def test_the_end_waits_for_the_workers_of_requests(spawn: Spawn, tmp_path: Path,
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_log_says_what_ended_it(start: Start, number: signal.Signals) -> None:
+    """The signal is named once, and the last line is that of an end in order."""
+    monitor = start()
+    monitor.process.send_signal(number)
+    lines = monitor.process.communicate(timeout=60)[1].splitlines()
+    assert monitor.process.returncode == 0
+    assert [line.partition("Z ")[2] for line in lines if "stopping" in line] == [f"INFO stopping: {number.name}"]
+    assert lines[-1].endswith("Z INFO ended")
+
+
 def test_the_second_signal_ends_it_at_once(spawn: Spawn, tmp_path: Path, wait_until: WaitUntil) -> None:
     """Who says it twice does not want to wait: the process goes with the code of the signal."""
     process = spawn(sys.executable, "-c", STUCK, tmp_path, tmp_path / "port", "600", stderr=subprocess.PIPE)

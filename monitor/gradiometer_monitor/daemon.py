@@ -156,6 +156,8 @@ class Daemon:
         notify("READY=1", f"STATUS=serving on {url}")
 
     def _stopping(self) -> None:
+        if not self._stop.is_set():
+            log.info("stopping: %s", self._server.ended_by or "the server has ended by itself")
         notify("STOPPING=1")
         self._app.state.streams.close()
         self._stop.set()
@@ -180,6 +182,7 @@ class Daemon:
             os._exit(0)  # what they use stays open under them, and none holds the interpreter up
         self.context.runs.close()
         self.context.store.close()
+        log.info("ended")
 
     def _keep(self) -> None:
         """Reload when asked to, and tell systemd's watchdog that all is well as long as it is."""

@@ -38,6 +38,8 @@ class Server(uvicorn.Server):
         self._serving, self._stopping = serving, stopping
         self.ticked_at = time.monotonic()
         """When the event loop last had its turn."""
+        self.ended_by = ""
+        """Name of the signal that ends it, once there is one."""
 
     def take_signals(self) -> None:
         """Receive the signals that end the server; for the main thread, before :meth:`run`."""
@@ -49,6 +51,7 @@ class Server(uvicorn.Server):
         del frame
         if self.should_exit:
             os._exit(128 + sig)
+        self.ended_by = signal.Signals(sig).name
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
