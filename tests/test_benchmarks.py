@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks belong to the repository, not to the wheel", allow_module_level=True)
 
-from benchmarks.__main__ import NAMES, read_options  # noqa: E402 - it is there only in the repository
+from benchmarks.__main__ import BY_NAME, NAMES, read_options  # noqa: E402 - it is there only in the repository
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -188,6 +188,14 @@ def test_all_benchmarks_run_in_turn(tmp_path: Path) -> None:
     headings = [line for line in done.stdout.splitlines() if line.startswith("==")]
     assert headings == ["== ring", "== conditions"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["conditions.json", "ring.json"]
+
+
+def test_each_benchmark_is_in_the_table() -> None:
+    """The README says of each what it measures, and of each result that is kept what it was."""
+    said = (ROOT / "benchmarks" / "README.md").read_text()
+    assert [name for name in NAMES + BY_NAME if f"\n| `{name}` | " not in said] == []
+    kept = sorted(path.name for path in (ROOT / "benchmarks" / "results" / "cpu-2core").glob("*.json"))
+    assert [name for name in kept if f"(results/cpu-2core/{name})" not in said] == []
 
 
 def test_an_unknown_benchmark_is_refused() -> None:
