@@ -208,6 +208,17 @@ def test_check_config_shows_what_is_in_force(spawn: Spawn, tmp_path: Path) -> No
     assert (code, out, len(err.splitlines())) == (2, "", 2)
 
 
+def test_check_config_warns_of_a_state_that_cannot_be_kept(spawn: Spawn, tmp_path: Path) -> None:
+    """A state_dir that cannot be made is told with its line, and is no error: the monitor would serve."""
+    (tmp_path / "file").touch()
+    path = _write(tmp_path, f"dir: {tmp_path}\nstate_dir: file/state\n")
+    code, _, err = _check(spawn, "--config", path, "--check-config")
+    said = f"warning: {path}:2: state_dir is '{tmp_path}/file/state': cannot be used ({tmp_path}/file is no directory)"
+    assert (code, err.startswith(said), len(err.splitlines())) == (0, True, 1)
+    path.write_text(f"dir: {tmp_path}\nstate_dir: later/state\n")
+    assert _check(spawn, "--config", path, "--check-config")[::2] == (0, "")
+
+
 def test_check_config_looks_for_the_files(spawn: Spawn, tmp_path: Path) -> None:
     """A file that the settings name and that cannot be read is told, with the line that names it."""
     path = _write(tmp_path, "auth: {tokens_file: tokens}\nport_file: later\n")

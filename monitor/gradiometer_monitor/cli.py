@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gradiometer_monitor.config.check import make_schema, show, unreadable_files
+from gradiometer_monitor.config.check import make_schema, show, unreadable_files, unusable_state
 from gradiometer_monitor.config.resolving import Resolved
 from gradiometer_monitor.config.settings import Settings, SettingsError, resolve_all
 from gradiometer_monitor.daemon import serve
@@ -92,7 +92,7 @@ def _check(read: Callable[[], Resolved[Settings]]) -> int:
         typer.echo(str(error), err=True)
         return 2
     typer.echo(show(resolved))
-    for warning in resolved.warnings:
+    for warning in (*resolved.warnings, *unusable_state(resolved)):
         typer.echo(f"warning: {warning}", err=True)
     wrong = list(unreadable_files(resolved)) or list(_refused(resolved.settings))
     for line in wrong:

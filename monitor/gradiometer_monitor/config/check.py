@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from gradiometer_monitor.config.resolving import Resolved
 from gradiometer_monitor.config.section import UNITS
 from gradiometer_monitor.config.settings import Settings
 
-__all__ = ["SCHEMA", "make_schema", "show", "unreadable_files"]
+__all__ = ["SCHEMA", "make_schema", "show", "unreadable_files", "unusable_state"]
 
 SCHEMA = Path(__file__).with_name("schema.json")
 """The schema as it is shipped."""
@@ -61,6 +62,24 @@ def unreadable_files(resolved: Resolved[Settings]) -> Iterator[str]:
                 value.open("rb").close()
             except OSError as error:
                 yield f"{resolved.origin(path)}: {_name(path)} is {str(value)!r}: cannot be read ({error.strerror})"
+
+
+def unusable_state(resolved: Resolved[Settings]) -> Iterator[str]:
+    """Say why the monitor would work from memory, if ``state_dir`` is given and cannot be made or written."""
+    wanted = resolved.settings.state_dir
+    if wanted is None:
+        return
+    there = next(each for each in (wanted.absolute(), *wanted.absolute().parents) if os.access(each, os.F_OK))
+    if not there.is_dir():
+        reason = f"{there} is no directory"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        reason = f"this user may not write in {there}"
+    else:
+        return
+    yield (
+        f"{resolved.origin(('state_dir',))}: state_dir is {str(wanted)!r}: cannot be used ({reason}), so nothing would "
+        "be remembered over a restart; give a directory that this user can make and write"
+    )
 
 
 def _name(path: Place) -> str:
