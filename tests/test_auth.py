@@ -198,6 +198,15 @@ def test_who_fails_too_often_is_told_to_wait(guarded: tuple[Monitor, Path]) -> N
     assert status_of(monitor, "/metrics", READ) == 200
 
 
+def test_an_address_that_a_client_claims_is_not_believed(guarded: tuple[Monitor, Path]) -> None:
+    """Who fails under ever other addresses of X-Forwarded-For is told to wait like everybody."""
+    monitor, _ = guarded
+    wrong = {"Authorization": f"Bearer {'wrong' * 8}"}
+    found = [monitor.get("/metrics", **wrong, **{"X-Forwarded-For": f"192.0.2.{last}"})[0] for last in range(100)]
+    assert found[0] == 401
+    assert 429 in found
+
+
 def test_secrets_are_never_logged(
     start: Start, make_manifest: MakeManifest, write_run: WriteRun, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,6 +244,42 @@ def test_plain_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run_id 3"):
         attach(model, optimizer, dir=tmp_path, run_id=3)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+SOCKETS = """
+import os, sys, torch, gradiometer
+
+def open_sockets():
+    links = (os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd"))
+    return sum(os.readlink(link).startswith("socket:") for link in links if os.path.islink(link))
+
+model = torch.nn.Linear(4, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+before, made = open_sockets(), []
+sys.addaudithook(lambda event, _: made.append(event) if event in ("socket.__new__", "socket.connect") else None)
+policy = {"pipeline": [{"nonfinite": {}}, {"global_norm": {"max_norm": 0.1}}], "shadow": [{"zclip": {}}]}
+with gradiometer.attach(model, optimizer, policy=policy, dir=sys.argv[1], updates_every=10, cosine=True) as agent:
+    for step in range(300):
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 4)).square().sum() * (float("nan") if step == 50 else 1.0)
+        loss.backward()
+        optimizer.step()
+        agent.log(loss=loss)
+        agent.requested("stop")
+    within = open_sockets()
+import socket
+assert not made and within == before, (made, within, before)
+socket.socket().close()
+print(made)
+"""
+
+
+def test_the_agent_opens_no_socket(tmp_path: Path) -> None:
+    """A whole run, from attach to detach, with a policy, a shadow and NaN, makes none; the watch would see one."""
+    done = subprocess.run(
+        [sys.executable, "-c", SOCKETS, tmp_path], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (0, "['socket.__new__']\n"), done.stderr
 
 
 def test_numpy_scalars_are_numbers(tmp_path: Path) -> None:
