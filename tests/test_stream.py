@@ -16,6 +16,7 @@ import pytest
 
 from gradiometer_monitor.web.stream import HEARTBEAT_SECONDS, MAX_STREAMS
 from tests._monitor import Monitor
+from tests._web import AS_READER, AS_WRITER, WRITE, with_tokens, write_tokens
 
 if TYPE_CHECKING:
     from tests.conftest import Append, MakeManifest, Start, WaitUntil, WriteRun
@@ -181,6 +182,26 @@ def test_a_client_that_takes_nothing_holds_up_nobody(
         while seen[-1] < 1204:
             seen += stream.next("rows")["steps"]
         assert seen == list(range(5, 1205))
+
+
+def test_a_reload_ends_the_stream_of_a_token_that_was_taken_away(
+    start: Start, listen: Listen, wait_until: WaitUntil, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Though no setting has changed; who still has a token comes again, and his stream lasts."""
+    directory = tmp_path_factory.mktemp("config")
+    monitor = start(*with_tokens(directory))
+    reader = listen(monitor, **AS_READER)
+    reader.next("runs")
+    write_tokens(directory / "tokens", f"write oncall {WRITE}")
+    wait_until(lambda: monitor.get("/api/v1/runs", **AS_READER)[0] == 401)
+    monitor.process.send_signal(signal.SIGHUP)
+    asked_at = time.monotonic()
+    for _ in reader.lines():  # up to the end of the stream
+        assert time.monotonic() - asked_at < 30
+    assert listen(monitor, **AS_READER).response.status == 401
+    again = listen(monitor, **AS_WRITER)
+    again.next("runs")
+    assert next(line for line in again.lines() if line.startswith(":"))
 
 
 def test_what_is_not_there_is_told_at_once(

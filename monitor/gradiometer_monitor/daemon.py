@@ -129,6 +129,7 @@ class Daemon:
         new = reloading.keep_fixed(self.settings, wanted)
         changed = reloading.changed(self.settings, new)
         if not changed:
+            self._app.state.streams.hang_up()  # a token may have been taken away
             log.info("the settings were read again: none has changed")
             return
         # All is built before anything is replaced: what cannot be built leaves the monitor as it was.

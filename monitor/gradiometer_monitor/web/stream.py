@@ -80,15 +80,19 @@ class Streams:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open = 0
-        self._closing = threading.Event()
+        self._closing, self._hung_up = threading.Event(), threading.Event()
         self._listed: tuple[float, str] = (0.0, "")
 
-    def take(self) -> None:
-        """Take one of the places, which :meth:`give` gives back. Raises HTTPException when there is none."""
+    def take(self) -> threading.Event:
+        """Take one of the places, which :meth:`give` gives back; return what is set when the stream is to end.
+
+        Raises HTTPException when there is none.
+        """
         with self._lock:
             if self._open >= MAX_STREAMS:
                 raise HTTPException(503, f"{MAX_STREAMS} streams are open, and no more are served: close one")
             self._open += 1
+            return self._hung_up
 
     def give(self) -> None:
         with self._lock:
@@ -101,6 +105,11 @@ class Streams:
     def close(self) -> None:
         """End every stream at its next look; from any thread, when the server stops or begins to serve otherwise."""
         self._closing.set()
+
+    def hang_up(self) -> None:
+        """End the streams that are open, at their next look: clients come again, and are asked who they are."""
+        ended, self._hung_up = self._hung_up, threading.Event()
+        ended.set()
 
     @property
     def closing(self) -> bool:
@@ -208,7 +217,7 @@ class _EventStream(Response):
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._client, self._streams = client, streams
-        streams.take()
+        self._hung_up = streams.take()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope
@@ -224,10 +233,14 @@ class _EventStream(Response):
             gone.cancel()
             self._streams.give()
 
+    @property
+    def _ends(self) -> bool:
+        return self._hung_up.is_set() or self._streams.closing
+
     async def _last(self, tell: Callable[[str], Awaitable[None]], gone: asyncio.Future[None]) -> None:
         await tell(f"retry: {RETRY_MILLISECONDS}\n\n")
         begun_at = told_at = time.monotonic()
-        while not gone.done() and not self._streams.closing and time.monotonic() - begun_at < STREAM_SECONDS:
+        while not gone.done() and not self._ends and time.monotonic() - begun_at < STREAM_SECONDS:
             found = await run_in_threadpool(self._client.news)
             if not found and time.monotonic() - told_at >= HEARTBEAT_SECONDS:
                 found = [": still here\n\n"]
