@@ -190,6 +190,43 @@ def test_who_holds_connections_keeps_nobody_out(limited: Limited, said: bytes) -
         assert b"HTTP/1.1 200" not in read_to_end(held[0])[20:] or said  # the longest waiting made room
 
 
+def test_requests_that_are_worked_on_are_bounded() -> None:
+    """Of more requests to the API than have a place the others wait, and are served when one is free."""
+    import anyio
+
+    from gradiometer_monitor.web.guards import CONCURRENT, TimeGuard
+    from gradiometer_monitor.web.settings import LimitSettings
+
+    begun, served = 0, 0
+
+    async def main() -> None:
+        gate = anyio.Event()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal begun
+            begun += 1
+            await gate.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def collect(message: Any) -> None:
+            nonlocal served
+            served += message["status"] == 200
+
+        async def receive() -> Any:
+            return {"type": "http.request"}
+
+        guard = TimeGuard(slow, LimitSettings())
+        async with anyio.create_task_group() as group:
+            for _ in range(CONCURRENT + 5):
+                group.start_soon(guard, {"type": "http", "path": "/api/v1/runs"}, receive, collect)
+            await anyio.wait_all_tasks_blocked()
+            assert (begun, served) == (CONCURRENT, 0)
+            gate.set()
+
+    anyio.run(main)
+    assert begun == served == CONCURRENT + 5
+
+
 def test_a_slow_answer_is_given_up() -> None:
     """An answer of the API that does not begin in time is 504, and what comes after it reaches nobody."""
     import anyio
