@@ -144,6 +144,8 @@ ORIGINS = [
     ("restarts", "5x39 _x4 1x80", {19: {}, 22: {"head": 1}, 28: {"head": 1}, 33: {}}),
     ("leaves", "_x40 2x10 stale", {25: {"head": 2}, 29: {"head": 2}, 31: {}}),
     ("known when first scraped", "2x80", {1: {"head": 2}, 9: {"head": 2}, 11: {}}),
+    ("begun anew", "5x19 stale _x29 1x80", {20: {}, 25: {"head": 1}, 34: {"head": 1}, 36: {}}),
+    ("a host leaves", "5x110 | 7x30 stale", {14: {}, 20: {}, 30: {}, 50: {}}),
     ("none", "_x80", {20: {}}),
 ]
 
@@ -154,8 +156,8 @@ def test_where_it_began_is_named_while_it_is_news(
 ) -> None:
     """A counter that is born with what it counted is named for ten minutes, like one that gains; not again after."""
     of = 'job="J", run_id="r"'
-    origin = f'gradiometer_nonfinite_origin_total{{{of}, instance="a", layer="head"}}'
-    series = [{"series": origin, "values": values}]
+    origin = f'gradiometer_nonfinite_origin_total{{{of}, layer="head", instance="%s"}}'
+    series = [{"series": origin % host, "values": each} for host, each in zip("ab", values.split(" | "), strict=False)]
     tests = [
         {
             "expr": fill(NONFINITE_LAYERS, by="layer", of=of),

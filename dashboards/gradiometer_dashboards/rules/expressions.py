@@ -48,18 +48,18 @@ def gained(name: str) -> str:
     """Select, for the ``expr`` of a ``Who``, the series of a sparse counter that gained some in the last 10 minutes.
 
     Such a counter is born with what it has counted by then, which ``increase`` alone does not see, nor what it gained
-    while nobody scraped. A gap that is going on changes nothing.
+    while nobody scraped, nor that a run which was begun anew has fewer than it had. What fell is told of each series by
+    itself: a host that leaves lowers the largest, and nothing began. A gap that is going on changes nothing.
     """
-    selected = f"{metric(name)}<of>"
-    now, before, gain = (
-        f"max by (<by>) ({function}({selected}{span}))"
-        for function, span in (
-            ("last_over_time", "[10m]"),
-            ("last_over_time", "[1h] offset 10m"),
-            ("increase", "[10m]"),
-        )
+    selected, grouped = f"{metric(name)}<of>", "max by (<by>)"
+    now, before = f"last_over_time({selected}[10m])", f"last_over_time({selected}[1h] offset 10m)"
+    ways = (
+        f"{grouped} ({now}) - {grouped} ({before}) > 0",
+        f"{grouped} (increase({selected}[10m])) > 0",
+        f"{grouped} ({now} < {before})",
+        f"{grouped} ({now}) unless {grouped} ({before})",
     )
-    return f"({now} - {before} > 0 or {gain} > 0 or {now} unless {before})"
+    return f"({' or '.join(ways)})"
 
 
 def running(by: Iterable[str]) -> str:
