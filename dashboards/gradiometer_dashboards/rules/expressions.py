@@ -48,16 +48,19 @@ def gained(name: str) -> str:
     """Select, for the ``expr`` of a ``Who``, the series of a sparse counter that gained some in the last 10 minutes.
 
     Such a counter is born with what it has counted by then, which ``increase`` alone does not see, nor what it gained
-    while nobody scraped, nor that a run which was begun anew has fewer than it had. What fell is told of each series by
-    itself: a host that leaves lowers the largest, and nothing began. A gap that is going on changes nothing.
+    while nobody scraped. In a run that was begun anew it may have no more than it had before: that is told by the run's
+    steps, which fell, or ten minutes later by the run having been there without it. A gap that is going on changes
+    nothing, nor does a host that leaves.
     """
-    selected, grouped = f"{metric(name)}<of>", "max by (<by>)"
-    now, before = f"last_over_time({selected}[10m])", f"last_over_time({selected}[1h] offset 10m)"
+    selected, steps, grouped = f"{metric(name)}<of>", f"{metric('gradiometer_steps_total')}<of>", "max by (<by>)"
+    now, before = "last_over_time(%s[10m])", "last_over_time(%s[1h] offset 10m)"
+    of_run = "and on (job, instance, run_id)"
     ways = (
-        f"{grouped} ({now}) - {grouped} ({before}) > 0",
+        f"{grouped} ({now % selected}) - {grouped} ({before % selected}) > 0",
         f"{grouped} (increase({selected}[10m])) > 0",
-        f"{grouped} ({now} < {before})",
-        f"{grouped} ({now}) unless {grouped} ({before})",
+        f"{grouped} ({selected} {of_run} ({now % steps} < {before % steps}))",
+        f"{grouped} ({now % selected} unless {selected} offset 10m {of_run} {steps} offset 10m)",
+        f"{grouped} ({now % selected}) unless {grouped} ({before % selected})",
     )
     return f"({' or '.join(ways)})"
 
