@@ -145,6 +145,7 @@ ORIGINS = [
     ("leaves", "_x40 2x10 stale", {25: {"head": 2}, 29: {"head": 2}, 31: {}}),
     ("known when first scraped", "2x80", {1: {"head": 2}, 9: {"head": 2}, 11: {}}),
     ("a host leaves", "5x110 | 7x30 stale", {14: {}, 20: {}, 30: {}, 50: {}}),
+    ("a host comes", "5x110 | _x40 5x80", {14: {}, 22: {}, 32: {}}),
     ("none", "_x80", {20: {}}),
 ]
 BEGUN_ANEW = [
