@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -144,7 +144,16 @@ ORIGINS = [
     ("restarts", "5x39 _x4 1x80", {19: {}, 22: {"head": 1}, 28: {"head": 1}, 33: {}}),
     ("leaves", "_x40 2x10 stale", {25: {"head": 2}, 29: {"head": 2}, 31: {}}),
     ("known when first scraped", "2x80", {1: {"head": 2}, 9: {"head": 2}, 11: {}}),
+    ("a host leaves", "5x110 | 7x30 stale", {14: {}, 20: {}, 30: {}, 50: {}}),
+    ("a host comes", "5x110 | _x40 5x80", {14: {}, 22: {}, 32: {}}),
     ("none", "_x80", {20: {}}),
+]
+BEGUN_ANEW = [
+    ("fewer", "5x19 stale _x49 1x80", {34: {}, 35: {"head": 1}, 44: {"head": 1}, 46: {}}),
+    ("as many", "1x19 stale _x49 1x80", {34: {}, 35: {"head": 1}, 44: {"head": 1}, 46: {}}),
+    ("as many soon", "1x19 stale _x11 1x80", {15: {}, 17: {"head": 1}, 24: {"head": 1}, 30: {}}),
+    ("not there", "1x19 stale", {25: {}, 35: {}}),
+    ("not there yet", "1x119", {15: {}, 30: {}}),
 ]
 
 
@@ -153,9 +162,31 @@ def test_where_it_began_is_named_while_it_is_news(
     promtool: Promtool, tmp_path: Path, values: str, named: dict[int, dict[str, float]]
 ) -> None:
     """A counter that is born with what it counted is named for ten minutes, like one that gains; not again after."""
+    _check_named(promtool, tmp_path, values.split(" | "), "5000+300x120", named)
+
+
+@pytest.mark.parametrize(("values", "named"), [case[1:] for case in BEGUN_ANEW], ids=[case[0] for case in BEGUN_ANEW])
+def test_where_it_began_is_named_in_a_run_begun_anew(
+    promtool: Promtool, tmp_path: Path, values: str, named: dict[int, dict[str, float]]
+) -> None:
+    """It is news though the counter has no more than before the run began anew, after five minutes of pause."""
+    steps = "5000+300x119" if "stale" not in values else "5000+300x19 stale _x9 300+300x90"
+    _check_named(promtool, tmp_path, [values], steps, named)
+
+
+def _check_named(
+    promtool: Promtool, tmp_path: Path, values: Sequence[str], steps: str, named: dict[int, dict[str, float]]
+) -> None:
+    """Ask who is named at some minutes, of the counter of a layer on hosts, which all have taken the same steps."""
     of = 'job="J", run_id="r"'
-    origin = f'gradiometer_nonfinite_origin_total{{{of}, instance="a", layer="head"}}'
-    series = [{"series": origin, "values": values}]
+    series = [
+        {"series": f"gradiometer_{name}", "values": each}
+        for host, counter in zip("ab", values, strict=False)
+        for name, each in (
+            (f'nonfinite_origin_total{{{of}, layer="head", instance="{host}"}}', counter),
+            (f'steps_total{{{of}, instance="{host}"}}', steps),
+        )
+    ]
     tests = [
         {
             "expr": fill(NONFINITE_LAYERS, by="layer", of=of),

@@ -182,7 +182,7 @@ def test_with_nan_in_the_weights_every_step_begins_at_the_last_layer(tmp_path: P
     tail.poll()
     found = [sample[1:] for sample in frame([tail], "finished").samples if "nonfinite_origin" in sample[0]]
     tail.close()
-    assert [(labels[1], value) for labels, value in found] == [("layers.1", 6), ("layers.0", 1)]
+    assert [(labels[1], value) for labels, value in found] == [("layers.0", 1), ("layers.1", 6)]
 
 
 def test_a_bad_micro_batch_is_named_though_others_came_first(tmp_path: Path) -> None:

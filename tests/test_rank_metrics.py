@@ -205,7 +205,7 @@ def test_counts_of_an_earlier_version_are_gone_on_from(make_manifest: MakeManife
     later.poll()
     later.close()
     assert later.summary.nonfinite_updates == 0
-    assert later.summary.layers.most_origins(1) == []
+    assert later.summary.layers.origins.newest(1) == []
     assert later.summary.grad_norm.cumulative[-1] == 2
 
 

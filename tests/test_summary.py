@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import subprocess
@@ -128,17 +129,23 @@ def test_finite_window_max_is_the_largest_finite_norm(
 
 @given(first=st.lists(st.integers(-1, 4), min_size=1, max_size=40), cut=st.integers(0, 40))
 def test_origins_like_a_loop(make_manifest: MakeManifest, first: list[int], cut: int) -> None:
-    """A step counts for the layer of its first non-finite parameter; with none, or one that is not there, for none."""
+    """A step counts for the layer of its first non-finite parameter, with none, or one that is not there, for none.
+
+    The newest are told first, also by who goes on from the state of another.
+    """
     manifest = make_manifest(layers=("a", "b", "a", "c"))
     summary = RunSummary(manifest)
     rows = _rows(manifest, np.ones((len(first), 4)), first_nonfinite=first)
     for part in (rows[:cut], rows[cut:]):
         summary.update(part, STATUS_ZERO)
     layers = {0: "a", 1: "b", 2: "a", 3: "c"}
-    expected = Counter(layers[each] for each in first if each in layers)
-    assert {name: n for name, n in zip("abc", summary.layers.origins.tolist(), strict=True) if n} == dict(expected)
-    most = [summary.layers.names[place] for place in summary.layers.most_origins(2)]
-    assert most == sorted(expected, key=lambda name: (-expected[name], name))[:2]
+    began = [layers[each] for each in first if each in layers]
+    later = RunSummary(manifest)
+    later.resume(json.loads(json.dumps(summary.counts())))
+    for origins in (summary.layers.origins, later.layers.origins):
+        steps = dict(zip("abc", origins.steps.tolist(), strict=True))
+        assert {name: n for name, n in steps.items() if n} == Counter(began)
+        assert ["abc"[place] for place in origins.newest(2)] == list(dict.fromkeys(reversed(began)))[:2]
 
 
 norms_lists = st.lists(

@@ -15,6 +15,7 @@ from gradiometer.comparison import StepTrail
 from gradiometer.insight import NoiseAverage, Samples, microbatch_norms, replicas
 from gradiometer.layer_norms import LayerNorms
 from gradiometer.metrics import GRAD_NORM_BUCKETS, STEP_SECONDS_BUCKETS
+from gradiometer.origins import Origins
 from gradiometer.records import STATS, STATUS, Flag, Manifest, Rows, own_clipping
 from gradiometer.windows import (
     BASELINE_STEPS,
@@ -113,8 +114,7 @@ class LayerSummary:
         self.present: Mask = np.zeros(count, np.bool_)
         """Layers that had a gradient in the newest row, bool[L]."""
         self.nonfinite: Integers = np.zeros(count, np.int64)
-        self.origins: Integers = np.zeros(count, np.int64)
-        """Steps whose first non-finite gradient, in the order of the backward pass, was one of the layer, int64[L]."""
+        self.origins = Origins(count)
         self._window, self._baseline = WindowMax(count), LayerBaseline(count)
         self._peak: Floats | None = None
         self._below, self._above = Streak(count), Streak(count)
@@ -141,15 +141,7 @@ class LayerSummary:
 
     def originate(self, parameters: npt.NDArray[np.int32]) -> None:
         """Count the steps whose first non-finite parameters these are, int32[T]; below 0 there was none."""
-        found = parameters[(parameters >= 0) & (parameters < len(self._index))]
-        if len(found):
-            self.origins += np.bincount(self._index[found], minlength=len(self.origins))
-
-    def most_origins(self, limit: int) -> list[int]:
-        """Return the places of the layers with most :attr:`origins`, at most ``limit``; of equals the first ones."""
-        places = self.origins.nonzero()[0]
-        first: list[int] = places[np.argsort(-self.origins[places], kind="stable")[:limit]].tolist()
-        return first
+        self.origins.add(self._index[parameters[(parameters >= 0) & (parameters < len(self._index))]])
 
     def _warm_up(self, norms: Floats) -> None:
         """Add up the first log norms, for :meth:`anomaly`."""
@@ -392,7 +384,7 @@ class RunSummary:
             "grad_norm": self.grad_norm.state,
             "step_seconds": self.step_seconds.state,
             "layers": {str(place): int(self.layers.nonfinite[place]) for place in self.layers.nonfinite.nonzero()[0]},
-            "origins": {str(place): int(self.layers.origins[place]) for place in self.layers.origins.nonzero()[0]},
+            "origins": self.layers.origins.state,
             "exported": self.layers.exported.nonzero()[0].tolist() if not self.layers.exported.all() else None,
         }
 
@@ -406,8 +398,7 @@ class RunSummary:
         self.step_seconds.resume(counts["step_seconds"])
         for place, count in counts["layers"].items():
             self.layers.nonfinite[int(place)] = count
-        for place, count in counts.get("origins", {}).items():  # which earlier monitors did not count
-            self.layers.origins[int(place)] = count
+        self.layers.origins.resume(counts.get("origins", {}))  # which earlier monitors did not count
         self.layers.exported[slice(None) if counts["exported"] is None else counts["exported"]] = True
         self.uncounted, self.rows_missed = int(counts["uncounted"]), int(counts["rows_missed"])
         self.loss, self.own_nonfinite = counts["loss"], counts["own_nonfinite"]

@@ -353,8 +353,8 @@ def _layer_states(tail: RankTail) -> Iterator[Sample]:
 def _origins(tail: RankTail) -> Iterator[Sample]:
     """Yield where gradients first went non-finite: a series a layer would be too many for what most never are."""
     layers = tail.summary.layers
-    for place in layers.most_origins(NAMED_LAYERS):
-        yield "gradiometer_nonfinite_origin_total", (tail.run_id, layers.names[place]), int(layers.origins[place])
+    for place in sorted(layers.origins.newest(NAMED_LAYERS)):
+        yield "gradiometer_nonfinite_origin_total", (tail.run_id, layers.names[place]), int(layers.origins.steps[place])
 
 
 def _rank_samples(tail: RankTail, newest: np.void | None) -> Iterator[Sample]:

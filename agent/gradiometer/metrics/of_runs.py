@@ -84,7 +84,7 @@ OF_RUNS = (
         kind="counter",
         labels=_LAYER,
         help="Steps whose first non-finite gradient, in the order of the backward pass, was one of the layer; only "
-        "layers that ever were, at most 20, those with most such steps.",
+        "layers that ever were, at most 20, those where a step began last.",
     ),
     Metric(
         name="gradiometer_layer_anomaly_score",

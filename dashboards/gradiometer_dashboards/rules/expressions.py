@@ -44,22 +44,25 @@ def moved(name: str, by: Iterable[str], *, of: str = "", born: bool = True) -> s
     return "\nor ".join([*since, f"0 * {now}"])
 
 
-def gained(name: str) -> str:
-    """Select, for the ``expr`` of a ``Who``, the series of a sparse counter that gained some in the last 10 minutes.
+def gained(name: str, label: str) -> str:
+    """Select, for the ``expr`` of a ``Who``, the series of a run's sparse counter that gained some in 10 minutes.
 
     Such a counter is born with what it has counted by then, which ``increase`` alone does not see, nor what it gained
-    while nobody scraped. A gap that is going on changes nothing.
+    while nobody scraped. In a run that was begun anew it may have no more than it had before: that is told by the run's
+    steps, which fell, or ten minutes later by the run having been there without it. A gap that is going on changes
+    nothing, nor does a host that leaves or comes: ``label`` tells the series of a run apart, whichever host has them.
     """
-    selected = f"{metric(name)}<of>"
-    now, before, gain = (
-        f"max by (<by>) ({function}({selected}{span}))"
-        for function, span in (
-            ("last_over_time", "[10m]"),
-            ("last_over_time", "[1h] offset 10m"),
-            ("increase", "[10m]"),
-        )
+    selected, steps, grouped = f"{metric(name)}<of>", f"{metric('gradiometer_steps_total')}<of>", "max by (<by>)"
+    now, before = "last_over_time(%s[10m])", "last_over_time(%s[1h] offset 10m)"
+    each, of_run = f"max by (job, run_id, {label})", "and on (job, run_id)"
+    ways = (
+        f"{grouped} ({now % selected}) - {grouped} ({before % selected}) > 0",
+        f"{grouped} (increase({selected}[10m])) > 0",
+        f"{grouped} ({selected} {of_run} ({now % steps} < {before % steps}))",
+        f"{grouped} ({each} ({now % selected}) unless {each} ({selected} offset 10m) {of_run} {steps} offset 10m)",
+        f"{grouped} ({now % selected}) unless {grouped} ({before % selected})",
     )
-    return f"({now} - {before} > 0 or {gain} > 0 or {now} unless {before})"
+    return f"({' or '.join(ways)})"
 
 
 def running(by: Iterable[str]) -> str:

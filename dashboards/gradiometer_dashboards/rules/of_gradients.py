@@ -20,7 +20,9 @@ __all__ = ["NONFINITE_LAYERS", "of_gradients"]
 
 SCALE_SEARCH = 30
 """Halvings more that the scale of a GradScaler may take in the first steps: some begin at 2 ** 32."""
-NONFINITE_LAYERS = Who(expr=gained("gradiometer_nonfinite_origin_total"), label="layer", noun="first seen in layer")
+NONFINITE_LAYERS = Who(
+    expr=gained("gradiometer_nonfinite_origin_total", "layer"), label="layer", noun="first seen in layer"
+)
 """Where most steps began: NaN spreads through the backward pass, so that most layers, or all, have as many steps."""
 ORIGIN = replace(NONFINITE_LAYERS, expr=f"1 / {NONFINITE_LAYERS.expr}")
 """Where fewest began: once NaN is in the weights so is it in the loss, and every step begins at the last layer."""

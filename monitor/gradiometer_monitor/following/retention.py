@@ -85,7 +85,7 @@ class RetentionService(Service):
             stored,
             max_age_seconds=None if settings.max_age_days is None else settings.max_age_days * DAY_SECONDS,
             max_bytes=settings.max_bytes,
-            keep=[each.run_id for each in recent if not self._context.runs.let_go(each.path)],
+            keep={each.run_id for each in recent if not self._context.runs.let_go(each.path)},
             keep_newest=settings.keep_newest,
         )
         return [] if self.stopping.is_set() else chosen
