@@ -373,6 +373,7 @@ def _serving(head: str, body: bytes, *, endless: bool = False) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             with contextlib.suppress(OSError):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))  # what is left unread resets the connection
                 self.wfile.write(f"{head}\r\n\r\n".encode() + body)
                 while endless:
                     self.wfile.write(body)
